@@ -306,6 +306,8 @@ class BufferCounters(_message.Message):
     CONSUMERS_FIELD_NUMBER: _builtins.int
     REFUSED_PEER_COUNT_FIELD_NUMBER: _builtins.int
     LAST_REFUSAL_FIELD_NUMBER: _builtins.int
+    FIRST_FRAME_TIME_FIELD_NUMBER: _builtins.int
+    LAST_FRAME_TIME_FIELD_NUMBER: _builtins.int
     received_frame_count: _builtins.int
     """DATA frames received whole."""
     received_event_count: _builtins.int
@@ -344,6 +346,14 @@ class BufferCounters(_message.Message):
     def consumers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConsumerCounters]:
         """Each consumer connection there was, in order."""
 
+    @_builtins.property
+    def first_frame_time(self) -> _timestamp_pb2.Timestamp:
+        """When the first DATA frame arrived. Unset before."""
+
+    @_builtins.property
+    def last_frame_time(self) -> _timestamp_pb2.Timestamp:
+        """When the last DATA frame was written to a consumer, or arrived."""
+
     def __init__(
         self,
         *,
@@ -362,10 +372,12 @@ class BufferCounters(_message.Message):
         consumers: _abc.Iterable[Global___ConsumerCounters] | None = ...,
         refused_peer_count: _builtins.int = ...,
         last_refusal: _builtins.str = ...,
+        first_frame_time: _timestamp_pb2.Timestamp | None = ...,
+        last_frame_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["read_time", b"read_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["first_frame_time", b"first_frame_time", "last_frame_time", b"last_frame_time", "read_time", b"read_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumers", b"consumers", "delivered_event_count", b"delivered_event_count", "held_bytes", b"held_bytes", "held_frame_count", b"held_frame_count", "last_refusal", b"last_refusal", "losses", b"losses", "producers", b"producers", "read_time", b"read_time", "received_bytes", b"received_bytes", "received_event_count", b"received_event_count", "received_frame_count", b"received_frame_count", "refused_peer_count", b"refused_peer_count", "sent_bytes", b"sent_bytes", "sent_event_count", b"sent_event_count", "sent_frame_count", b"sent_frame_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumers", b"consumers", "delivered_event_count", b"delivered_event_count", "first_frame_time", b"first_frame_time", "held_bytes", b"held_bytes", "held_frame_count", b"held_frame_count", "last_frame_time", b"last_frame_time", "last_refusal", b"last_refusal", "losses", b"losses", "producers", b"producers", "read_time", b"read_time", "received_bytes", b"received_bytes", "received_event_count", b"received_event_count", "received_frame_count", b"received_frame_count", "refused_peer_count", b"refused_peer_count", "sent_bytes", b"sent_bytes", "sent_event_count", b"sent_event_count", "sent_frame_count", b"sent_frame_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,233 @@
+"""The asynchronous client: every call a program can make to its facility. All semantics of the SDK begin here."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+
+from beamwire.buffer.v1 import buffer_service_pb2 as buffer_pb2
+from beamwire.buffer.v1.buffer_service_pb2_grpc import BufferServiceStub
+from beamwire.client.aiostream import AsyncStream
+from beamwire.client.config import choose_facility, config_directory
+from beamwire.client.request import ParsedRequest, Request, parse_request
+from beamwire.client.source import Source
+from beamwire.client.transfers import full_name, has_ended
+from beamwire.common.v1.account_pb2 import EndCause
+from beamwire.job.v1 import job_service_pb2 as job_pb2
+from beamwire.job.v1.job_service_pb2_grpc import JobServiceStub
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.names import new_id
+from beamwire.mesh.rpc.channel import connect as open_channel
+from beamwire.request.v1 import request_service_pb2 as request_pb2
+from beamwire.request.v1.request_service_pb2_grpc import RequestServiceStub
+
+if TYPE_CHECKING:
+    import grpc
+
+    from beamwire.buffer.v1.buffer_service_pb2_grpc import BufferServiceAsyncStub
+    from beamwire.job.v1.job_service_pb2_grpc import JobServiceAsyncStub
+    from beamwire.request.v1.request_service_pb2_grpc import RequestServiceAsyncStub
+
+_RECONNECT_SECONDS = 30.0
+_RECONNECT_PAUSE = 0.5
+_BUFFER_ENDED = frozenset({buffer_pb2.Buffer.STATE_ENDED, buffer_pb2.Buffer.STATE_FAILED})
+
+
+class _Versioned(Protocol):
+    @property
+    def etag(self) -> str: ...
+
+
+R = TypeVar("R", bound=_Versioned)
+
+
+class AsyncClient:
+    """A member's way to the services of its facility. Use it with `async with`; every error is a BeamwireError."""
+
+    def __init__(self, facility: str | None = None, *, config_dir: Path | None = None) -> None:
+        self.facility = choose_facility(config_directory(config_dir), facility)
+        self.credentials = self.facility.credentials()
+        self._channel_made: grpc.aio.Channel | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection; streams must have been left before."""
+        if self._channel_made is not None:
+            channel, self._channel_made = self._channel_made, None
+            await channel.close()
+
+    def stream(self, source: Source, *, consumers: int = 1, prefetch: int = 4) -> AsyncStream:
+        """Return a stream of batches: from a request (created on entry), a transfer's name, or a connect string.
+
+        `consumers` is the number of connections, `prefetch` how many frames each may hold ready.
+        """
+        return AsyncStream(self, source, consumers=consumers, prefetch=prefetch)
+
+    async def create_transfer(
+        self, request: Request | ParsedRequest, *, transfer_id: str = "", validate_only: bool = False
+    ) -> request_pb2.Transfer:
+        """Create a transfer; with `validate_only`, have it checked against the dataset and create nothing."""
+        parsed = request if isinstance(request, ParsedRequest) else parse_request(request)
+        call = request_pb2.CreateTransferRequest(
+            transfer=parsed.transfer,
+            transfer_id=transfer_id or new_id(),
+            request_id=_request_id(),
+            validate_only=validate_only,
+        )
+        return await self._requests.CreateTransfer(call)
+
+    async def get_transfer(self, name: str) -> request_pb2.Transfer:
+        """Read a transfer, by `transfers/<id>` or `<id>`."""
+        return await self._requests.GetTransfer(request_pb2.GetTransferRequest(name=full_name("transfers", name)))
+
+    async def list_transfers(self, filter: str = "", *, page_size: int = 0) -> AsyncIterator[request_pb2.Transfer]:  # noqa: A002
+        """Yield transfers, newest first, page by page. The filter reads `state=STREAMING AND labels.sample="x"`."""
+        token = ""
+        while True:
+            page = await self._requests.ListTransfers(
+                request_pb2.ListTransfersRequest(page_size=page_size, page_token=token, filter=filter)
+            )
+            for transfer in page.transfers:
+                yield transfer
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def watch_transfer(self, name: str) -> AsyncIterator[request_pb2.Transfer]:
+        """Yield the transfer now and after every change until it has ended. Survives 30 s without the service."""
+        name = full_name("transfers", name)
+
+        async def call(etag: str) -> AsyncIterator[request_pb2.Transfer]:
+            request = request_pb2.WatchTransferRequest(name=name, etag=etag)
+            async for response in self._requests.WatchTransfer(request):
+                yield response.transfer
+
+        async for transfer in _watch(call, has_ended):
+            yield transfer
+
+    async def cancel_transfer(self, name: str) -> request_pb2.Transfer:
+        """Cancel a transfer; one that has ended stays as it is."""
+        return await self._requests.CancelTransfer(
+            request_pb2.CancelTransferRequest(name=full_name("transfers", name), request_id=_request_id())
+        )
+
+    async def create_buffer(self, spec: buffer_pb2.BufferSpec, *, buffer_id: str = "") -> buffer_pb2.Buffer:
+        """Start a cache of the caller's own; watch it until it is READY."""
+        return await self._buffers.CreateBuffer(
+            buffer_pb2.CreateBufferRequest(
+                buffer=buffer_pb2.Buffer(spec=spec), buffer_id=buffer_id, request_id=_request_id()
+            )
+        )
+
+    async def get_buffer(self, name: str) -> buffer_pb2.Buffer:
+        """Read a buffer with its counters, by `buffers/<id>` or `<id>`."""
+        return await self._buffers.GetBuffer(buffer_pb2.GetBufferRequest(name=full_name("buffers", name)))
+
+    async def watch_buffer(self, name: str) -> AsyncIterator[buffer_pb2.Buffer]:
+        """Yield the buffer now and after every change until it has ended. Survives 30 s without the service."""
+        name = full_name("buffers", name)
+
+        async def call(etag: str) -> AsyncIterator[buffer_pb2.Buffer]:
+            request = buffer_pb2.WatchBufferRequest(name=name, etag=etag)
+            async for response in self._buffers.WatchBuffer(request):
+                yield response.buffer
+
+        async for buffer in _watch(call, lambda buffer: buffer.state in _BUFFER_ENDED):
+            yield buffer
+
+    async def seal_buffer(self, name: str, cause: EndCause, detail: str = "") -> buffer_pb2.Buffer:
+        """Say that no more frames will come; what is held is delivered if the cause is DONE, dropped otherwise."""
+        return await self._buffers.SealBuffer(
+            buffer_pb2.SealBufferRequest(
+                name=full_name("buffers", name), cause=cause, detail=detail, request_id=_request_id()
+            )
+        )
+
+    async def delete_buffer(self, name: str) -> None:
+        """Stop the cache and forget the buffer, with the frames still in it."""
+        await self._buffers.DeleteBuffer(
+            buffer_pb2.DeleteBufferRequest(name=full_name("buffers", name), request_id=_request_id())
+        )
+
+    async def list_jobs(self, filter: str = "", *, page_size: int = 0) -> AsyncIterator[job_pb2.Job]:  # noqa: A002
+        """Yield the caller's jobs, newest first, page by page."""
+        token = ""
+        while True:
+            page = await self._jobs.ListJobs(
+                job_pb2.ListJobsRequest(page_size=page_size, page_token=token, filter=filter)
+            )
+            for job in page.jobs:
+                yield job
+            token = page.next_page_token
+            if not token:
+                return
+
+    async def cancel_job(self, name: str) -> job_pb2.Job:
+        """Cancel a job; one that has ended stays as it is."""
+        return await self._jobs.CancelJob(
+            job_pb2.CancelJobRequest(name=full_name("jobs", name), request_id=_request_id())
+        )
+
+    async def tail_logs(
+        self, name: str, *, follow: bool = False, last_bytes: int = 0
+    ) -> AsyncIterator[job_pb2.TailLogsResponse]:
+        """Yield what a job printed, from the start or the last bytes on; with `follow`, until it has ended."""
+        request = job_pb2.TailLogsRequest(name=full_name("jobs", name), follow=follow, last_bytes=last_bytes)
+        async for piece in self._jobs.TailLogs(request):
+            yield piece
+
+    @property
+    def _channel(self) -> grpc.aio.Channel:
+        # Made on first use: a channel belongs to the event loop that is running.
+        if self._channel_made is None:
+            self._channel_made = open_channel(self.facility.address, self.credentials)
+        return self._channel_made
+
+    @property
+    def _requests(self) -> RequestServiceAsyncStub:
+        return RequestServiceStub(self._channel)
+
+    @property
+    def _buffers(self) -> BufferServiceAsyncStub:
+        return BufferServiceStub(self._channel)
+
+    @property
+    def _jobs(self) -> JobServiceAsyncStub:
+        return JobServiceStub(self._channel)
+
+
+async def _watch(call: Callable[[str], AsyncIterator[R]], ended: Callable[[R], bool]) -> AsyncIterator[R]:
+    """Yield a resource and its changes to the end, calling again where it left off if the service goes away."""
+    etag = ""
+    give_up: float | None = None
+    while True:
+        try:
+            async for resource in call(etag):
+                give_up = None
+                etag = resource.etag
+                yield resource
+                if ended(resource):
+                    return
+        except BeamwireError as error:
+            if error.reason not in (Reason.SERVICE_UNAVAILABLE, Reason.DRAINING):
+                raise
+            give_up = give_up or time.monotonic() + _RECONNECT_SECONDS
+            if time.monotonic() > give_up:
+                raise
+        await asyncio.sleep(_RECONNECT_PAUSE)
+
+
+def _request_id() -> str:
+    return str(uuid.uuid4())

@@ -1,0 +1,126 @@
+"""What every subcommand shares: the global options, the client they lead to, and where output goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from beamwire.client.cli.failures import EXIT_CODES, TerminatedError, exit_code, explain
+from beamwire.client.client import Client, connect
+from beamwire.client.config import config_directory, trace_directory
+from beamwire.mesh import telemetry
+from beamwire.mesh.errors import BeamwireError
+
+
+@dataclass(slots=True)
+class Cli:
+    """The global options of one invocation."""
+
+    facility: str | None = None
+    config_dir: Path | None = None
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    @property
+    def config(self) -> Path:
+        """The configuration directory."""
+        return config_directory(self.config_dir)
+
+    @contextmanager
+    def client(self) -> Iterator[Client]:
+        """A client of the facility chosen, traced into the state directory."""
+        client = connect(self.facility, config_dir=self.config_dir)
+        tracing = telemetry.setup(
+            "client", trace_dir=trace_directory(), trust_domain=client.facility.trust_domain
+        )
+        try:
+            with client:
+                yield client
+        finally:
+            tracing.shutdown()
+
+    def say(self, text: str) -> None:
+        """Tell a person something, on standard error; nothing if quiet."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def answer(self, text: str, document: Message | dict[str, Any]) -> None:
+        """Print the result of the command: text for a person, or one line of JSON."""
+        click.echo(to_json(document) if self.json else text)
+
+
+def to_json(document: Message | dict[str, Any]) -> str:
+    """Return one line of JSON; of a message, in protobuf's mapping with the names of the contract."""
+    if isinstance(document, Message):
+        document = as_dict(document)
+    return json.dumps(document, separators=(",", ":"))
+
+
+def as_dict(message: Message) -> dict[str, Any]:
+    """Return a message in protobuf's JSON mapping, with the names of the contract."""
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=False)
+
+
+def _store(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+    # An option may stand before or after the subcommand; one that is not given must not undo the other.
+    if value and parameter.name:
+        setattr(context.ensure_object(Cli), parameter.name, value)
+
+
+def _global_options() -> list[click.Parameter]:
+    def option(*names: str, text: str, **settings: Any) -> click.Option:
+        return click.Option(names, help=text, expose_value=False, callback=_store, **settings)
+
+    return [
+        option("--facility", text="The facility, by its trust domain.", metavar="NAME"),
+        option(
+            "--config-dir",
+            text="Where credentials are kept.",
+            type=click.Path(file_okay=False, path_type=Path),
+        ),
+        option("--json", text="Print JSON for programs.", is_flag=True),
+        option("-q", "--quiet", text="Print no progress and no remarks.", is_flag=True),
+        option("-v", "--verbose", text="Print tracebacks and logs.", is_flag=True),
+    ]
+
+
+class Command(click.Command):
+    """A subcommand that takes the global options too, and says in its help what the exit codes mean."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, epilog=EXIT_CODES, **settings)
+        self.params += _global_options()
+
+
+class Group(click.Group):
+    """The command itself: runs a subcommand, and turns every failure into lines for a person and an exit code."""
+
+    command_class = Command
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, epilog=EXIT_CODES, **settings)
+        self.params += _global_options()
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the subcommand."""
+        try:
+            return super().invoke(context)
+        except click.ClickException:
+            raise
+        except (BeamwireError, OSError, KeyboardInterrupt) as error:
+            explain(error, verbose=context.ensure_object(Cli).verbose)
+            context.exit(exit_code(error))
+
+
+pass_cli = click.make_pass_decorator(Cli, ensure=True)
+
+__all__ = ["Cli", "Command", "Group", "TerminatedError", "as_dict", "pass_cli", "to_json"]

@@ -1,0 +1,162 @@
+"""How transfers, receipts and quantities look to a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from beamwire.client.transfers import failure_of, has_ended, loss_word, short_name, state_word
+from beamwire.common.v1.account_pb2 import EndCause
+from beamwire.request.v1.request_service_pb2 import Component, Receipt, Transfer
+
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+Row = tuple[str, str]
+
+
+def size(count: float) -> str:
+    """Return bytes for a person, in powers of 1000: `12.3 MB`."""
+    for unit in _UNITS[:-1]:
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} {_UNITS[-1]}"
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time for a person: `0.4 s`, `2 min 05 s`, `3 h 20 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def time_of(stamp: Timestamp) -> str:
+    """Return a time in UTC, to the second; `-` if it is not set."""
+    if not stamp.ByteSize():
+        return "-"
+    return stamp.ToDatetime(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def age(stamp: Timestamp) -> str:
+    """Return how long ago a time was."""
+    return duration(max(0.0, (datetime.now(UTC) - stamp.ToDatetime(UTC)).total_seconds()))
+
+
+def aligned(rows: Iterable[Row], indent: str = "") -> str:
+    """Return rows of a name and a value, the values below each other; rows without a value are left out."""
+    kept = [row for row in rows if row[1]]
+    width = max((len(name) for name, _ in kept), default=0)
+    return "\n".join(f"{indent}{name:<{width}}  {value}" for name, value in kept)
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table whose columns are as wide as they must be."""
+    widths = [max(len(row[index]) for row in (header, *rows)) for index in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    )
+
+
+def receipt_rows(receipt: Receipt) -> list[Row]:
+    """Return the account: what was selected, what came, what did not and why, and whether that balances."""
+    seconds = receipt.streaming_time.ToNanoseconds() / 1e9
+    rate = f" at {receipt.delivered_event_count / seconds:.4g} events/s, {size(receipt.sent_bytes / seconds)}/s"
+    return [
+        ("selected", f"{receipt.selected_event_count} events"),
+        ("delivered", f"{receipt.delivered_event_count} events in {receipt.frame_count} frames"),
+        *((f"lost: {loss_word(loss.cause)}", f"{loss.event_count} events") for loss in receipt.losses),
+        ("balanced", "yes" if receipt.balanced else "NO"),
+        ("ended", EndCause.Name(receipt.end_cause).removeprefix("END_CAUSE_").lower()),
+        ("sent", size(receipt.sent_bytes)),
+        ("time", duration(seconds) + (rate if seconds else "")),
+    ]
+
+
+def transfer_text(transfer: Transfer) -> str:
+    """Return everything a person wants to know about a transfer."""
+    parts = [aligned(_head(transfer)), "request\n" + aligned(_request(transfer), "  ")]
+    if not has_ended(transfer):
+        parts.append("progress\n" + aligned(_progress(transfer), "  "))
+    if transfer.HasField("receipt"):
+        parts.append("receipt\n" + aligned(receipt_rows(transfer.receipt), "  "))
+    if transfer.HasField("error"):
+        error = failure_of(transfer)
+        parts.append(f"error ({error.reason.name})\n" + "\n".join(f"  {line}" for line in error.message.splitlines()))
+        parts.append(f"See what the streamer printed with: beamwire logs {short_name(transfer.name)}")
+    return "\n\n".join(parts)
+
+
+def transfer_row(transfer: Transfer) -> list[str]:
+    """Return a transfer as one row of a list."""
+    events = transfer.receipt.delivered_event_count if transfer.HasField("receipt") else 0
+    return [
+        short_name(transfer.name),
+        state_word(transfer),
+        str(events or transfer.counters.sent_event_count),
+        age(transfer.create_time),
+        transfer.config.source_identifier or transfer.config.event_source.type,
+        " ".join(f"{key}={value}" for key, value in sorted(transfer.labels.items())),
+    ]
+
+
+TRANSFER_HEADER = ("TRANSFER", "STATE", "EVENTS", "AGE", "SOURCE", "LABELS")
+
+
+def _head(transfer: Transfer) -> list[Row]:
+    return [
+        ("transfer", transfer.name),
+        ("state", state_word(transfer)),
+        ("owner", transfer.owner),
+        ("labels", ", ".join(f"{key}={value}" for key, value in sorted(transfer.labels.items()))),
+        ("created", time_of(transfer.create_time)),
+        ("ended" if has_ended(transfer) else "expires", time_of(_last_time(transfer))),
+        ("buffer", transfer.buffer),
+        ("job", transfer.job),
+        ("connect", transfer.connect_string),
+        ("trace", transfer.trace_id),
+    ]
+
+
+def _last_time(transfer: Transfer) -> Timestamp:
+    return transfer.end_time if has_ended(transfer) else transfer.expire_time
+
+
+def _request(transfer: Transfer) -> list[Row]:
+    config = transfer.config
+    return [
+        ("source", config.source_identifier),
+        ("events from", _component(config.event_source)),
+        *((f"field {name}", _component(source)) for name, source in sorted(config.data_sources.items())),
+        ("pipeline", " | ".join(map(_component, config.processing_pipeline))),
+        ("serializer", _component(config.data_serializer) if config.HasField("data_serializer") else ""),
+        ("at most", f"{config.max_event_count} events" if config.max_event_count else ""),
+        ("processes", str(transfer.process_count or 1)),
+    ]
+
+
+def _component(component: Component) -> str:
+    parameters = ", ".join(f"{name}={_value(value)}" for name, value in sorted(component.parameters.items()))
+    return f"{component.type}({parameters})" if parameters else component.type
+
+
+def _value(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _progress(transfer: Transfer) -> list[Row]:
+    counters = transfer.counters
+    return [
+        ("received", f"{counters.received_event_count} of {counters.expected_event_count or '?'} events"),
+        ("delivered", f"{counters.sent_event_count} events, {size(counters.sent_bytes)}"),
+        ("held", f"{size(counters.held_bytes)} of {size(counters.capacity_bytes)}"),
+        ("producers", str(counters.connected_producer_count)),
+        ("consumers", str(counters.connected_consumer_count)),
+    ]

@@ -1,0 +1,132 @@
+"""The synchronous client: the asynchronous one, run on an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from beamwire.buffer.v1.buffer_service_pb2 import Buffer, BufferSpec
+from beamwire.client.aio import AsyncClient
+from beamwire.client.config import EnrolledFacility
+from beamwire.client.portal import Portal
+from beamwire.client.request import ParsedRequest, Request
+from beamwire.client.source import Source
+from beamwire.client.stream import Stream
+from beamwire.common.v1.account_pb2 import EndCause
+from beamwire.job.v1.job_service_pb2 import Job, TailLogsResponse
+from beamwire.mesh.credentials import Credentials
+from beamwire.request.v1.request_service_pb2 import Transfer
+
+
+def connect(facility: str | None = None, *, config_dir: Path | None = None) -> Client:
+    """Return a client of a facility that this person is enrolled in: the one named, or the only one.
+
+    Raises BeamwireError CERTIFICATE_INVALID if there is none, INVALID_FIELD if there are several and none is named.
+    Nothing is sent before the first call.
+    """
+    return Client(facility, config_dir=config_dir)
+
+
+class Client:
+    """A member's way to the services of its facility. Every error is a BeamwireError; safe to share between threads."""
+
+    def __init__(self, facility: str | None = None, *, config_dir: Path | None = None) -> None:
+        self._client = AsyncClient(facility, config_dir=config_dir)
+        self._portal = Portal()
+        self._close = weakref.finalize(self, _close, self._portal, self._client)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection. Closing twice changes nothing."""
+        self._close()
+
+    @property
+    def facility(self) -> EnrolledFacility:
+        """The facility this client talks to."""
+        return self._client.facility
+
+    @property
+    def credentials(self) -> Credentials:
+        """What this member proves its identity with."""
+        return self._client.credentials
+
+    def stream(self, source: Source, *, consumers: int = 1, prefetch: int = 4, transfer_id: str = "") -> Stream:
+        """Return a stream of batches: from a request (created on entry), a transfer's name, or a connect string.
+
+        `consumers` is the number of connections, `prefetch` how many frames each may hold ready. `transfer_id` is the
+        id that a transfer which is created shall have; made up if empty.
+        """
+        return Stream(
+            self._portal, self._client, source, consumers=consumers, prefetch=prefetch, transfer_id=transfer_id
+        )
+
+    def create_transfer(
+        self, request: Request | ParsedRequest, *, transfer_id: str = "", validate_only: bool = False
+    ) -> Transfer:
+        """Create a transfer; with `validate_only`, have it checked against the dataset and create nothing."""
+        return self._portal.call(
+            self._client.create_transfer(request, transfer_id=transfer_id, validate_only=validate_only)
+        )
+
+    def get_transfer(self, name: str) -> Transfer:
+        """Read a transfer, by `transfers/<id>` or `<id>`."""
+        return self._portal.call(self._client.get_transfer(name))
+
+    def list_transfers(self, filter: str = "", *, page_size: int = 0) -> Iterator[Transfer]:  # noqa: A002
+        """Yield transfers, newest first. The filter reads `state=STREAMING AND labels.sample="x"`."""
+        return self._portal.iterate(self._client.list_transfers(filter, page_size=page_size))
+
+    def watch_transfer(self, name: str) -> Iterator[Transfer]:
+        """Yield the transfer now and after every change until it has ended. Survives 30 s without the service."""
+        return self._portal.iterate(self._client.watch_transfer(name))
+
+    def cancel_transfer(self, name: str) -> Transfer:
+        """Cancel a transfer; one that has ended stays as it is."""
+        return self._portal.call(self._client.cancel_transfer(name))
+
+    def create_buffer(self, spec: BufferSpec, *, buffer_id: str = "") -> Buffer:
+        """Start a cache of the caller's own; watch it until it is READY."""
+        return self._portal.call(self._client.create_buffer(spec, buffer_id=buffer_id))
+
+    def get_buffer(self, name: str) -> Buffer:
+        """Read a buffer with its counters, by `buffers/<id>` or `<id>`."""
+        return self._portal.call(self._client.get_buffer(name))
+
+    def watch_buffer(self, name: str) -> Iterator[Buffer]:
+        """Yield the buffer now and after every change until it has ended. Survives 30 s without the service."""
+        return self._portal.iterate(self._client.watch_buffer(name))
+
+    def seal_buffer(self, name: str, cause: EndCause, detail: str = "") -> Buffer:
+        """Say that no more frames will come; what is held is delivered if the cause is DONE, dropped otherwise."""
+        return self._portal.call(self._client.seal_buffer(name, cause, detail))
+
+    def delete_buffer(self, name: str) -> None:
+        """Stop the cache and forget the buffer, with the frames still in it."""
+        self._portal.call(self._client.delete_buffer(name))
+
+    def list_jobs(self, filter: str = "", *, page_size: int = 0) -> Iterator[Job]:  # noqa: A002
+        """Yield the caller's jobs, newest first."""
+        return self._portal.iterate(self._client.list_jobs(filter, page_size=page_size))
+
+    def cancel_job(self, name: str) -> Job:
+        """Cancel a job; one that has ended stays as it is."""
+        return self._portal.call(self._client.cancel_job(name))
+
+    def tail_logs(self, name: str, *, follow: bool = False, last_bytes: int = 0) -> Iterator[TailLogsResponse]:
+        """Yield what a job printed, from the start or the last bytes on; with `follow`, until it has ended."""
+        return self._portal.iterate(self._client.tail_logs(name, follow=follow, last_bytes=last_bytes))
+
+
+def _close(portal: Portal, client: AsyncClient) -> None:
+    portal.call(client.close())
+    portal.close()

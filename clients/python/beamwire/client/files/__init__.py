@@ -1,0 +1,1 @@
+"""Writes what a consumer receives to files."""

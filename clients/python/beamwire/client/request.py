@@ -1,0 +1,287 @@
+"""Turns a data request, as a person writes it, into the Transfer that the Request service takes."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.struct_pb2 import Struct
+
+from beamwire.buffer.v1 import buffer_service_pb2 as buffer_pb2
+from beamwire.client.problems import Problems
+from beamwire.client.yamlfile import read_yaml
+from beamwire.request.v1 import request_service_pb2 as request_pb2
+
+Request = Mapping[str, object] | request_pb2.Transfer | os.PathLike[str]
+
+_STREAM_KEYS = (
+    "source_identifier",
+    "skip_incomplete_events",
+    "event_source",
+    "data_sources",
+    "processing_pipeline",
+    "data_serializer",
+    "data_handlers",
+    "max_events",
+)
+_OWN_KEYS = ("processes", "buffer", "lease", "labels")
+_KEYS = frozenset(_STREAM_KEYS + _OWN_KEYS)
+_BUFFER_KEYS = frozenset({"capacity_bytes", "capacity_frames", "overflow_policy", "delivery", "transport"})
+_HANDLER_KEYS = frozenset({"type", "write_directory", "file_prefix", "file_suffix"})
+_OLD_LAYOUT = "this is the older layout of LCLStreamer; move what is under it to the top level, each with its `type`"
+_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_INT32_MAX = 2**31 - 1
+_INT64_MAX = 2**63 - 1
+_EXACT_IN_DOUBLE = 2**53
+
+
+@dataclass(frozen=True, slots=True)
+class OutputDefaults:
+    """Where a request's `BinaryFileWritingDataHandler` wants the files; None and empty where it does not say."""
+
+    directory: Path | None = None
+    prefix: str = ""
+    suffix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    """A request ready to be sent, and what it says about files on the client's side."""
+
+    transfer: request_pb2.Transfer
+    output: OutputDefaults
+
+
+def parse_request(request: Request) -> ParsedRequest:
+    """Read a request: a mapping or the path of a YAML file in LCLStreamer's layout, or a Transfer.
+
+    Raises BeamwireError INVALID_FIELD with one violation per problem, each naming the key (and the line in a file).
+    The components' own parameters are checked by the facility.
+    """
+    if isinstance(request, request_pb2.Transfer):
+        copy = request_pb2.Transfer()
+        copy.CopyFrom(request)
+        return ParsedRequest(copy, OutputDefaults())
+    if isinstance(request, Mapping):
+        return _Conversion(Problems()).run(request)
+    file = read_yaml(Path(request))
+    return _Conversion(Problems(file.path, file.lines)).run(file.content)
+
+
+def parse_seconds(value: object) -> float | None:
+    """Return a length of time given as seconds or as text such as `90s`, `30m`, `2h` or `1d12h`; None if it is not."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return float(value) if value > 0 and math.isfinite(value) else None
+    if isinstance(value, str) and re.fullmatch(r"(\d+(\.\d+)?[smhd])+", value):
+        parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value)
+        return sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts) or None
+    return None
+
+
+class _Conversion:
+    """One request on its way to a Transfer; goes on after a problem to find the others."""
+
+    def __init__(self, problems: Problems) -> None:
+        self._problems = problems
+
+    def run(self, content: Mapping[str, object]) -> ParsedRequest:
+        for key in content:
+            if key not in _KEYS:
+                self._problems.unknown_key(str(key), str(key), _KEYS, _OLD_LAYOUT if key == "lclstreamer" else "")
+        transfer = request_pb2.Transfer(
+            config=self._config(content),
+            process_count=self._count("processes", content.get("processes"), _INT32_MAX, least=1),
+            labels=self._labels(content.get("labels")),
+        )
+        if content.get("buffer") is not None:
+            transfer.buffer_spec.CopyFrom(self._buffer(content["buffer"]))
+        if content.get("lease") is not None:
+            transfer.lease.CopyFrom(self._lease(content["lease"]))
+        output = self._handlers(content.get("data_handlers"))
+        self._problems.check()
+        return ParsedRequest(transfer, output)
+
+    def _config(self, content: Mapping[str, object]) -> request_pb2.StreamConfig:
+        config = request_pb2.StreamConfig(
+            source_identifier=self._text("source_identifier", content.get("source_identifier")),
+            skip_incomplete_events=self._flag("skip_incomplete_events", content.get("skip_incomplete_events")),
+            max_event_count=self._count("max_events", content.get("max_events"), _INT64_MAX),
+            processing_pipeline=self._pipeline(content.get("processing_pipeline")),
+            data_sources=self._sources(content.get("data_sources")),
+        )
+        if content.get("event_source") is None:
+            self._problems.add("event_source", "is missing; say where events come from, `type: Psana2EventSource`, say")
+        else:
+            config.event_source.CopyFrom(self._component("event_source", content["event_source"]))
+        if content.get("data_serializer") is not None:
+            config.data_serializer.CopyFrom(self._component("data_serializer", content["data_serializer"]))
+        return config
+
+    def _sources(self, value: object) -> dict[str, request_pb2.Component]:
+        if not isinstance(value, Mapping) or not value:
+            self._problems.add("data_sources", "must name at least one data source, each with its `type`")
+            return {}
+        return {str(name): self._component(f"data_sources.{name}", item) for name, item in value.items()}
+
+    def _pipeline(self, value: object) -> list[request_pb2.Component]:
+        if value is None:
+            return []
+        if isinstance(value, list | tuple):
+            return [self._component(f"processing_pipeline[{index}]", item) for index, item in enumerate(value)]
+        return [self._component("processing_pipeline", value)]
+
+    def _component(self, path: str, value: object) -> request_pb2.Component:
+        if not isinstance(value, Mapping):
+            self._problems.add(path, f"must be a mapping with a `type`, not {_kind(value)}")
+            return request_pb2.Component()
+        kind = value.get("type")
+        if not isinstance(kind, str) or not kind:
+            self._problems.add(f"{path}.type", "is missing; it names the component")
+            return request_pb2.Component()
+        parameters = {str(name): self._plain(f"{path}.{name}", item) for name, item in value.items() if name != "type"}
+        component = request_pb2.Component(type=kind)
+        if parameters:
+            component.parameters.CopyFrom(_struct(parameters))
+        return component
+
+    def _plain(self, path: str, value: object) -> object:
+        """Return a value as protobuf's Struct can hold it, with no loss."""
+        if isinstance(value, Mapping):
+            return {str(name): self._plain(f"{path}.{name}", item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._plain(f"{path}[{index}]", item) for index, item in enumerate(value)]
+        if isinstance(value, bool | str) or value is None:
+            return value
+        if isinstance(value, int) and abs(value) > _EXACT_IN_DOUBLE:
+            self._problems.add(path, f"{value} is too large to be sent exactly; write it in quotes if it is a name")
+            return 0.0
+        if isinstance(value, int | float) and math.isfinite(value):
+            return value
+        self._problems.add(path, f"must be a number, text, true or false, a list or a mapping, not {_kind(value)}")
+        return None
+
+    def _buffer(self, value: object) -> buffer_pb2.BufferSpec:
+        spec = buffer_pb2.BufferSpec()
+        if not isinstance(value, Mapping):
+            self._problems.add("buffer", f"must be a mapping, not {_kind(value)}")
+            return spec
+        for key in value:
+            if key not in _BUFFER_KEYS:
+                self._problems.unknown_key(f"buffer.{key}", str(key), _BUFFER_KEYS)
+        spec.capacity_bytes = self._count("buffer.capacity_bytes", value.get("capacity_bytes"), _INT64_MAX, least=1)
+        spec.capacity_frames = self._count("buffer.capacity_frames", value.get("capacity_frames"), _INT32_MAX, least=1)
+        spec.overflow_policy = self._choice(value, "overflow_policy", dict(buffer_pb2.OverflowPolicy.items()))
+        spec.delivery = self._choice(value, "delivery", dict(buffer_pb2.Delivery.items()))
+        spec.transport = self._choice(value, "transport", dict(buffer_pb2.Transport.items()))
+        return spec
+
+    def _choice(self, mapping: Mapping[str, object], key: str, values: dict[str, int]) -> int:
+        word = mapping.get(key)
+        if word is None:
+            return 0
+        prefix = f"{key.upper()}_"
+        words = {name.removeprefix(prefix).lower(): number for name, number in values.items() if number}
+        if not isinstance(word, str) or word not in words:
+            self._problems.add(f"buffer.{key}", f"must be one of {', '.join(words)}, not {word!r}")
+            return 0
+        return words[word]
+
+    def _handlers(self, value: object) -> OutputDefaults:
+        output = OutputDefaults()
+        if value is None:
+            return output
+        for index, item in enumerate(value if isinstance(value, list | tuple) else [value]):
+            path = f"data_handlers[{index}]"
+            match item.get("type") if isinstance(item, Mapping) else None:
+                case "BinaryDataStreamingDataHandler":
+                    continue  # Delivery to this client takes its place.
+                case "BinaryFileWritingDataHandler":
+                    output = self._file_handler(path, item)
+                case kind:
+                    self._problems.add(
+                        f"{path}.type",
+                        f"{kind!r} cannot be honoured: events are delivered to you; leave it out, or use "
+                        "BinaryFileWritingDataHandler to say where `beamwire get` writes",
+                    )
+        return output
+
+    def _file_handler(self, path: str, item: Mapping[str, object]) -> OutputDefaults:
+        for key in item:
+            if key not in _HANDLER_KEYS:
+                self._problems.unknown_key(f"{path}.{key}", str(key), _HANDLER_KEYS)
+        directory = self._text(f"{path}.write_directory", item.get("write_directory"))
+        return OutputDefaults(
+            directory=Path(directory) if directory else None,
+            prefix=self._name_part(f"{path}.file_prefix", item.get("file_prefix")),
+            suffix=self._name_part(f"{path}.file_suffix", item.get("file_suffix")).removeprefix("."),
+        )
+
+    def _name_part(self, path: str, value: object) -> str:
+        text = self._text(path, value)
+        if "/" in text or "\0" in text:
+            self._problems.add(path, "must not contain `/`; the directory is `write_directory`")
+            return ""
+        return text
+
+    def _lease(self, value: object) -> Duration:
+        length = Duration()
+        seconds = parse_seconds(value)
+        if seconds is None:
+            self._problems.add("lease", f"must be seconds or text such as 90s, 30m, 2h or 1d, not {value!r}")
+        else:
+            length.FromNanoseconds(round(seconds * 1e9))
+        return length
+
+    def _labels(self, value: object) -> dict[str, str]:
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            self._problems.add("labels", f"must be a mapping of words, not {_kind(value)}")
+            return {}
+        for name, word in value.items():
+            if isinstance(word, Mapping | list | tuple) or word is None:
+                self._problems.add(f"labels.{name}", f"must be a word, not {_kind(word)}")
+        return {str(name): _word(word) for name, word in value.items()}
+
+    def _text(self, path: str, value: object) -> str:
+        if value is None or isinstance(value, str):
+            return value or ""
+        self._problems.add(path, f"must be text, not {_kind(value)}")
+        return ""
+
+    def _flag(self, path: str, value: object) -> bool:
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        self._problems.add(path, f"must be true or false, not {value!r}")
+        return False
+
+    def _count(self, path: str, value: object, most: int, *, least: int = 0) -> int:
+        if value is None:
+            return 0
+        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
+            return value
+        self._problems.add(path, f"must be a whole number from {least} to {most}, not {value!r}")
+        return 0
+
+
+def _struct(parameters: Mapping[str, object]) -> Struct:
+    struct = Struct()
+    struct.update(dict(parameters))
+    return struct
+
+
+def _word(value: object) -> str:
+    # As YAML writes them, so that a filter can be written as the request was.
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _kind(value: object) -> str:
+    names = {type(None): "nothing", list: "a list", dict: "a mapping", str: "text", int: "a number", float: "a number"}
+    return names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,286 @@
+"""One stream from its creation to its receipt: the semantics that every way of reading a stream shares."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from beamwire.client.request import ParsedRequest
+from beamwire.client.source import Source, parse_source
+from beamwire.client.transfers import failure_of, has_ended
+from beamwire.mesh import telemetry
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.names import new_id
+from beamwire.mesh.stream.connect import ConnectString
+from beamwire.mesh.stream.consumer import Consumer
+from beamwire.mesh.stream.frame import Frame
+from beamwire.request.v1.request_service_pb2 import Receipt, Transfer
+from beamwire.stream.v1.frame_pb2 import StreamHeader
+
+if TYPE_CHECKING:
+    from beamwire.client.aio import AsyncClient
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+# How long the facility may take to find out why a stream broke.
+_EXPLANATION_SECONDS = 30.0
+# A cache that stops also refuses a late consumer; one that may not consume should not wait long to hear so.
+_REFUSAL_SECONDS = 2.0
+_CANCEL_SECONDS = 20.0
+# What a consumer can see of a failure whose cause is elsewhere.
+_SYMPTOMS = frozenset(
+    {
+        Reason.STREAM_TRUNCATED,
+        Reason.SERVICE_UNAVAILABLE,
+        Reason.TIMED_OUT,
+        Reason.PRODUCER_FAILED,
+        Reason.CACHE_FAILED,
+        Reason.CANCELLED,
+        Reason.LEASE_EXPIRED,
+        Reason.ROLE_NOT_ALLOWED,
+    }
+)
+_NOT_OURS = frozenset({Reason.NOT_OWNER, Reason.ROLE_NOT_ALLOWED, Reason.RESOURCE_NOT_FOUND})
+
+
+@dataclass(slots=True)
+class Counters:
+    """What this program has read."""
+
+    events: int = 0
+    frames: int = 0
+    bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Reader:
+    """One consumer of a session; used by one thread at a time."""
+
+    consumer: Consumer
+    connections: int
+    counters: Counters = field(default_factory=Counters)
+    ended: bool = False
+
+    def next_frame(self) -> Frame | None:
+        """Return the next frame, None at the end of the stream. Blocks; another thread's `close` interrupts it."""
+        frame = next(self.consumer, None)
+        if frame is None:
+            self.ended = True
+            return None
+        self.counters.events += frame.header.event_count
+        self.counters.frames += 1
+        self.counters.bytes += len(frame.payload)
+        return frame
+
+
+class Session:
+    """A transfer (or a bare buffer) being read. `open`, `dial`, then `conclude` at the end and `close` in any case."""
+
+    def __init__(self, client: AsyncClient, source: Source, *, prefetch: int, transfer_id: str = "") -> None:
+        self._client = client
+        self._source = parse_source(source)
+        self._prefetch = prefetch
+        self._transfer_id = transfer_id or new_id()
+        self._readers: list[Reader] = []
+        self._changed = asyncio.Condition()
+        self._left = asyncio.Event()
+        self._following: asyncio.Task[None] | None = None
+        self._create: asyncio.Task[Transfer] | None = None
+        self._watch_error: BeamwireError | None = None
+        self.transfer: Transfer | None = None
+        self.concluded = False
+        self._closing = False
+
+    @property
+    def counters(self) -> Counters:
+        """What all readers together have read."""
+        counts = [reader.counters for reader in self._readers]
+        return Counters(
+            sum(count.events for count in counts),
+            sum(count.frames for count in counts),
+            sum(count.bytes for count in counts),
+        )
+
+    @property
+    def header(self) -> StreamHeader | None:
+        """What the stream says that it is, once a frame has come."""
+        headers = (reader.consumer.stream for reader in self._readers)
+        return next((header for header in headers if header is not None), None)
+
+    @property
+    def receipt(self) -> Receipt | None:
+        """The account, once the transfer has ended."""
+        return self.transfer.receipt if self.transfer is not None and self.transfer.HasField("receipt") else None
+
+    @property
+    def exhausted(self) -> bool:
+        """True if every reader has seen the end of the stream."""
+        return bool(self._readers) and all(reader.ended for reader in self._readers)
+
+    async def open(self) -> None:
+        """Create or find the transfer, and wait until it can be dialled or has ended. Raises BeamwireError."""
+        if isinstance(self._source, ConnectString):
+            return
+        self._following = asyncio.create_task(self._follow_source(), name="beamwire transfer")
+        await self._until(lambda transfer: bool(transfer.connect_string) or has_ended(transfer))
+
+    async def dial(self, connections: int) -> Reader | None:
+        """Connect to the cache; None if the transfer succeeded before. Raises BeamwireError with the true cause."""
+        connect = self._source
+        if not isinstance(connect, ConnectString):
+            transfer = await self._until(lambda transfer: bool(transfer.connect_string) or has_ended(transfer))
+            if has_ended(transfer):
+                await self.conclude(None)
+                return None
+            connect = ConnectString.parse(transfer.connect_string)
+        try:
+            consumer = await asyncio.to_thread(self._consumer, connect, connections)
+        except BeamwireError as error:
+            await self.conclude(error)
+            return None
+        reader = Reader(consumer, connections)
+        self._readers.append(reader)
+        return reader
+
+    async def conclude(self, error: BeamwireError | None) -> None:
+        """Find out how it ended, from the end or the failure that a reader saw; wait for the receipt.
+
+        Raises BeamwireError: the transfer's own error if it did not succeed, otherwise what the reader saw;
+        RECEIPT_UNBALANCED if this was the only consumer and read another number of events than the receipt says.
+        """
+        if self.concluded and error is None:
+            return
+        if error is not None and (self._closing or error.reason not in _SYMPTOMS):
+            raise error
+        transfer = await self._outcome(_patience(error))
+        if transfer is None:
+            if error is not None:
+                raise error
+            self.concluded = True
+            return
+        self.concluded = True
+        if transfer.state != Transfer.STATE_SUCCEEDED:
+            raise failure_of(transfer) from error
+        if error is not None and (self.header is not None or self.counters.frames):
+            raise error
+        self._check_count(transfer.receipt)
+
+    async def close(self, cause: BaseException | None = None) -> None:
+        """Let go of everything; cancel the transfer if it was created here and has not ended."""
+        if cause is None and self.exhausted:
+            await self.conclude(None)
+        self._closing = True
+        for reader in self._readers:
+            await asyncio.to_thread(reader.consumer.close)
+        try:
+            if self._create is not None and not self._has_ended():
+                await self._cancel(self._create)
+        except BeamwireError as error:
+            # The failure that made the caller leave matters more than that of tidying up.
+            if cause is None:
+                raise
+            cause.add_note(f"the transfer could not be cancelled: {error.message}")
+        finally:
+            self._left.set()
+            if self._following is not None:
+                self._following.cancel()
+                await asyncio.wait([self._following])
+
+    def _consumer(self, connect: ConnectString, connections: int) -> Consumer:
+        credentials = self._client.credentials if connect.transport != "tcp" else None
+        return Consumer(connect, credentials, connections=connections, prefetch=self._prefetch)
+
+    async def _follow_source(self) -> None:
+        """Create the transfer if it is a request, and keep `transfer` up to date: all inside one span."""
+        with telemetry.span(telemetry.SPAN_CLIENT_TRANSFER):
+            try:
+                if isinstance(self._source, ParsedRequest):
+                    # Shielded: whoever leaves now must know whether there is something to cancel.
+                    self._create = asyncio.create_task(
+                        self._client.create_transfer(self._source, transfer_id=self._transfer_id)
+                    )
+                    await self._update(await asyncio.shield(self._create))
+                await self._follow(self._name())
+            except BeamwireError as error:
+                await self._fail(error)
+            # The span lasts until the stream was left, not only until the service was done.
+            await self._left.wait()
+
+    async def _follow(self, name: str) -> None:
+        async for transfer in self._client.watch_transfer(name):
+            await self._update(transfer)
+
+    def _name(self) -> str:
+        if self.transfer is not None:
+            return self.transfer.name
+        if isinstance(self._source, str):
+            return self._source
+        return self.header.transfer if self.header is not None else ""
+
+    async def _update(self, transfer: Transfer) -> None:
+        async with self._changed:
+            self.transfer = transfer
+            self._changed.notify_all()
+
+    async def _fail(self, error: BeamwireError) -> None:
+        async with self._changed:
+            self._watch_error = error
+            self._changed.notify_all()
+
+    async def _until(self, ready: Callable[[Transfer], bool]) -> Transfer:
+        """Wait until the transfer is as wanted; raises the BeamwireError that stops us from seeing it."""
+        async with self._changed:
+            while self.transfer is None or not ready(self.transfer):
+                if self._watch_error is not None:
+                    raise self._watch_error
+                await self._changed.wait()
+            return self.transfer
+
+    async def _outcome(self, seconds: float | None) -> Transfer | None:
+        """Return the transfer in its terminal state; None if there is none, or it cannot be seen in time."""
+        try:
+            async with asyncio.timeout(seconds):
+                if self._following is None:
+                    if not self._name():
+                        return None
+                    await self._follow(self._name())
+                return await self._until(has_ended)
+        except TimeoutError:
+            return None
+        except BeamwireError as error:
+            # A consumer by connect string need not be the transfer's owner, and then has only what the stream says.
+            if seconds is not None or (isinstance(self._source, ConnectString) and error.reason in _NOT_OURS):
+                _log.info("the end of the transfer cannot be read: %s", error)
+                return None
+            raise
+
+    def _check_count(self, receipt: Receipt) -> None:
+        connections = sum(reader.connections for reader in self._readers)
+        others = len(receipt.consumers) > connections
+        if not others and self.counters.events != receipt.delivered_event_count:
+            raise BeamwireError(
+                Reason.RECEIPT_UNBALANCED,
+                f"this program, the only consumer, read {self.counters.events} events, but the receipt says that "
+                f"{receipt.delivered_event_count} were delivered",
+            )
+
+    def _has_ended(self) -> bool:
+        return self.transfer is not None and has_ended(self.transfer)
+
+    async def _cancel(self, create: asyncio.Task[Transfer]) -> None:
+        await asyncio.wait([create], timeout=_CANCEL_SECONDS)
+        if not create.done() or create.cancelled() or create.exception() is not None:
+            create.cancel()
+            return
+        await self._update(await self._client.cancel_transfer(create.result().name))
+
+
+def _patience(error: BeamwireError | None) -> float | None:
+    if error is None:
+        return None
+    return _REFUSAL_SECONDS if error.reason is Reason.ROLE_NOT_ALLOWED else _EXPLANATION_SECONDS

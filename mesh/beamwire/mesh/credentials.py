@@ -1,0 +1,290 @@
+"""A member's own files: key, chain and bundle in one directory, and the TLS settings made of them."""
+
+from __future__ import annotations
+
+import _ssl
+import logging
+import os
+import shutil
+import ssl
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+import grpc
+from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity import Clock, SpiffeId, Verifier, spiffe_id_of, utcnow
+
+KEY_FILE: Final = "key.pem"
+CHAIN_FILE: Final = "chain.pem"
+BUNDLE_FILE: Final = "bundle.pem"
+PRIVATE: Final = 0o600
+PUBLIC: Final = 0o644
+_PENDING: Final = "pending"
+
+_log = logging.getLogger(__name__)
+
+
+def write_file(path: Path, data: bytes, mode: int) -> None:
+    """Create a file that has its mode from the first moment and is on disk when this returns."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        os.fchmod(descriptor, mode)
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
+
+
+def key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A private key as unencrypted PKCS#8 PEM."""
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """The key in a PEM file; BeamwireError CERTIFICATE_INVALID if there is none that can be used."""
+    try:
+        return _parse_key(path.read_bytes())
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise BeamwireError(Reason.CERTIFICATE_INVALID, f"{path} cannot be read: {error}") from error
+
+
+def _parse_key(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    key = serialization.load_pem_private_key(pem, password=None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise TypeError("the key is not an elliptic-curve key")
+    return key
+
+
+def new_key_and_csr(identity_hint: str = "") -> tuple[bytes, bytes]:
+    """A new P-256 key and a signing request for it, both PEM. The hint is for people who read the request."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    attributes = [x509.NameAttribute(NameOID.COMMON_NAME, identity_hint[:64])] if identity_hint else []
+    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(attributes)).sign(key, hashes.SHA256())
+    return key_pem(key), csr.public_bytes(serialization.Encoding.PEM)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """One consistent reading of the three files."""
+
+    key_pem: bytes
+    chain_pem: bytes
+    bundle_pem: bytes
+    identity: SpiffeId
+    not_after: datetime
+    verifier: Verifier
+
+    @classmethod
+    def read(cls, directory: Path, clock: Clock) -> _State:
+        _finish_save(directory)
+        try:
+            key, chain, bundle = ((directory / name).read_bytes() for name in (KEY_FILE, CHAIN_FILE, BUNDLE_FILE))
+            leaf = x509.load_pem_x509_certificates(chain)[0]
+            private_key = _parse_key(key)
+            identity = spiffe_id_of(leaf)
+            verifier = Verifier(identity.trust_domain, bundle, clock=clock)
+        except FileNotFoundError as error:
+            raise BeamwireError(
+                Reason.CERTIFICATE_INVALID, f"{error.filename} is missing: there are no credentials; enrol first"
+            ) from error
+        except (OSError, ValueError, TypeError, UnsupportedAlgorithm) as error:
+            raise BeamwireError(
+                Reason.CERTIFICATE_INVALID, f"the credentials in {directory} cannot be read ({error}); enrol again"
+            ) from error
+        if private_key.public_key() != leaf.public_key():
+            raise BeamwireError(
+                Reason.CERTIFICATE_INVALID, f"{directory}: {CHAIN_FILE} does not belong to {KEY_FILE}; enrol again"
+            )
+        return cls(key, chain, bundle, identity, leaf.not_valid_after_utc, verifier)
+
+
+def _finish_save(directory: Path) -> None:
+    """Move what a save has committed into place; also what a save that was interrupted had committed."""
+    pending = directory / _PENDING
+    if not pending.is_dir():
+        return
+    for name in (KEY_FILE, CHAIN_FILE, BUNDLE_FILE):
+        with suppress(FileNotFoundError):
+            (pending / name).replace(directory / name)
+    with suppress(FileNotFoundError):
+        pending.rmdir()
+
+
+class Credentials:
+    """What a member proves its identity with, and whom it believes. Safe to share between threads.
+
+    The files may change at any time (renewal): every new connection is made with what is then on disk, or with the
+    last good state if that cannot be used.
+    """
+
+    def __init__(self, directory: Path, state: _State, *, clock: Clock = utcnow) -> None:
+        self.directory = directory
+        self._state = state
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._stamp = self._read_stamp()
+
+    @classmethod
+    def load(cls, directory: Path, *, clock: Clock = utcnow) -> Credentials:
+        """The credentials in a directory; BeamwireError CERTIFICATE_INVALID says which file is missing or broken."""
+        return cls(directory, _State.read(directory, clock), clock=clock)
+
+    @classmethod
+    def save(
+        cls, directory: Path, key_pem: bytes, chain_pem: bytes, roots_pem: bytes, *, clock: Clock = utcnow
+    ) -> Credentials:
+        """Write the three files so that a crash leaves either the old ones or the new ones, never a mixture."""
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _finish_save(directory)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+        try:
+            write_file(staging / KEY_FILE, key_pem, PRIVATE)
+            write_file(staging / CHAIN_FILE, chain_pem, PUBLIC)
+            write_file(staging / BUNDLE_FILE, roots_pem, PUBLIC)
+            _State.read(staging, clock)
+            staging.rename(directory / _PENDING)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return cls.load(directory, clock=clock)
+
+    @property
+    def identity(self) -> SpiffeId:
+        """Who this member is."""
+        return self._state.identity
+
+    @property
+    def not_after(self) -> datetime:
+        """When the certificate ends."""
+        return self._state.not_after
+
+    @property
+    def verifier(self) -> Verifier:
+        """Decides about the certificates of others."""
+        return self._state.verifier
+
+    @property
+    def chain_pem(self) -> bytes:
+        """The certificate chain as it now is on disk; the same object until it changes."""
+        return self._fresh().chain_pem
+
+    def check(self) -> None:
+        """Raise CERTIFICATE_INVALID or CERTIFICATE_EXPIRED if this member's own facility would refuse it."""
+        chain = x509.load_pem_x509_certificates(self._state.chain_pem)
+        self.verifier.verify(chain[0], chain[1:])
+
+    def reload(self) -> bool:
+        """Read the files again. False, and the last good state stays, if they cannot be used."""
+        stamp = self._read_stamp()
+        try:
+            self._state = _State.read(self.directory, self._clock)
+        except BeamwireError as error:
+            _log.warning("credentials kept as they were: %s", error)
+            return False
+        finally:
+            self._stamp = stamp
+        return True
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """What a gRPC client shows and believes. A channel keeps it for its life."""
+        state = self._fresh()
+        return grpc.ssl_channel_credentials(
+            root_certificates=state.bundle_pem, private_key=state.key_pem, certificate_chain=state.chain_pem
+        )
+
+    def server_credentials(self, *, require_client: bool = True) -> grpc.ServerCredentials:
+        """What a gRPC server shows and believes.
+
+        Every handshake is given a new configuration, made of what is then on disk. If the fetcher returned None or the
+        credentials were static, a client could resume a session after its certificate has ended.
+        """
+        return grpc.dynamic_ssl_server_credentials(
+            self._server_configuration(),
+            self._server_configuration,
+            require_client_authentication=require_client,
+        )
+
+    def _server_configuration(self) -> grpc.ServerCertificateConfiguration:
+        state = self._fresh()
+        return grpc.ssl_server_certificate_configuration(
+            [(state.key_pem, state.chain_pem)], root_certificates=state.bundle_pem
+        )
+
+    def client_context(self) -> ssl.SSLContext:
+        """TLS settings to dial the data plane with: this member's certificate, the server's name checked."""
+        return self._context(ssl.PROTOCOL_TLS_CLIENT)
+
+    def server_context(self) -> ssl.SSLContext:
+        """TLS settings to listen with on the data plane: a client certificate is required, no session is resumed."""
+        context = self._context(ssl.PROTOCOL_TLS_SERVER)
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.num_tickets = 0
+        context.options |= ssl.OP_NO_TICKET
+        return context
+
+    def _context(self, protocol: ssl._SSLMethod) -> ssl.SSLContext:
+        state = self._fresh()
+        context = ssl.SSLContext(protocol)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_verify_locations(cadata=state.bundle_pem.decode())
+        with _memory_file(state.key_pem + state.chain_pem) as path:
+            context.load_cert_chain(path)
+        return context
+
+    def peer_identity(self, connection: ssl.SSLSocket | ssl.SSLObject) -> SpiffeId:
+        """Who is at the other end of a TLS connection; BeamwireError CERTIFICATE_INVALID or _EXPIRED if it fails."""
+        chain = [x509.load_der_x509_certificate(der) for der in _peer_chain(connection)]
+        if not chain:
+            raise BeamwireError(
+                Reason.CERTIFICATE_INVALID, "the peer showed no certificate", metadata={"check": "chain"}
+            )
+        return self.verifier.verify(chain[0], chain[1:])
+
+    def _fresh(self) -> _State:
+        with self._lock:
+            if self._read_stamp() != self._stamp:
+                self.reload()
+            return self._state
+
+    def _read_stamp(self) -> tuple[tuple[int, int], ...]:
+        stamps = []
+        for name in (KEY_FILE, CHAIN_FILE, BUNDLE_FILE):
+            try:
+                status = (self.directory / name).stat()
+            except OSError:
+                stamps.append((0, 0))
+            else:
+                stamps.append((status.st_mtime_ns, status.st_ino))
+        return tuple(stamps)
+
+
+def _peer_chain(connection: ssl.SSLSocket | ssl.SSLObject) -> list[bytes]:
+    if sys.version_info >= (3, 13):
+        return connection.get_unverified_chain()
+    # Before 3.13 the chain that the peer sent is only known to the object underneath.
+    inner = connection._sslobj  # type: ignore[union-attr]
+    return [certificate.public_bytes(_ssl.ENCODING_DER) for certificate in inner.get_unverified_chain() or ()]
+
+
+@contextmanager
+def _memory_file(data: bytes) -> Iterator[str]:
+    # OpenSSL's Python face reads certificates from files only, and the files on disk may not be the last good state.
+    descriptor = os.memfd_create("credentials", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, data)
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,105 @@
+"""Becoming a member: the join token, and its exchange for credentials."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+
+from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
+from beamwire.mesh.credentials import PUBLIC, Credentials, new_key_and_csr, write_file
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity import Verifier
+from beamwire.mesh.rpc.status import error_from_rpc
+
+MEMBER_FILE: Final = "member.json"
+_PREFIX: Final = "bwj1"
+
+
+def _encode(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _decode(text: str) -> bytes:
+    return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinToken:
+    """A one-time right to enrol, as one word to hand over.
+
+    `enroll_address` is where to enrol and `address` where to call afterwards, both `host:port`; `root_der` is the root
+    certificate that the enrolment listener must lead to.
+    """
+
+    trust_domain: str
+    enroll_address: str
+    address: str
+    root_der: bytes
+    secret: str = field(repr=False)
+
+    def encode(self) -> str:
+        """The token as one word."""
+        texts = (self.trust_domain, self.enroll_address, self.address, self.secret)
+        return ".".join([_PREFIX, *(_encode(text.encode()) for text in texts), _encode(self.root_der)])
+
+    @classmethod
+    def parse(cls, text: str) -> JoinToken:
+        """The token that a word spells; BeamwireError INVALID_JOIN_TOKEN if it was cut or is none."""
+        prefix, *parts = text.strip().split(".")
+        if prefix != _PREFIX or len(parts) != 5:
+            raise BeamwireError(Reason.INVALID_JOIN_TOKEN, f"a join token begins with {_PREFIX}. and has six parts")
+        try:
+            *encoded, root_der = (_decode(part) for part in parts)
+            trust_domain, enroll_address, address, secret = (part.decode() for part in encoded)
+            x509.load_der_x509_certificate(root_der)
+        except (binascii.Error, ValueError):
+            raise BeamwireError(Reason.INVALID_JOIN_TOKEN, "the join token is damaged; was it copied whole?") from None
+        return cls(trust_domain, enroll_address, address, root_der, secret)
+
+    @property
+    def roots_pem(self) -> bytes:
+        """The root certificate as PEM."""
+        return x509.load_der_x509_certificate(self.root_der).public_bytes(serialization.Encoding.PEM)
+
+
+def enroll(token: JoinToken, directory: Path, *, timeout: float = 30) -> Credentials:
+    """Exchange a join token for credentials, and save them with `member.json` in a directory.
+
+    The key is made here and never leaves. The listener is believed only if it leads to the root in the token. Raises
+    BeamwireError: INVALID_JOIN_TOKEN if the token is spent or expired, CERTIFICATE_INVALID if the listener is another,
+    SERVICE_UNAVAILABLE or TIMED_OUT (after `timeout` seconds) if it cannot be reached.
+    """
+    key_pem, csr_pem = new_key_and_csr()
+    request = certificate_service_pb2.EnrollMemberRequest(
+        secret=token.secret, csr_pem=csr_pem.decode(), request_id=str(uuid.uuid4())
+    )
+    with grpc.secure_channel(
+        token.enroll_address, grpc.ssl_channel_credentials(root_certificates=token.roots_pem)
+    ) as channel:
+        stub = certificate_service_pb2_grpc.CertificateServiceStub(channel)
+        try:
+            certificate = stub.EnrollMember(request, timeout=timeout)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error, address=token.enroll_address) from error
+    chain_pem = certificate.chain_pem.encode()
+    chain = x509.load_pem_x509_certificates(chain_pem)
+    Verifier(token.trust_domain, token.roots_pem).verify(chain[0], chain[1:])
+    credentials = Credentials.save(directory, key_pem, chain_pem, token.roots_pem)
+    _save_member(token, directory)
+    return credentials
+
+
+def _save_member(token: JoinToken, directory: Path) -> None:
+    member = {"trust_domain": token.trust_domain, "address": token.address, "enroll_address": token.enroll_address}
+    staging = directory / f".{MEMBER_FILE}-{uuid.uuid4().hex}"
+    write_file(staging, (json.dumps(member, indent=2) + "\n").encode(), PUBLIC)
+    staging.replace(directory / MEMBER_FILE)

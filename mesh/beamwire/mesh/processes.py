@@ -1,0 +1,226 @@
+"""Programs that a service starts: they outlive it, are found again by it, and end with everything that they started.
+
+Each runs below a shim (see `beamwire.mesh.shim`) in a directory of its own, which holds all that is known of it:
+`spec.json`, `process.json`, `exit.json`, `stdin`, `stdout`, `stderr` and the shim's own `shim.log`.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from beamwire.mesh import shim
+from beamwire.mesh.errors import BeamwireError, Reason
+
+KILL_MARGIN = 5.0
+"""Seconds a shim has, beyond the grace time, to kill and reap what is left before it is killed itself."""
+
+_spawned: dict[int, subprocess.Popen[bytes]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a program ended. `exit_code` is 128 + `signal` if a signal ended it; 126 or 127 with `error` if it could
+    not be started at all."""
+
+    exit_code: int
+    signal: int | None
+    error: str = ""
+
+
+class Process:
+    """One program, running or ended, known by its directory. Any process of the same user may hold one."""
+
+    def __init__(self, directory: Path, document: Mapping[str, Any]) -> None:
+        self.directory = directory
+        self._shim_pid = int(document["shim_pid"])
+        self._shim_start = int(document["shim_start"])
+        self._this_boot = document["boot_id"] == shim.boot_id()
+
+    @classmethod
+    def attach(cls, directory: Path) -> "Process | None":
+        """The program that was launched in `directory`, in this life of the service or an earlier one.
+
+        None if none was ever started there. One that has ended is attached too: `wait` tells how it ended.
+        """
+        document = _read(directory / "process.json")
+        return None if document is None else cls(directory, document)
+
+    @property
+    def pid(self) -> int:
+        """The program's process id; 0 if it never started. It may have ended since."""
+        return int((_read(self.directory / "process.json") or {}).get("pid", 0))
+
+    def alive(self) -> bool:
+        """Whether the program or anything that it started may still run."""
+        return self._this_boot and shim.start_time(self._shim_pid) == self._shim_start
+
+    async def wait(self) -> Exit:
+        """Waits until the program and everything it started has ended, whoever started it."""
+        with self._pidfd() as fd:
+            if fd is not None:
+                await _readable(fd)
+        self._reap()
+        document = _read(self.directory / "exit.json")
+        if document is not None:
+            return Exit(int(document["exit_code"]), document["signal"], str(document["error"]))
+        await self._sweep()
+        return Exit(128 + signal.SIGKILL, signal.SIGKILL)
+
+    async def terminate(self) -> Exit:
+        """Ends the program: SIGTERM to its group, SIGKILL to all that is left after the grace time. Nothing escapes."""
+        with self._pidfd() as fd:
+            if fd is not None:
+                signal.pidfd_send_signal(fd, signal.SIGTERM)
+                try:
+                    async with asyncio.timeout(self._grace() + KILL_MARGIN):
+                        await _readable(fd)
+                except TimeoutError:
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+        return await self.wait()
+
+    def _grace(self) -> float:
+        return float((_read(self.directory / "spec.json") or {"grace": 0})["grace"])
+
+    @contextmanager
+    def _pidfd(self) -> Iterator[int | None]:
+        """A descriptor of the shim; None if it has ended, even if its process id names another process now."""
+        try:
+            fd = os.pidfd_open(self._shim_pid)
+        except ProcessLookupError:
+            yield None
+            return
+        try:
+            # Only a process that had this start time after its descriptor was taken is certainly the one behind it.
+            yield fd if self.alive() else None
+        finally:
+            os.close(fd)
+
+    def _reap(self) -> None:
+        popen = _spawned.get(self._shim_pid)
+        if popen is not None and popen.poll() is not None:
+            _spawned.pop(self._shim_pid, None)
+
+    async def _sweep(self) -> None:
+        """Kills what a shim that was itself killed has left in its session."""
+        stray = shim.stat(self._shim_pid)
+        if not self._this_boot or (stray is not None and int(stray[19]) != self._shim_start):
+            return
+        for pid in _session(self._shim_pid):
+            with contextlib.suppress(ProcessLookupError):
+                fd = os.pidfd_open(pid)
+                try:
+                    if pid in _session(self._shim_pid):
+                        signal.pidfd_send_signal(fd, signal.SIGKILL)
+                        await _readable(fd)
+                finally:
+                    os.close(fd)
+
+
+async def launch(
+    argv: Sequence[str],
+    *,
+    directory: Path,
+    env: Mapping[str, str],
+    cwd: Path | None = None,
+    stdin: bytes | None = None,
+    grace: float = 5.0,
+) -> Process:
+    """Starts a program in a session of its own, with exactly the environment `env`.
+
+    `directory` is its own: made if need be, mode 0700. `cwd` defaults to it. What the program prints is appended to
+    `stdout` and `stderr` there. A directory runs one program ever: launching there again attaches to that one, so a
+    launch that may or may not have happened can be repeated. A program that cannot be started is a Process too, whose
+    `wait` says why. LAUNCH_FAILED if the machinery itself fails.
+    """
+    spec = {
+        "argv": list(argv),
+        "env": dict(env),
+        "cwd": str(cwd or directory),
+        "stdin": os.devnull if stdin is None else "stdin",
+        "grace": grace,
+    }
+    # A thread goes on although its caller is cancelled: no program may be half launched.
+    return await asyncio.to_thread(_launch, directory, spec, stdin)
+
+
+def _launch(directory: Path, spec: dict[str, Any], stdin: bytes | None) -> Process:
+    directory = directory.absolute()
+    known = Process.attach(directory)
+    if known is not None:
+        return known
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if stdin is not None:
+        _write_private(directory / "stdin", stdin)
+    shim.write_json(directory / "spec.json", spec | {"cwd": str(Path(spec["cwd"]).absolute())})
+    said = _spawn(directory)
+    process = Process.attach(directory)
+    if process is None or said not in ("started", "failed", "taken"):
+        raise BeamwireError(
+            Reason.LAUNCH_FAILED,
+            f"the shim for {spec['argv'][0]} did not start; {directory / 'shim.log'} says why",
+            metadata={"directory": str(directory)},
+        )
+    return process
+
+
+def _spawn(directory: Path) -> str:
+    for pid in [pid for pid, popen in list(_spawned.items()) if popen.poll() is not None]:
+        _spawned.pop(pid, None)
+    with os.fdopen(os.open(directory / "shim.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), "wb") as log:
+        popen = subprocess.Popen(
+            [sys.executable, "-S", "-E", shim.__file__, str(directory / "spec.json")],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+        )
+    assert popen.stdout is not None
+    with popen.stdout as stream:
+        said = stream.readline().decode().strip()
+    if said == "started":
+        _spawned[popen.pid] = popen
+    else:
+        popen.wait()
+    return said
+
+
+def _session(leader: int) -> list[int]:
+    members = []
+    for pid in shim.process_ids():
+        fields = shim.stat(pid)
+        if fields is not None and int(fields[3]) == leader and fields[0] not in "ZX":
+            members.append(pid)
+    return members
+
+
+async def _readable(fd: int) -> None:
+    """A pidfd can be read once its process has ended."""
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+    loop.add_reader(fd, lambda: None if ended.done() else ended.set_result(None))
+    try:
+        await ended
+    finally:
+        loop.remove_reader(fd)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        document: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    return document
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)

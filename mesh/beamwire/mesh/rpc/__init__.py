@@ -1,0 +1,1 @@
+"""Calls between members: servers and channels over mutual TLS, and the one chain that every call passes."""

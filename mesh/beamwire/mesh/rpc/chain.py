@@ -1,0 +1,183 @@
+"""The one chain that every call passes at the server: telemetry, errors, access, fields, idempotency."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+import grpc
+from google.protobuf import message_factory
+from google.protobuf.message import Message
+from opentelemetry.trace import SpanKind
+
+from beamwire.mesh import telemetry
+from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.rpc import access, fields
+from beamwire.mesh.rpc.status import CODES, DETAILS_KEY, to_status
+
+if TYPE_CHECKING:  # its database stays out of programs that only call
+    from beamwire.mesh.idempotency import Idempotency
+
+_log = logging.getLogger(__name__)
+
+# grpcio is generic in its stubs only.
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+# grpcio types the handlers of its two servers alike, so the kind of context is lost.
+UnaryHandler = Callable[[Any, Any], Awaitable[Any]]
+StreamHandler = Callable[[Any, Any], Any]
+
+
+class Chain(grpc.aio.ServerInterceptor):
+    """Wraps the handler of each method once, in everything that happens around a call.
+
+    `anonymous` is the enrolment listener: callers show no certificate, and reach only the methods that allow that.
+    """
+
+    def __init__(
+        self, credentials: Credentials, idempotency: Mapping[str, Idempotency], *, anonymous: bool = False
+    ) -> None:
+        self._credentials = credentials
+        self._idempotency = idempotency
+        self._anonymous = anonymous
+        self._wrapped: dict[str, Handler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        """The wrapped handler of a method; None, which gRPC answers with UNIMPLEMENTED, if it has none."""
+        method = handler_call_details.method
+        known = self._wrapped.get(method)
+        if known is None:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None
+            known = self._wrapped[method] = self._wrap(method, handler)
+        return known
+
+    def _wrap(self, method: str, handler: Handler) -> Handler:
+        codec = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.unary_unary:
+            return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary), **codec)
+        if handler.unary_stream:
+            return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream), **codec)
+        if handler.stream_stream:
+            return grpc.stream_stream_rpc_method_handler(self._stream(method, handler.stream_stream), **codec)
+        raise TypeError(f"{method}: no service of ours takes a stream and answers once")
+
+    def _unary(self, method: str, handler: UnaryHandler) -> UnaryHandler:
+        handler = self._idempotent(method, handler)
+
+        async def call(request: Message, context: Context) -> Any:
+            with _span(method, context):
+                try:
+                    self._admit(method, context)
+                    fields.apply(request)
+                    return await handler(request, context)
+                except Exception as error:
+                    failure = error
+                return await _abort(method, context, failure)
+
+        return call
+
+    def _stream(self, method: str, handler: StreamHandler) -> StreamHandler:
+        async def answers(request: Message | AsyncIterator[Message], context: Context) -> AsyncIterator[Message]:
+            with _span(method, context):
+                try:
+                    self._admit(method, context)
+                    if isinstance(request, Message):
+                        fields.apply(request)
+                    async for answer in handler(request, context):
+                        yield answer
+                except Exception as error:
+                    failure = error
+                else:
+                    return
+                await _abort(method, context, failure)
+
+        async def writes(request: Message, context: Context) -> None:
+            # The health service of grpcio writes to the context itself.
+            with _span(method, context):
+                try:
+                    self._admit(method, context)
+                    await handler(request, context)
+                except Exception as error:
+                    failure = error
+                else:
+                    return
+                await _abort(method, context, failure)
+
+        return answers if inspect.isasyncgenfunction(handler) else writes
+
+    def _admit(self, method: str, context: Context) -> None:
+        if self._anonymous:
+            caller = access.ANONYMOUS
+        else:
+            caller = access.identify(context.auth_context(), self._credentials.verifier)
+        access.admit(method, caller)
+
+    def _idempotent(self, method: str, handler: UnaryHandler) -> UnaryHandler:
+        descriptor = access.find_method(method)
+        if descriptor is None or "request_id" not in descriptor.input_type.fields_by_name:
+            return handler
+        store = self._idempotency.get(descriptor.containing_service.full_name)
+        response_class = message_factory.GetMessageClass(descriptor.output_type)
+
+        async def call(request: Any, context: Context) -> Any:
+            if not request.request_id:
+                return await handler(request, context)
+            _check_uuid(request.request_id)
+            # A rehearsal changes nothing, so it must not use up the id of the call it rehearses.
+            if store is None or getattr(request, "validate_only", False):
+                return await handler(request, context)
+
+            async def action() -> bytes:
+                response: Message = await handler(request, context)
+                return response.SerializeToString()
+
+            body = request.SerializeToString(deterministic=True)
+            answer = await store.run(str(access.current_caller()), method, request.request_id, body, action)
+            return response_class.FromString(answer)
+
+        return call
+
+
+def _check_uuid(request_id: str) -> None:
+    try:
+        canonical = str(uuid.UUID(request_id))
+    except ValueError:
+        canonical = ""
+    if canonical != request_id.lower():
+        raise invalid_field("request_id", f"must be a UUID such as {uuid.uuid4()}")
+
+
+def _span(method: str, context: Context) -> Any:
+    parent = next(
+        (v for k, v in context.invocation_metadata() or () if k == "traceparent" and isinstance(v, str)), None
+    )
+    return telemetry.span(method.removeprefix("/"), parent=parent, kind=SpanKind.SERVER)
+
+
+async def _abort(method: str, context: Context, error: Exception) -> NoReturn:
+    """End a call with an error, the details of a fault of ours in the log only."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, BeamwireError):
+        _log.error("%s failed", method, exc_info=error)
+        trace = telemetry.trace_id_of(telemetry.current_traceparent())
+        error = BeamwireError(
+            Reason.INTERNAL,
+            "the service has a fault; its log says more under the trace in the metadata",
+            metadata={"trace_id": trace},
+        )
+    status = to_status(error)
+    await context.abort(CODES[error.reason], status.message, ((DETAILS_KEY, status.SerializeToString()),))

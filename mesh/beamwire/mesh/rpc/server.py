@@ -1,0 +1,110 @@
+"""A gRPC server of a member: mutual TLS, the chain, health and reflection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
+from grpc_reflection.v1alpha import reflection
+
+from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.rpc.chain import Chain
+from beamwire.mesh.rpc.channel import MAX_MESSAGE_BYTES
+
+if TYPE_CHECKING:  # its database stays out of programs that only call
+    from beamwire.mesh.idempotency import Idempotency
+
+_OPTIONS: Final = (
+    # Two processes on one port would share the calls between them, silently.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Live connections keep the certificates that they began with; this makes them new ones.
+    ("grpc.max_connection_age_ms", 10 * 60 * 1000),
+    # Our channels ping every 5 s, which gRPC would answer with "too many pings".
+    ("grpc.http2.min_ping_interval_without_data_ms", 4_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # A client whose host is gone must not hold its streams for ever.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A service to serve: its full name, the generated function that adds it, and what answers."""
+
+    full_name: str
+    add: Callable[[Any, grpc.aio.Server], None]
+    servicer: object
+
+
+class Server:
+    """Serves services at one address (`host:port`, port 0 for any).
+
+    `anonymous` makes it an enrolment listener: no client certificate is asked for, only the methods that allow that are
+    served, and neither health nor reflection.
+    """
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        *,
+        address: str = "127.0.0.1:0",
+        services: Sequence[Service],
+        idempotency: Mapping[str, Idempotency] | None = None,
+        anonymous: bool = False,
+    ) -> None:
+        self._credentials = credentials
+        self._address = address
+        self._services = services
+        self._idempotency = dict(idempotency or {})
+        self._anonymous = anonymous
+        self._server: grpc.aio.Server | None = None
+        self._health = health_aio.HealthServicer()
+
+    async def start(self) -> int:
+        """Listen and serve; the port. BeamwireError LAUNCH_FAILED if the address cannot be had."""
+        chain = Chain(self._credentials, self._idempotency, anonymous=self._anonymous)
+        server = grpc.aio.server(interceptors=[chain], options=_OPTIONS)
+        for service in self._services:
+            service.add(service.servicer, server)
+        if not self._anonymous:
+            await self._add_health_and_reflection(server)
+        port = self._listen(server)
+        await server.start()
+        self._server = server
+        return port
+
+    def _listen(self, server: grpc.aio.Server) -> int:
+        security = self._credentials.server_credentials(require_client=not self._anonymous)
+        try:
+            return server.add_secure_port(self._address, security)
+        except RuntimeError as error:
+            raise BeamwireError(
+                Reason.LAUNCH_FAILED,
+                f"cannot listen at {self._address}: it is in use or not an address of this host; "
+                "stop what holds it or choose another",
+                metadata={"address": self._address},
+            ) from error
+
+    async def _add_health_and_reflection(self, server: grpc.aio.Server) -> None:
+        names = [service.full_name for service in self._services]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection([*names, health_name, reflection.SERVICE_NAME], server)
+        for name in ["", *names]:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace: float = 5.0) -> None:
+        """Take no more calls, give those that run some seconds, then end."""
+        if self._server is None:
+            return
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace)
+        self._server = None

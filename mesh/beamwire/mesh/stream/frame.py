@@ -1,0 +1,200 @@
+"""The frame: what its bytes mean, and how they are read without a copy. docs/frame.md describes every byte."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from crc32c import crc32c
+from google.protobuf.message import DecodeError
+
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.stream.v1.frame_pb2 import (
+    CODEC_UNSPECIFIED,
+    FRAME_KIND_DATA,
+    FRAME_KIND_END,
+    FRAME_KIND_HEADER,
+    FRAME_KIND_MARK,
+    Array,
+    FrameHeader,
+)
+
+AnyArray = npt.NDArray[Any]
+
+MAGIC: Final = b"BWFR"
+VERSION: Final = 1
+ALIGNMENT: Final = 64
+# Magic, version, flags (0), length of the header, CRC-32C of the header.
+PREFIX: Final = struct.Struct("<4sHHII")
+MAX_DIMENSIONS: Final = 32
+
+_DTYPE: Final = re.compile(r"\|b1|\|[iu]1|<[iu][248]|<f[248]|<c(8|16)|\|S[1-9][0-9]{0,8}|<U[1-9][0-9]{0,7}")
+_MAX_BYTES: Final = 2**62
+_MAX_CODE_POINT: Final = 0x10FFFF
+_KINDS: Final = frozenset({FRAME_KIND_HEADER, FRAME_KIND_DATA, FRAME_KIND_END, FRAME_KIND_MARK})
+
+
+class Ragged(NamedTuple):
+    """Rows of different length as a CSR matrix has them: event `i` is `values[row_offsets[i]:row_offsets[i + 1]]`.
+
+    `values` has shape (M, …), `row_offsets` int64 of shape (events + 1,), from 0 to M.
+    """
+
+    values: AnyArray
+    row_offsets: npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A frame that was read. The arrays and the payload are views of the received bytes and keep them alive.
+
+    `arrays` holds each array of the frame by name, the row offsets of ragged ones included.
+    """
+
+    header: FrameHeader
+    payload: memoryview
+    arrays: Mapping[str, AnyArray]
+
+    @property
+    def event_ids(self) -> npt.NDArray[np.uint64]:
+        """The ids of the events, uint64 of shape (events,)."""
+        return np.array(self.header.event_ids, dtype=np.uint64)
+
+    def ragged(self, name: str) -> Ragged:
+        """The ragged array of a name; KeyError if the frame has none of it."""
+        for array in self.header.arrays:
+            if array.name == name and array.row_offsets:
+                return Ragged(self.arrays[name], self.arrays[array.row_offsets])
+        raise KeyError(name)
+
+
+def align(position: int) -> int:
+    """The next multiple of 64."""
+    return (position + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+
+
+def corrupt(why: str) -> BeamwireError:
+    """A FRAME_CORRUPT error."""
+    return BeamwireError(Reason.FRAME_CORRUPT, f"the frame is corrupt: {why}")
+
+
+def is_array_type(dtype: str) -> bool:
+    """Whether arrays of this element type, in numpy's spelling, may travel."""
+    return _DTYPE.fullmatch(dtype) is not None
+
+
+def parse_header(message: memoryview) -> tuple[FrameHeader, int]:
+    """The header of a frame and where its payload begins; the payload is not looked at.
+
+    BeamwireError FRAME_CORRUPT if the message is no frame.
+    """
+    if len(message) < PREFIX.size:
+        raise corrupt(f"it has {len(message)} bytes, less than a prefix")
+    magic, version, flags, length, checksum = PREFIX.unpack_from(message)
+    if magic != MAGIC:
+        raise corrupt("it does not begin with the magic number; the peer sends something else")
+    if version != VERSION or flags:
+        raise corrupt(f"its version is {version} with flags {flags:#x}; this program reads version {VERSION}")
+    start = align(PREFIX.size + length)
+    if start > len(message):
+        raise corrupt(f"its header of {length} bytes does not fit into its {len(message)} bytes")
+    encoded = message[PREFIX.size : PREFIX.size + length]
+    if crc32c(encoded) != checksum:
+        raise corrupt("the checksum of its header is wrong")
+    try:
+        header = FrameHeader.FromString(bytes(encoded))
+    except DecodeError as error:
+        raise corrupt(f"its header cannot be parsed ({error})") from error
+    _check_header(header)
+    return header, start
+
+
+def decode(message: memoryview) -> Frame:
+    """Read a frame without a copy. The message must be aligned to 64 bytes if its arrays shall be.
+
+    BeamwireError FRAME_CORRUPT if anything about it is wrong, its checksum included.
+    """
+    header, start = parse_header(message)
+    return read_payload(header, message[start:])
+
+
+def read_payload(header: FrameHeader, payload: memoryview) -> Frame:
+    """The frame of a header that was parsed and its payload; errors as `decode`."""
+    if crc32c(payload) != header.payload_crc32c:
+        raise corrupt("the checksum of its payload is wrong")
+    if header.media_type:
+        return Frame(header, payload, {})
+    arrays: dict[str, AnyArray] = {}
+    end = 0
+    for array in header.arrays:
+        arrays[array.name] = _view(array, payload, end)
+        end = array.offset + array.size_bytes
+    if end != len(payload):
+        raise corrupt(f"its payload has {len(payload)} bytes, its arrays end at {end}")
+    _check_axes(header, arrays)
+    return Frame(header, payload, arrays)
+
+
+def _check_header(header: FrameHeader) -> None:
+    if header.kind not in _KINDS:
+        raise corrupt(f"its kind is {header.kind}, which this program does not know")
+    if len(header.event_ids) != header.event_count:
+        raise corrupt(f"it has {len(header.event_ids)} event ids for {header.event_count} events")
+    if header.kind != FRAME_KIND_DATA and (header.event_count or header.arrays or header.media_type):
+        raise corrupt("it carries data, and its kind is not DATA")
+    if header.HasField("stream") != (header.kind == FRAME_KIND_HEADER):
+        raise corrupt("exactly the frames of kind HEADER describe the stream")
+    if header.HasField("end") != (header.kind == FRAME_KIND_END):
+        raise corrupt("exactly the frames of kind END say how it ended")
+    if header.media_type and header.arrays:
+        raise corrupt("it has both arrays and a media type")
+    if len({array.name for array in header.arrays}) != len(header.arrays):
+        raise corrupt("two of its arrays have the same name")
+
+
+def _view(array: Array, payload: memoryview, previous_end: int) -> AnyArray:
+    name = array.name
+    if not is_array_type(array.dtype):
+        raise corrupt(f"array {name!r} has the element type {array.dtype[:50]!r}, which is not allowed")
+    if array.codec != CODEC_UNSPECIFIED:
+        raise corrupt(f"array {name!r} has codec {array.codec}, which this program does not know")
+    dtype = np.dtype(array.dtype)
+    shape = tuple(array.shape)
+    # numpy refuses shapes whose axes multiply to too much even if one of them is 0.
+    extent = math.prod(max(axis, 1) for axis in shape) * dtype.itemsize
+    if not 0 < len(shape) <= MAX_DIMENSIONS or extent > _MAX_BYTES:
+        raise corrupt(f"array {name!r} has an impossible shape")
+    if math.prod(shape) * dtype.itemsize != array.size_bytes:
+        raise corrupt(f"array {name!r} has {array.size_bytes} bytes, which is not what its shape and type need")
+    if array.offset % ALIGNMENT or array.offset < previous_end:
+        raise corrupt(f"array {name!r} begins at {array.offset}, which is not aligned or inside the one before")
+    if array.offset + array.size_bytes > len(payload):
+        raise corrupt(f"array {name!r} ends beyond the payload")
+    view: AnyArray = np.ndarray(shape, dtype, buffer=payload, offset=array.offset if array.size_bytes else 0)
+    if dtype.kind == "U" and view.size:
+        points: AnyArray = np.ndarray((array.size_bytes // 4,), "<u4", buffer=payload, offset=array.offset)
+        if points.max() > _MAX_CODE_POINT:
+            raise corrupt(f"array {name!r} holds something that is not text")
+    return view
+
+
+def _check_axes(header: FrameHeader, arrays: Mapping[str, AnyArray]) -> None:
+    companions = {array.row_offsets for array in header.arrays if array.row_offsets}
+    for array in header.arrays:
+        if array.row_offsets:
+            _check_rows(array.name, arrays[array.name], arrays.get(array.row_offsets), header.event_count)
+        elif array.name not in companions and array.shape[0] != header.event_count:
+            raise corrupt(f"array {array.name!r} has {array.shape[0]} rows for {header.event_count} events")
+
+
+def _check_rows(name: str, values: AnyArray, offsets: AnyArray | None, events: int) -> None:
+    if offsets is None or offsets.dtype.str != "<i8" or offsets.shape != (events + 1,):
+        raise corrupt(f"array {name!r} is ragged and has no int64 row offsets for {events} events")
+    if offsets[0] != 0 or offsets[-1] != len(values) or np.any(offsets[1:] < offsets[:-1]):
+        raise corrupt(f"the row offsets of array {name!r} do not divide its {len(values)} values")

@@ -1,0 +1,120 @@
+"""What a service process runs for long: its tasks, their failures, and the signals that end it."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from beamwire.mesh.errors import BeamwireError, Reason
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+OnFailure = Callable[[str, Exception], None]
+
+
+class TaskRunner:
+    """Runs the tasks of one process. Leaving its block cancels all that still run and awaits them.
+
+    The first failure of a task given to `start` cancels the rest and is raised from the block. A task given to
+    `track` belongs to one resource: its failure is logged, told to a callback, and harms nobody else.
+    """
+
+    def __init__(self) -> None:
+        self._group = asyncio.TaskGroup()
+        self._started: set[asyncio.Task[None]] = set()
+        self._tracked: dict[str, asyncio.Task[None]] = {}
+        self._draining = False
+
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._draining = True
+        for task in (*self._started, *self._tracked.values()):
+            task.cancel()
+        try:
+            await self._group.__aexit__(kind, error, trace)
+        except BaseExceptionGroup as group:
+            # The first is the cause; the group had cancelled the others when they failed too.
+            raise group.exceptions[0] from None
+
+    def start(self, name: str, coro_fn: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs `coro_fn()` until it returns; if it fails, everything ends."""
+        task = self._group.create_task(coro_fn(), name=name)
+        self._started.add(task)
+        task.add_done_callback(self._started.discard)
+
+    def track(
+        self, name: str, coro: Coroutine[Any, Any, None], *, on_failure: OnFailure | None = None
+    ) -> asyncio.Task[None]:
+        """Runs a background task for one resource, one at a time for each `name`.
+
+        DRAINING while the process ends; ILLEGAL_STATE if a task of that name runs.
+        """
+        if self._draining or name in self._tracked:
+            coro.close()
+            if self._draining:
+                raise BeamwireError(Reason.DRAINING, f"{name} cannot be started: this process is ending")
+            raise BeamwireError(Reason.ILLEGAL_STATE, f"{name} runs already", metadata={"task": name})
+        task = self._group.create_task(_contained(name, coro, on_failure), name=name)
+        self._tracked[name] = task
+
+        def ended(_: object) -> None:
+            self._tracked.pop(name, None)
+            # A task cancelled before its first step never came to await it.
+            coro.close()
+
+        task.add_done_callback(ended)
+        return task
+
+    def tracked(self) -> list[str]:
+        """The names of the tracked tasks that run."""
+        return list(self._tracked)
+
+    async def cancel(self, name: str) -> None:
+        """Cancels a tracked task and waits for its end; nothing if there is none."""
+        task = self._tracked.get(name)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def run_until_signal(self, drain: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Waits for SIGTERM or SIGINT, then refuses new tracked tasks and awaits `drain()`."""
+        with stop_on_signals() as stop:
+            await stop.wait()
+            self._draining = True
+            if drain is not None:
+                await drain()
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM and SIGINT set, instead of what they did before; that is restored at the end."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+
+
+async def _contained(name: str, coro: Coroutine[Any, Any, None], on_failure: OnFailure | None) -> None:
+    try:
+        await coro
+    except Exception as error:
+        log.exception("task %s failed", name)
+        if on_failure is not None:
+            on_failure(name, error)

@@ -1,0 +1,89 @@
+"""What one watcher of a record is sent, and when: every state in order, counters at a bounded rate."""
+
+import asyncio
+import time
+from collections import deque
+from typing import Generic, Protocol, Self, TypeVar
+
+PUBLISH_INTERVAL = 0.1
+"""Seconds between two versions that are sent only because their counters changed."""
+
+
+class Version(Protocol):
+    """The part of a record that decides what is sent."""
+
+    @property
+    def state(self) -> str:
+        """Where the resource is in its life."""
+        ...
+
+    @property
+    def revision(self) -> int:
+        """Grows with every durable change."""
+        ...
+
+
+V = TypeVar("V", bound=Version)
+
+
+class Watcher(Generic[V]):
+    """What one watch has still to send: one version for each state that was entered, the newest."""
+
+    def __init__(self) -> None:
+        self._pending: deque[V] = deque()
+        self._urgent = asyncio.Event()
+        self._some = asyncio.Event()
+        self._ended = False
+        self._newest = 0
+        self._sent_at = float("-inf")
+
+    def begin(self, current: V) -> None:
+        """Takes the version that was read first, which tells all that was pushed up to its revision."""
+        self._newest = max(self._newest, current.revision)
+        while self._pending and self._pending[0].revision <= current.revision:
+            self._pending.popleft()
+        self._sent()
+
+    def push(self, record: V, *, urgent: bool) -> None:
+        """Adds a newer version; an urgent one makes all that is pending due at once."""
+        if record.revision < self._newest:
+            return
+        self._newest = record.revision
+        if self._pending and self._pending[-1].state == record.state:
+            self._pending.pop()
+        self._pending.append(record)
+        self._some.set()
+        if urgent:
+            self._urgent.set()
+
+    def end(self) -> None:
+        """Ends the iteration once what is pending was sent."""
+        self._ended = True
+        self._some.set()
+        self._urgent.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> V:
+        await self._some.wait()
+        await self._not_too_soon()
+        if not self._pending:
+            raise StopAsyncIteration
+        record = self._pending.popleft()
+        self._sent()
+        return record
+
+    def _sent(self) -> None:
+        self._sent_at = time.monotonic()
+        if not self._pending and not self._ended:
+            self._some.clear()
+            self._urgent.clear()
+
+    async def _not_too_soon(self) -> None:
+        remaining = self._sent_at + PUBLISH_INTERVAL - time.monotonic()
+        if remaining > 0 and not self._urgent.is_set():
+            try:
+                await asyncio.wait_for(self._urgent.wait(), remaining)
+            except TimeoutError:
+                return

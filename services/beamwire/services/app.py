@@ -1,0 +1,231 @@
+"""The composition root: which objects a serving process is made of, in the order in which they need each other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import grpc
+
+from beamwire.buffer.v1 import buffer_service_pb2_grpc
+from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
+from beamwire.job.v1 import job_service_pb2_grpc
+from beamwire.mesh import telemetry
+from beamwire.mesh.authority import Authority
+from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.errors import invalid_field
+from beamwire.mesh.idempotency import Idempotency
+from beamwire.mesh.pages import Pager
+from beamwire.mesh.rpc.channel import connect
+from beamwire.mesh.rpc.convert import to_duration
+from beamwire.mesh.rpc.server import Server, Service
+from beamwire.mesh.store import Database, Store
+from beamwire.mesh.tasks import TaskRunner
+from beamwire.request.v1 import request_service_pb2_grpc
+from beamwire.services.buffer.domain import Buffers, Placement
+from beamwire.services.buffer.model import BufferRecord
+from beamwire.services.buffer.service import BufferService
+from beamwire.services.certificate.domain import CertificateRecord, Lifetimes, Registrar, TokenRecord
+from beamwire.services.certificate.service import CertificateService
+from beamwire.services.config import SERVICE_NAMES, FacilitySettings, Layout, ServiceName
+from beamwire.services.facility import TOGETHER, renew_services
+from beamwire.services.job.backend import LocalBackend
+from beamwire.services.job.domain import Jobs, Surroundings
+from beamwire.services.job.model import JobRecord
+from beamwire.services.job.service import JobService
+from beamwire.services.request.clients import BufferClient, JobClient
+from beamwire.services.request.domain import Limits, Transfers
+from beamwire.services.request.model import TransferRecord
+from beamwire.services.request.preflight import StreamerCheck
+from beamwire.services.request.service import RequestService
+
+log = logging.getLogger(__name__)
+
+TOKEN_TTL = timedelta(minutes=10)
+STOP_GRACE = 5.0
+
+
+@dataclass
+class _Parts:
+    """What the services of one process share while they are being put together."""
+
+    layout: Layout
+    settings: FacilitySettings
+    runner: TaskRunner
+    stack: AsyncExitStack
+    pager: Pager
+    services: list[Service] = field(default_factory=list)
+    idempotency: dict[str, Idempotency] = field(default_factory=dict)
+    resume: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+
+    def credentials(self, name: str) -> Credentials:
+        return Credentials.load(self.layout.member(f"service/{name}"))
+
+    def channel(self, caller: ServiceName, callee: ServiceName) -> grpc.aio.Channel:
+        """Return a channel from one service to another, with the caller's own identity."""
+        channel = connect(self.settings.addresses().of(callee), self.credentials(caller))
+        self.stack.push_async_callback(channel.close)
+        return channel
+
+    async def database(self, name: ServiceName) -> Database:
+        database = await Database.open(self.layout.database(name))
+        self.stack.push_async_callback(database.close)
+        return database
+
+    def add(self, name: str, add: Callable[..., None], servicer: object, database: Database) -> None:
+        full_name = f"beamwire.{name.removesuffix('Service').lower()}.v1.{name}"
+        self.services.append(Service(full_name, add, servicer))
+        self.idempotency[full_name] = Idempotency(database)
+
+
+class Minter:
+    """Mints join tokens for the processes that a service starts."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = certificate_service_pb2_grpc.CertificateServiceStub(channel)
+
+    async def __call__(self, identity: str, server_names: Sequence[str] = ()) -> str:
+        """Return a token for an identity that may serve under some names."""
+        request = certificate_service_pb2.CreateJoinTokenRequest(
+            identity=identity, ttl=to_duration(TOKEN_TTL), server_names=server_names
+        )
+        return (await self._stub.CreateJoinToken(request)).token
+
+
+async def _add_certificate(parts: _Parts) -> None:
+    database = await parts.database("certificate")
+    authority = Authority.load(parts.layout.authority)
+    ledger = Store(database, CertificateRecord)
+    lifetimes = Lifetimes(parts.settings.certificates.by_role())
+    registrar = Registrar(authority, Store(database, TokenRecord), ledger, lifetimes)
+    await renew_services(parts.layout, registrar, parts.settings)
+    service = CertificateService(
+        registrar, ledger, parts.pager, parts.settings.addresses(), parts.settings.enroll_address
+    )
+    add = certificate_service_pb2_grpc.add_CertificateServiceServicer_to_server
+    parts.add("CertificateService", add, service, database)
+
+
+async def _add_buffer(parts: _Parts) -> None:
+    database = await parts.database("buffer")
+    store = Store(database, BufferRecord)
+    data = parts.settings.data
+    placement = Placement(
+        host=data.host,
+        advertise=data.advertise,
+        allow_plain_tcp=data.allow_plain_tcp,
+        capacity_bytes=data.capacity_bytes,
+        trace_dir=_trace_dir(parts),
+        otlp_endpoint=parts.settings.telemetry.otlp_endpoint,
+    )
+    mint = Minter(parts.channel("buffer", "certificate"))
+    buffers = Buffers(store, parts.layout.buffers, parts.settings.trust_domain, placement, mint, parts.runner)
+    service = BufferService(buffers, store, parts.pager)
+    parts.add("BufferService", buffer_service_pb2_grpc.add_BufferServiceServicer_to_server, service, database)
+    parts.resume.append(buffers.resume)
+
+
+async def _add_job(parts: _Parts) -> None:
+    database = await parts.database("job")
+    store = Store(database, JobRecord)
+    surroundings = Surroundings(_trace_dir(parts), parts.settings.telemetry.otlp_endpoint)
+    mint = Minter(parts.channel("job", "certificate"))
+    jobs = Jobs(store, parts.layout.jobs, {"local": LocalBackend()}, mint, parts.runner, surroundings)
+    service = JobService(jobs, store, parts.pager, parts.settings.trust_domain)
+    parts.add("JobService", job_service_pb2_grpc.add_JobServiceServicer_to_server, service, database)
+    parts.resume.append(jobs.resume)
+
+
+async def _add_request(parts: _Parts) -> None:
+    database = await parts.database("request")
+    store = Store(database, TransferRecord)
+    limits = parts.settings.limits
+    transfers = Transfers(
+        store,
+        BufferClient(parts.channel("request", "buffer"), parts.settings.trust_domain),
+        JobClient(parts.channel("request", "job")),
+        StreamerCheck(),
+        parts.runner,
+        Limits(limits.active_transfers, limits.processes, limits.lease),
+    )
+    service = RequestService(transfers, store, parts.pager)
+    parts.add("RequestService", request_service_pb2_grpc.add_RequestServiceServicer_to_server, service, database)
+    parts.resume.append(transfers.resume)
+
+
+def _trace_dir(parts: _Parts) -> str:
+    return "" if parts.settings.telemetry.otlp_endpoint else str(parts.layout.traces)
+
+
+_ADD: dict[ServiceName, Callable[[_Parts], Awaitable[None]]] = {
+    "certificate": _add_certificate,
+    "buffer": _add_buffer,
+    "job": _add_job,
+    "request": _add_request,
+}
+
+
+def listen_address(settings: FacilitySettings, names: Sequence[ServiceName]) -> str:
+    """Return where a process that serves these services listens; INVALID_FIELD if they are configured apart."""
+    addresses = {settings.addresses().of(name) for name in names}
+    if len(addresses) > 1:
+        raise invalid_field("services", f"{', '.join(names)} have different addresses; serve each by itself")
+    return addresses.pop()
+
+
+async def serve(
+    layout: Layout,
+    settings: FacilitySettings,
+    names: Sequence[ServiceName] = SERVICE_NAMES,
+    *,
+    ready: Callable[[str], None] = lambda _address: None,
+) -> None:
+    """Serve some services of a facility until SIGTERM or SIGINT; `ready` is told the address once calls are answered.
+
+    Jobs and caches that run when the process ends go on, and are taken up again by the next that serves.
+
+    Raises:
+        BeamwireError: LAUNCH_FAILED if the address is taken, CERTIFICATE_INVALID if credentials cannot be read.
+    """
+    address = listen_address(settings, names)
+    identity = TOGETHER if len(names) > 1 else f"service/{names[0]}"
+    setup = telemetry.setup(
+        identity,
+        trace_dir=None if settings.telemetry.otlp_endpoint else layout.traces,
+        otlp_endpoint=settings.telemetry.otlp_endpoint,
+    )
+    async with AsyncExitStack() as stack:
+        stack.callback(setup.shutdown)
+        runner = TaskRunner()
+        parts = _Parts(layout, settings, runner, stack, Pager(layout.page_key.read_bytes()))
+        for name in (name for name in SERVICE_NAMES if name in names):
+            await _ADD[name](parts)
+        # Entered after the databases and channels, and so left before them: tasks end while what they use is there.
+        await stack.enter_async_context(runner)
+        credentials = parts.credentials(identity.removeprefix("service/"))
+        server = Server(credentials, address=address, services=parts.services, idempotency=parts.idempotency)
+        await server.start()
+        stack.push_async_callback(server.stop, STOP_GRACE)
+        if "certificate" in names:
+            await _listen_for_members(parts, credentials)
+        for resume in parts.resume:
+            await resume()
+        ready(address)
+        await runner.run_until_signal()
+
+
+async def _listen_for_members(parts: _Parts, credentials: Credentials) -> None:
+    """Serve the methods that need no certificate, on a listener of their own."""
+    certificate = [service for service in parts.services if service.full_name.endswith(".CertificateService")]
+    server = Server(
+        credentials,
+        address=parts.settings.enroll_address,
+        services=certificate,
+        idempotency=parts.idempotency,
+        anonymous=True,
+    )
+    await server.start()
+    parts.stack.push_async_callback(server.stop, STOP_GRACE)

@@ -1,0 +1,1 @@
+"""The Buffer service: the caches that bulk events flow through."""

@@ -1,0 +1,198 @@
+"""Talks to a cache process: what it says about itself, and the client of its control socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from beamwire.mesh.errors import BeamwireError, Reason
+
+CONTROL_SOCKET: Final = "control.sock"
+_LINE_LIMIT: Final = 16 * 1024 * 1024
+_ANSWER_TIMEOUT: Final = 10.0
+_FIRST_DELAY: Final = 0.01
+_LONGEST_DELAY: Final = 0.2
+
+CacheState = Literal["READY", "DRAINING", "ENDED", "FAILED"]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ProducerStatus(_Message):
+    """What one producer did: `beamwire.buffer.v1.ProducerCounters`, `skipped` as events by cause."""
+
+    producer: int
+    identity: str = ""
+    connected: bool = False
+    received_frame_count: int = 0
+    received_event_count: int = 0
+    received_bytes: int = 0
+    ended: bool = False
+    selected_event_count: int = 0
+    sent_event_count: int = 0
+    skipped: dict[str, int] = {}
+    first_missing_sequence: int = 0
+
+
+class ConsumerStatus(_Message):
+    """What one consumer connection took: `beamwire.buffer.v1.ConsumerCounters`."""
+
+    consumer: int
+    identity: str = ""
+    connected: bool = False
+    sent_frame_count: int = 0
+    sent_event_count: int = 0
+    sent_bytes: int = 0
+    confirmed: bool = False
+    address: str = ""
+
+
+class Counters(_Message):
+    """What a cache counted: `beamwire.buffer.v1.BufferCounters`, `losses` as events by cause."""
+
+    received_frame_count: int = 0
+    received_event_count: int = 0
+    received_bytes: int = 0
+    sent_frame_count: int = 0
+    sent_event_count: int = 0
+    sent_bytes: int = 0
+    delivered_event_count: int = 0
+    held_frame_count: int = 0
+    held_bytes: int = 0
+    losses: dict[str, int] = {}
+    producers: tuple[ProducerStatus, ...] = ()
+    consumers: tuple[ConsumerStatus, ...] = ()
+    refused_peer_count: int = 0
+    last_refusal: str = ""
+
+
+class CacheStatus(_Message):
+    """One line from a cache. `address` is host:port; times are in seconds since 1970, 0 before the first DATA frame.
+
+    `end_cause` is the name of an EndCause without its prefix, empty while the stream goes on.
+    """
+
+    state: CacheState
+    address: str
+    end_cause: str = ""
+    end_detail: str = ""
+    counters: Counters = Counters()
+    first_frame_time: float = 0.0
+    last_frame_time: float = 0.0
+
+
+class CacheControl:
+    """The control socket of the cache in a directory. Each call has a connection of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    @classmethod
+    async def connect(cls, directory: Path, timeout: float) -> Self:
+        """Wait until the cache answers, which it does when it takes peers. BeamwireError TIMED_OUT if it does not."""
+        control = cls(directory)
+        delay = _FIRST_DELAY
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    try:
+                        await control.status()
+                    except (OSError, BeamwireError):
+                        # Nobody tells when a socket begins to listen.
+                        await asyncio.sleep(delay)
+                        delay = min(2 * delay, _LONGEST_DELAY)
+                    else:
+                        return control
+        except TimeoutError as error:
+            story = f"the cache in {directory} did not answer within {timeout:g} s; its stderr is beside its socket"
+            raise BeamwireError(Reason.TIMED_OUT, story) from error
+
+    async def status(self) -> CacheStatus:
+        """How the cache is now. BeamwireError CACHE_FAILED if it does not answer."""
+        return _parse(await self._ask({"op": "status"}))
+
+    async def watch(self) -> AsyncIterator[CacheStatus]:
+        """How the cache is now, then after each change; ends when the cache does."""
+        reader, writer = await self._open()
+        try:
+            writer.write(_line({"op": "watch"}))
+            while line := await reader.readline():
+                yield _parse(line)
+        except OSError as error:
+            raise self._failed(str(error)) from error
+        finally:
+            writer.close()
+
+    async def seal(self, cause: str, detail: str = "") -> CacheStatus:
+        """Say that no more frames will come. `cause` is an EndCause without its prefix. Only the first seal counts."""
+        return _parse(await self._ask({"op": "seal", "cause": cause, "detail": detail}))
+
+    async def stop(self) -> None:
+        """Ask the process to end: at once after ENDED, else as SIGTERM does."""
+        await self._ask({"op": "stop"})
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Nothing is left open between calls."""
+
+    async def _ask(self, question: dict[str, Any]) -> bytes:
+        reader, writer = await self._open()
+        try:
+            writer.write(_line(question))
+            async with asyncio.timeout(_ANSWER_TIMEOUT):
+                answer = await reader.readline()
+        except OSError as error:
+            raise self._failed(str(error)) from error
+        finally:
+            writer.close()
+        if not answer:
+            raise self._failed("it closed the control connection")
+        return answer
+
+    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        # The path of a socket may have 107 characters; through the directory's descriptor it always has few.
+        try:
+            directory = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                sock.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(sock, f"/proc/self/fd/{directory}/{CONTROL_SOCKET}")
+                return await asyncio.open_unix_connection(sock=sock, limit=_LINE_LIMIT)
+            except BaseException:
+                sock.close()
+                raise
+            finally:
+                os.close(directory)
+        except OSError as error:
+            raise self._failed(str(error)) from error
+
+    def _failed(self, why: str) -> BeamwireError:
+        return BeamwireError(Reason.CACHE_FAILED, f"the cache in {self._directory} does not answer: {why}")
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, separators=(",", ":")).encode() + b"\n"
+
+
+def _parse(line: bytes) -> CacheStatus:
+    try:
+        document = json.loads(line)
+        if isinstance(document, dict) and "error" in document:
+            raise BeamwireError(Reason.INVALID_FIELD, str(document["error"]))
+        return CacheStatus.model_validate(document)
+    except (ValueError, ValidationError) as error:
+        raise BeamwireError(Reason.CACHE_FAILED, f"the cache answered something else: {error}") from error

@@ -1,0 +1,176 @@
+"""The Buffer service on the wire: messages in, the buffers' states and counters out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+
+from beamwire.buffer.v1 import buffer_service_pb2 as pb
+from beamwire.buffer.v1 import buffer_service_pb2_grpc as pb_grpc
+from beamwire.common.v1 import account_pb2
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.identity import Role, SpiffeId
+from beamwire.mesh.listing import list_page
+from beamwire.mesh.names import check_id, new_id, parse_name
+from beamwire.mesh.pages import Pager
+from beamwire.mesh.rpc.access import check_owner, current_caller
+from beamwire.mesh.rpc.convert import from_duration, to_duration, to_timestamp
+from beamwire.mesh.rpc.status import to_status
+from beamwire.mesh.store import Store
+from beamwire.services.buffer.control import ConsumerStatus, Counters, ProducerStatus
+from beamwire.services.buffer.domain import Buffers
+from beamwire.services.buffer.model import BUFFER_STATES, BufferRecord, BufferSpec, BufferState, Seal
+
+FILTER_KEYS = {"state": "state", "owner": "owner"}
+
+
+class BufferService(pb_grpc.BufferServiceServicer):
+    """Answers for the buffers of one facility."""
+
+    def __init__(self, buffers: Buffers, store: Store[BufferRecord], pager: Pager) -> None:
+        self._buffers = buffers
+        self._store = store
+        self._pager = pager
+
+    async def CreateBuffer(self, request: pb.CreateBufferRequest, context: object) -> pb.Buffer:
+        """Start a cache."""
+        caller = current_caller()
+        owner = str(caller)
+        if request.buffer.owner and request.buffer.owner != owner:
+            if caller.role is not Role.SERVICE:
+                raise BeamwireError(Reason.NOT_OWNER, "only a service may create a buffer for somebody else")
+            owner = str(SpiffeId.parse(request.buffer.owner))
+        spec = _to_spec(request.buffer.spec, owner)
+        buffer_id = (
+            check_id("buffer_id", request.buffer_id) if request.buffer_id else new_id(request.request_id or None)
+        )
+        name = f"buffers/{buffer_id}"
+        if request.validate_only:
+            self._buffers.check(spec)
+            return pb.Buffer(name=name, owner=owner, spec=_from_spec(spec))
+        transfer = f"transfers/{buffer_id}" if caller.role is Role.SERVICE else ""
+        return _to_message(await self._buffers.create(name, owner, transfer, spec))
+
+    async def GetBuffer(self, request: pb.GetBufferRequest, context: object) -> pb.Buffer:
+        """Read one buffer."""
+        return _to_message(await self._visible(request.name))
+
+    async def ListBuffers(self, request: pb.ListBuffersRequest, context: object) -> pb.ListBuffersResponse:
+        """List buffers."""
+        records, token = await list_page(self._store, self._pager, request, FILTER_KEYS)
+        return pb.ListBuffersResponse(buffers=map(_to_message, records), next_page_token=token)
+
+    async def WatchBuffer(
+        self, request: pb.WatchBufferRequest, context: object
+    ) -> AsyncIterator[pb.WatchBufferResponse]:
+        """Send the buffer after every change until it has ended."""
+        await self._visible(request.name)
+        async for record in self._store.watch(request.name, etag=request.etag):
+            yield pb.WatchBufferResponse(buffer=_to_message(record))
+            if BUFFER_STATES.is_terminal(BufferState(record.state)):
+                return
+
+    async def SealBuffer(self, request: pb.SealBufferRequest, context: object) -> pb.Buffer:
+        """Say that no more frames will come."""
+        await self._visible(request.name)
+        cause = account_pb2.EndCause.Name(request.cause).removeprefix("END_CAUSE_")
+        return _to_message(await self._buffers.seal(request.name, Seal(cause=cause, detail=request.detail)))
+
+    async def DeleteBuffer(self, request: pb.DeleteBufferRequest, context: object) -> pb.DeleteBufferResponse:
+        """Stop and forget a buffer."""
+        await self._visible(request.name)
+        await self._buffers.delete(request.name)
+        return pb.DeleteBufferResponse()
+
+    async def _visible(self, name: str) -> BufferRecord:
+        parse_name("buffers", name)
+        record = await self._store.get(name)
+        check_owner(record.owner if record else None, "buffer", name)
+        assert record is not None
+        return record
+
+
+def _to_spec(message: pb.BufferSpec, owner: str) -> BufferSpec:
+    for field in ("producers", "consumers"):
+        for index, identity in enumerate(getattr(message, field)):
+            try:
+                SpiffeId.parse(identity)
+            except BeamwireError as error:
+                raise invalid_field(f"buffer.spec.{field}[{index}]", error.message) from error
+    default = BufferSpec()
+    return BufferSpec(
+        capacity_bytes=message.capacity_bytes or default.capacity_bytes,
+        capacity_frames=message.capacity_frames or default.capacity_frames,
+        overflow_policy=_word(pb.OverflowPolicy.Name(message.overflow_policy), "OVERFLOW_POLICY_", "BLOCK"),
+        delivery=_word(pb.Delivery.Name(message.delivery), "DELIVERY_", "PUSH"),
+        transport=_word(pb.Transport.Name(message.transport), "TRANSPORT_", "TLS_TCP"),
+        producer_count=message.producer_count or default.producer_count,
+        producers=tuple(message.producers) or (owner,),
+        consumers=tuple(message.consumers) or (owner,),
+        lease=from_duration(message.lease).total_seconds() if message.HasField("lease") else default.lease,
+    )
+
+
+def _word(name: str, prefix: str, default: str) -> str:
+    word = name.removeprefix(prefix)
+    return default if word == "UNSPECIFIED" else word
+
+
+def _from_spec(spec: BufferSpec) -> pb.BufferSpec:
+    return pb.BufferSpec(
+        capacity_bytes=spec.capacity_bytes,
+        capacity_frames=spec.capacity_frames,
+        overflow_policy=pb.OverflowPolicy.Value(f"OVERFLOW_POLICY_{spec.overflow_policy}"),
+        delivery=pb.Delivery.Value(f"DELIVERY_{spec.delivery}"),
+        transport=pb.Transport.Value(f"TRANSPORT_{spec.transport}"),
+        producer_count=spec.producer_count,
+        producers=spec.producers,
+        consumers=spec.consumers,
+        lease=to_duration(timedelta(seconds=spec.lease)),
+    )
+
+
+def _to_message(record: BufferRecord) -> pb.Buffer:
+    return pb.Buffer(
+        name=record.name,
+        spec=_from_spec(record.spec),
+        owner=record.owner,
+        state=pb.Buffer.State.Value(f"STATE_{record.state}"),
+        connect_string=record.connect_string,
+        epoch=record.epoch,
+        counters=_to_counters(record, record.counters) if record.counters else None,
+        end_cause=account_pb2.EndCause.Value(f"END_CAUSE_{record.end_cause or 'UNSPECIFIED'}"),
+        error=to_status(record.error.to_error()) if record.error else None,
+        create_time=to_timestamp(record.create_time),
+        update_time=to_timestamp(record.update_time),
+        expire_time=to_timestamp(record.expire_time),
+        etag=record.etag,
+    )
+
+
+def _to_losses(losses: dict[str, int]) -> list[account_pb2.Loss]:
+    return [
+        account_pb2.Loss(cause=account_pb2.LossCause.Value(f"LOSS_CAUSE_{cause}"), event_count=count)
+        for cause, count in sorted(losses.items())
+    ]
+
+
+def _to_counters(record: BufferRecord, counters: Counters) -> pb.BufferCounters:
+    plain = counters.model_dump(exclude={"losses", "producers", "consumers"})
+    return pb.BufferCounters(
+        **plain,
+        read_time=to_timestamp(datetime.now(UTC)),
+        first_frame_time=to_timestamp(record.first_frame_time),
+        last_frame_time=to_timestamp(record.last_frame_time),
+        losses=_to_losses(counters.losses),
+        producers=map(_to_producer, counters.producers),
+        consumers=map(_to_consumer, counters.consumers),
+    )
+
+
+def _to_producer(producer: ProducerStatus) -> pb.ProducerCounters:
+    return pb.ProducerCounters(**producer.model_dump(exclude={"skipped"}), skipped=_to_losses(producer.skipped))
+
+
+def _to_consumer(consumer: ConsumerStatus) -> pb.ConsumerCounters:
+    return pb.ConsumerCounters(**consumer.model_dump())

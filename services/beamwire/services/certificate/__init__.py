@@ -1,0 +1,1 @@
+"""The Certificate service: who is a member of the trust domain."""

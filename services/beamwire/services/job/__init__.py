@@ -1,0 +1,1 @@
+"""The Job service: programs that the facility runs for somebody."""

@@ -1,0 +1,1 @@
+"""The Request service: data requests, and what became of them."""

@@ -1,0 +1,195 @@
+"""The Buffer and Job services as a transfer sees them: gRPC clients that wait out an unreachable service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import grpc
+from google.protobuf import json_format
+from google.rpc import status_pb2
+from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
+
+from beamwire.buffer.v1 import buffer_service_pb2 as buffer_pb
+from beamwire.buffer.v1 import buffer_service_pb2_grpc as buffer_grpc
+from beamwire.common.v1 import account_pb2
+from beamwire.job.v1 import job_service_pb2 as job_pb
+from beamwire.job.v1 import job_service_pb2_grpc as job_grpc
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.failure import Failure
+from beamwire.mesh.identity import Role, SpiffeId
+from beamwire.mesh.rpc.convert import to_duration
+from beamwire.mesh.rpc.status import from_status
+from beamwire.services.request.domain import BufferView, JobView
+from beamwire.services.request.model import BufferAccount, ConsumerAccount, ProducerAccount, TransferRecord
+
+STREAMER = "beamwire.services.streamer"
+
+T = TypeVar("T")
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds between attempts
+TRANSIENT = frozenset({Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.REQUEST_IN_FLIGHT})
+
+
+def _transient(error: BaseException) -> bool:
+    return isinstance(error, BeamwireError) and error.reason in TRANSIENT
+
+
+async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+    """Repeat a call until the service is there; the transfer's lease is what ends the waiting."""
+    async for attempt in AsyncRetrying(
+        retry=retry_if_exception(_transient), wait=wait_random_exponential(FIRST_PAUSE, max=LONGEST_PAUSE), reraise=True
+    ):
+        with attempt:
+            return await call()
+    raise AssertionError("a retry without a stop condition either returns or raises")
+
+
+async def _followed(open_stream: Callable[[str], AsyncIterable[T]], etag_of: Callable[[T], str]) -> AsyncIterator[T]:
+    """Yield what a watch sends, opening it again from the last etag when the service goes away."""
+    etag, pause = "", FIRST_PAUSE
+    while True:
+        try:
+            async for item in open_stream(etag):
+                etag, pause = etag_of(item), FIRST_PAUSE
+                yield item
+        except BeamwireError as error:
+            if not _transient(error):
+                raise
+        else:
+            return
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _request_id(name: str, action: str) -> str:
+    """Return the id of an action that a transfer takes once, however often it must be tried."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"beamwire:{name}:{action}"))
+
+
+def _failure(status: status_pb2.Status) -> Failure | None:
+    error = from_status(status) if status.code else None
+    return Failure.of(error) if error else None
+
+
+class BufferClient:
+    """Implements `BufferPort` over gRPC."""
+
+    def __init__(self, channel: grpc.aio.Channel, trust_domain: str) -> None:
+        self._stub = buffer_grpc.BufferServiceStub(channel)
+        self._trust_domain = trust_domain
+
+    async def create(self, record: TransferRecord) -> None:
+        """Create the transfer's buffer: its streamer may produce, its owner may consume."""
+        buffer_id = record.buffer.removeprefix("buffers/")
+        spec = json_format.ParseDict(record.buffer_options, buffer_pb.BufferSpec())
+        del spec.producers[:]
+        spec.producers.append(str(SpiffeId(self._trust_domain, f"{Role.JOB}/{record.job.removeprefix('jobs/')}")))
+        if record.owner not in spec.consumers:
+            spec.consumers.append(record.owner)
+        spec.producer_count = record.process_count
+        # The transfer's own lease ends first: the saga, not the buffer, says that it expired.
+        lease = to_duration(timedelta(seconds=record.lease + 60))
+        if lease:
+            spec.lease.CopyFrom(lease)
+        request = buffer_pb.CreateBufferRequest(
+            buffer=buffer_pb.Buffer(spec=spec, owner=record.owner),
+            buffer_id=buffer_id,
+            request_id=_request_id(record.name, "create-buffer"),
+        )
+        await _patiently(lambda: self._stub.CreateBuffer(request))
+
+    async def watch(self, name: str) -> AsyncIterator[BufferView]:
+        """Follow a buffer until it has ended."""
+        async for answer in _followed(
+            lambda etag: self._stub.WatchBuffer(buffer_pb.WatchBufferRequest(name=name, etag=etag)),
+            lambda answer: answer.buffer.etag,
+        ):
+            yield _buffer_view(answer.buffer)
+
+    async def seal(self, name: str, cause: str, detail: str) -> None:
+        """Say that no more frames will come."""
+        request = buffer_pb.SealBufferRequest(
+            name=name, cause=account_pb2.EndCause.Value(f"END_CAUSE_{cause}"), detail=detail
+        )
+        await _patiently(lambda: self._stub.SealBuffer(request))
+
+
+class JobClient:
+    """Implements `JobPort` over gRPC."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = job_grpc.JobServiceStub(channel)
+
+    async def create(self, record: TransferRecord, connect_string: str) -> None:
+        """Create the transfer's streamer job, which reads its configuration from standard input."""
+        handlers = [{"type": "BufferDataHandler", "connect": connect_string}]
+        config = {**record.config, "data_handlers": handlers}
+        spec = job_pb.JobSpec(
+            display_name=f"streamer of {record.name}",
+            executable=STREAMER,
+            arguments=["run", "--config", "-"],
+            resources=job_pb.Resources(process_count=record.process_count),
+            mpi=True,
+            stdin=json.dumps(config).encode(),
+            enroll=True,
+        )
+        request = job_pb.CreateJobRequest(
+            job=job_pb.Job(spec=spec, owner=record.owner),
+            job_id=record.job.removeprefix("jobs/"),
+            request_id=_request_id(record.name, "create-job"),
+        )
+        await _patiently(lambda: self._stub.CreateJob(request))
+
+    async def watch(self, name: str) -> AsyncIterator[JobView]:
+        """Follow a job until it has ended."""
+        async for answer in _followed(
+            lambda etag: self._stub.WatchJob(job_pb.WatchJobRequest(name=name, etag=etag)),
+            lambda answer: answer.job.etag,
+        ):
+            state = job_pb.Job.State.Name(answer.job.state).removeprefix("STATE_")
+            yield JobView(state=state, error=_failure(answer.job.error))
+
+    async def cancel(self, name: str) -> None:
+        """End a job."""
+        await _patiently(lambda: self._stub.CancelJob(job_pb.CancelJobRequest(name=name)))
+
+
+def _losses(losses: list[account_pb2.Loss]) -> dict[str, int]:
+    return {account_pb2.LossCause.Name(x.cause).removeprefix("LOSS_CAUSE_"): x.event_count for x in losses}
+
+
+def _plain(
+    message: buffer_pb.ProducerCounters | buffer_pb.ConsumerCounters | buffer_pb.BufferCounters,
+) -> dict[str, object]:
+    """Return the scalar fields of counters by name."""
+    return {f.name: getattr(message, f.name) for f in message.DESCRIPTOR.fields if f.message_type is None}
+
+
+def _buffer_view(buffer: buffer_pb.Buffer) -> BufferView:
+    counters = buffer.counters
+    account = BufferAccount.model_validate(
+        {
+            **_plain(counters),
+            "losses": _losses(list(counters.losses)),
+            "producers": [
+                ProducerAccount.model_validate({**_plain(p), "skipped": _losses(list(p.skipped))})
+                for p in counters.producers
+            ],
+            "consumers": [ConsumerAccount.model_validate(_plain(c)) for c in counters.consumers],
+            "streaming_seconds": counters.last_frame_time.seconds
+            - counters.first_frame_time.seconds
+            + (counters.last_frame_time.nanos - counters.first_frame_time.nanos) / 1e9,
+        }
+    )
+    return BufferView(
+        state=buffer_pb.Buffer.State.Name(buffer.state).removeprefix("STATE_"),
+        connect_string=buffer.connect_string,
+        capacity_bytes=buffer.spec.capacity_bytes,
+        account=account,
+        end_cause=account_pb2.EndCause.Name(buffer.end_cause).removeprefix("END_CAUSE_"),
+        error=_failure(buffer.error),
+    )

@@ -1,0 +1,373 @@
+"""The life of a transfer: one durable saga over a buffer and a streamer job.
+
+Every intent is stored before it is acted on and every action may be repeated, so that a restart at any moment takes
+the saga up where it was: ids of buffer and job are the transfer's own, and creating what exists changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+from pydantic import JsonValue
+
+from beamwire.mesh import telemetry
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.failure import Failure
+from beamwire.mesh.store import Store
+from beamwire.mesh.tasks import TaskRunner
+from beamwire.services.request.model import TRANSFER_STATES, BufferAccount, TransferRecord, TransferState
+from beamwire.services.request.receipt import receipt_of, unwanted_losses
+
+# After the streamer has ended well, its last frames are on their way to the cache for a moment.
+SETTLE_TIMEOUT = 15.0
+# What ends a transfer early must itself come to an end.
+ENDING_TIMEOUT = 60.0
+
+
+@dataclass(frozen=True)
+class Fitness:
+    """What the check of a request against its dataset found: events if known, bytes of one event."""
+
+    expected_event_count: int
+    event_bytes: int
+
+
+@dataclass(frozen=True)
+class BufferView:
+    """What the saga needs to know of a buffer."""
+
+    state: str
+    connect_string: str
+    capacity_bytes: int
+    account: BufferAccount
+    end_cause: str
+    error: Failure | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.state in ("ENDED", "FAILED")
+
+
+@dataclass(frozen=True)
+class JobView:
+    """What the saga needs to know of a job."""
+
+    state: str
+    error: Failure | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.state in ("COMPLETED", "FAILED", "CANCELED")
+
+
+class BufferPort(Protocol):
+    """The Buffer service, as far as a transfer needs it. Waits out an unreachable service."""
+
+    async def create(self, record: TransferRecord) -> None:
+        """Create the transfer's buffer, or find it created."""
+        ...
+
+    def watch(self, name: str) -> AsyncIterator[BufferView]:
+        """Follow a buffer until it has ended; RESOURCE_NOT_FOUND if there is none."""
+        ...
+
+    async def seal(self, name: str, cause: str, detail: str) -> None:
+        """Say that no more frames will come; RESOURCE_NOT_FOUND if there is no such buffer."""
+        ...
+
+
+class JobPort(Protocol):
+    """The Job service, as far as a transfer needs it. Waits out an unreachable service."""
+
+    async def create(self, record: TransferRecord, connect_string: str) -> None:
+        """Create the transfer's streamer job, or find it created."""
+        ...
+
+    def watch(self, name: str) -> AsyncIterator[JobView]:
+        """Follow a job until it has ended; RESOURCE_NOT_FOUND if there is none."""
+        ...
+
+    async def cancel(self, name: str) -> None:
+        """End a job; RESOURCE_NOT_FOUND if there is none."""
+        ...
+
+
+class Preflight(Protocol):
+    """Checks a request against its dataset before anything is started for it."""
+
+    async def check(self, config: Mapping[str, JsonValue]) -> Fitness:
+        """Return what the dataset holds; INVALID_FIELD, DATASET_NOT_FOUND or UNSUPPORTED with the fields at fault."""
+        ...
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one owner may have."""
+
+    active_transfers: int = 16
+    processes: int = 64
+    lease: timedelta = timedelta(days=7)
+
+
+class Transfers:
+    """Drives every transfer of the facility.
+
+    Args:
+        store: where transfers are kept.
+        buffers: the Buffer service.
+        jobs: the Job service.
+        preflight: checks requests against datasets.
+        runner: runs one task for each transfer that has not ended.
+        limits: what one owner may have.
+    """
+
+    def __init__(
+        self,
+        store: Store[TransferRecord],
+        buffers: BufferPort,
+        jobs: JobPort,
+        preflight: Preflight,
+        runner: TaskRunner,
+        limits: Limits,
+    ) -> None:
+        self._store = store
+        self._buffers = buffers
+        self._jobs = jobs
+        self._preflight = preflight
+        self._runner = runner
+        self._limits = limits
+
+    async def check(self, record: TransferRecord) -> Fitness:
+        """Return what the request would give; raise BeamwireError naming the field that is wrong."""
+        if not 1 <= record.process_count <= self._limits.processes:
+            raise invalid_field("transfer.process_count", f"must be from 1 to {self._limits.processes}")
+        if not 0 < record.lease <= self._limits.lease.total_seconds():
+            raise invalid_field("transfer.lease", f"must be positive and at most {self._limits.lease}")
+        return await self._preflight.check(record.config)
+
+    async def create(self, record: TransferRecord) -> TransferRecord:
+        """Check and store a transfer and begin to drive it; one of that name with the same contents is returned."""
+        existing = await self._store.get(record.name)
+        if existing is not None:
+            if _contents(existing) == _contents(record):
+                return existing
+            raise BeamwireError(Reason.RESOURCE_EXISTS, f"{record.name} exists and is another transfer")
+        fitness = await self.check(record)
+        await self._admit(record.owner)
+        found = {"expected_event_count": fitness.expected_event_count}
+        record = await self._store.insert(record.model_copy(update=found))
+        self._runner.track(record.name, self._drive(record.name))
+        return record
+
+    async def resume(self) -> None:
+        """Take up every transfer that had not ended when the service stopped."""
+        for record in await self._store.unfinished(TRANSFER_STATES.terminal):
+            self._runner.track(record.name, self._drive(record.name))
+
+    async def cancel(self, name: str) -> TransferRecord:
+        """End a transfer early; one that has ended stays as it is."""
+        await self._runner.cancel(name)
+        record = await self._store.change(
+            name, lambda r: {} if _ended(r) or r.state == TransferState.CANCELLING else _to(r, TransferState.CANCELLING)
+        )
+        if not _ended(record):
+            self._runner.track(name, self._drive(name))
+        return record
+
+    async def _admit(self, owner: str) -> None:
+        active = await self._store.unfinished(TRANSFER_STATES.terminal)
+        limit = self._limits.active_transfers
+        if sum(r.owner == owner for r in active) >= limit:
+            raise BeamwireError(
+                Reason.LIMIT_REACHED,
+                f"{owner} has {limit} transfers that have not ended, the limit here; cancel one or wait for one to end",
+                quota="active_transfers",
+                retry_after=10.0,
+            )
+
+    async def _drive(self, name: str) -> None:
+        """Bring one transfer from the state it is in to its end."""
+        record = await self._get(name)
+        with telemetry.span(telemetry.SPAN_TRANSFER_PROVISION, parent=record.traceparent):
+            if record.state == TransferState.CANCELLING:
+                await self._end_early(name, TransferState.CANCELLED, "CANCELLED", None)
+                return
+            try:
+                async with asyncio.timeout((record.expire_time - datetime.now(UTC)).total_seconds()):
+                    await self._advance(name)
+            except TimeoutError:
+                error = BeamwireError(Reason.LEASE_EXPIRED, f"the lease of {name} ended; ask for a longer one")
+                await self._end_early(name, TransferState.EXPIRED, "EXPIRED", error)
+            except BeamwireError as error:
+                await self._end_early(name, TransferState.FAILED, "FAILED", error)
+
+    async def _advance(self, name: str) -> None:
+        record = await self._get(name)
+        if record.state == TransferState.PENDING:
+            await self._store.change(name, lambda r: _to(r, TransferState.PROVISIONING))
+        if (await self._get(name)).state == TransferState.PROVISIONING:
+            await self._provision(name)
+        await self._follow(name)
+
+    async def _provision(self, name: str) -> None:
+        """Buffer first and ready, then the streamer."""
+        record = await self._get(name)
+        await self._buffers.create(record)
+        async for view in self._buffers.watch(record.buffer):
+            if view.state == "FAILED":
+                raise _error(view.error, Reason.CACHE_FAILED, "the cache could not be started")
+            if view.connect_string:
+                break
+        await self._jobs.create(record, view.connect_string)
+        streaming = {"connect_string": view.connect_string, "capacity_bytes": view.capacity_bytes}
+        await self._store.change(name, lambda r: {**_to(r, TransferState.STREAMING), **streaming})
+
+    async def _follow(self, name: str) -> None:
+        """Follow buffer and job to their ends, and draw up the receipt."""
+        record = await self._get(name)
+        leaving_ready = asyncio.Event()
+        buffer = asyncio.create_task(self._buffer_end(name, record.buffer, leaving_ready))
+        job = asyncio.create_task(self._job_end(record.job))
+        try:
+            await asyncio.wait({buffer, job}, return_when=asyncio.FIRST_COMPLETED)
+            if buffer.done():
+                _raise_if_failed(buffer.result())
+            ended = await asyncio.wait_for(job, ENDING_TIMEOUT) if buffer.done() else await job
+            if ended.state != "COMPLETED":
+                raise _error(ended.error, Reason.PRODUCER_FAILED, "the streamer was cancelled from outside")
+            if (await self._get(name)).state == TransferState.STREAMING:
+                await self._store.change(name, lambda r: _to(r, TransferState.DRAINING))
+            await self._settle(leaving_ready, buffer)
+            view = await buffer
+        finally:
+            await _reap(buffer, job)
+        _raise_if_failed(view)
+        await self._succeed(name, view)
+
+    async def _settle(self, leaving_ready: asyncio.Event, buffer: asyncio.Task[BufferView]) -> None:
+        settled = asyncio.create_task(leaving_ready.wait())
+        try:
+            await asyncio.wait({settled, buffer}, timeout=SETTLE_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+            if not settled.done() and not buffer.done():
+                raise BeamwireError(
+                    Reason.PRODUCER_FAILED, "the streamer ended with exit code 0 without saying END on every rank"
+                )
+        finally:
+            await _reap(settled)
+
+    async def _buffer_end(self, name: str, buffer: str, leaving_ready: asyncio.Event) -> BufferView:
+        """Show the counters of the buffer as they change, and return it once it has ended."""
+        async for view in self._buffers.watch(buffer):
+            record = await self._get(name)
+            self._store.publish(record.model_copy(update={"account": view.account}))
+            if view.state != "READY":
+                leaving_ready.set()
+            if view.ended:
+                return view
+        raise BeamwireError(Reason.CACHE_FAILED, f"{buffer} went away before it had ended")
+
+    async def _job_end(self, job: str) -> JobView:
+        async for view in self._jobs.watch(job):
+            if view.ended:
+                return view
+        raise BeamwireError(Reason.PRODUCER_FAILED, f"{job} went away before it had ended")
+
+    async def _succeed(self, name: str, view: BufferView) -> None:
+        """Refuse success unless the account balances and nothing was lost but what the request gave up."""
+        receipt = receipt_of(view.account, view.end_cause)
+        if view.end_cause != "DONE":
+            raise BeamwireError(Reason.PRODUCER_FAILED, f"the stream ended as {view.end_cause}, not DONE")
+        if not receipt.balanced:
+            raise BeamwireError(
+                Reason.RECEIPT_UNBALANCED,
+                f"{receipt.selected_event_count} events were selected, but {receipt.delivered_event_count} delivered"
+                f" and {sum(receipt.losses.values())} lost do not add up to that",
+            )
+        if lost := unwanted_losses(receipt):
+            causes = ", ".join(f"{count} {cause}" for cause, count in sorted(lost.items()))
+            raise BeamwireError(Reason.EVENTS_LOST, f"events did not reach a consumer: {causes}", metadata=_texts(lost))
+        await self._store.change(name, lambda r: {**_to(r, TransferState.SUCCEEDED), "receipt": receipt})
+
+    async def _end_early(self, name: str, state: TransferState, cause: str, error: BeamwireError | None) -> None:
+        """Tell the consumers, stop the streamer, wait for both to end, and keep the account."""
+        record = await self._get(name)
+        if error is not None and error.reason is Reason.ILLEGAL_STATE:
+            raise error
+        detail = error.message if error else "the transfer was cancelled"
+        view: BufferView | None = None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(ENDING_TIMEOUT):
+                view = await self._stop_both(record, cause, detail)
+        changes: dict[str, object] = {"receipt": receipt_of(view.account, view.end_cause)} if view else {}
+        if error is not None:
+            changes["error"] = Failure.of(error)
+        await self._store.change(name, lambda r: {**_to(r, state), **changes})
+
+    async def _stop_both(self, record: TransferRecord, cause: str, detail: str) -> BufferView | None:
+        view: BufferView | None = None
+        try:
+            await self._buffers.seal(record.buffer, cause, detail)
+        except BeamwireError as missing:
+            if missing.reason is not Reason.RESOURCE_NOT_FOUND:
+                raise
+        else:
+            async for view in self._buffers.watch(record.buffer):
+                if view.ended:
+                    break
+        try:
+            await self._jobs.cancel(record.job)
+        except BeamwireError as missing:
+            if missing.reason is not Reason.RESOURCE_NOT_FOUND:
+                raise
+        else:
+            await self._job_end(record.job)
+        return view
+
+    async def _get(self, name: str) -> TransferRecord:
+        record = await self._store.get(name)
+        if record is None:
+            raise BeamwireError(Reason.RESOURCE_NOT_FOUND, f"{name} does not exist")
+        return record
+
+
+def _contents(record: TransferRecord) -> tuple[object, ...]:
+    return record.owner, record.config, record.buffer_options, record.process_count, record.lease, record.labels
+
+
+def _ended(record: TransferRecord) -> bool:
+    return TRANSFER_STATES.is_terminal(TransferState(record.state))
+
+
+def _to(record: TransferRecord, state: TransferState) -> dict[str, object]:
+    """Return the change that takes a transfer to a state, if the table allows it."""
+    TRANSFER_STATES.check(TransferState(record.state), state, story=record.name)
+    ended = {"end_time": datetime.now(UTC)} if TRANSFER_STATES.is_terminal(state) else {}
+    return {"state": state, **ended}
+
+
+def _error(kept: Failure | None, reason: Reason, message: str) -> BeamwireError:
+    return kept.to_error() if kept else BeamwireError(reason, message)
+
+
+def _raise_if_failed(view: BufferView) -> None:
+    if view.state == "FAILED":
+        raise _error(view.error, Reason.CACHE_FAILED, "the cache failed")
+
+
+def _texts(counts: Mapping[str, int]) -> dict[str, str]:
+    return {cause: str(count) for cause, count in counts.items()}
+
+
+async def _reap(
+    *tasks: asyncio.Task[object] | asyncio.Task[BufferView] | asyncio.Task[JobView] | asyncio.Task[bool],
+) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

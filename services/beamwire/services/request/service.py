@@ -1,0 +1,257 @@
+"""The Request service on the wire: messages in, transfers and their receipts out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime, timedelta
+
+from google.protobuf import json_format, struct_pb2
+from pydantic import JsonValue
+
+from beamwire.buffer.v1 import buffer_service_pb2 as buffer_pb
+from beamwire.common.v1 import account_pb2
+from beamwire.mesh import telemetry
+from beamwire.mesh.errors import BeamwireError, invalid_field
+from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.listing import list_page
+from beamwire.mesh.names import check_id, new_id, parse_name
+from beamwire.mesh.pages import Pager
+from beamwire.mesh.rpc.access import check_owner, current_caller
+from beamwire.mesh.rpc.convert import from_duration, to_duration, to_timestamp
+from beamwire.mesh.rpc.status import to_status
+from beamwire.mesh.store import Store
+from beamwire.request.v1 import request_service_pb2 as pb
+from beamwire.request.v1 import request_service_pb2_grpc as pb_grpc
+from beamwire.services.request.domain import Transfers
+from beamwire.services.request.model import (
+    TRANSFER_STATES,
+    ConsumerAccount,
+    ProducerAccount,
+    Receipt,
+    TransferRecord,
+    TransferState,
+)
+
+FILTER_KEYS = {"state": "state", "owner": "owner", "labels.*": "labels.*"}
+DEFAULT_LEASE = timedelta(days=1)
+
+
+class RequestService(pb_grpc.RequestServiceServicer):
+    """Answers for the transfers of one facility."""
+
+    def __init__(self, transfers: Transfers, store: Store[TransferRecord], pager: Pager) -> None:
+        self._transfers = transfers
+        self._store = store
+        self._pager = pager
+
+    async def CreateTransfer(self, request: pb.CreateTransferRequest, context: object) -> pb.Transfer:
+        """Check, store and begin a transfer."""
+        record = _to_record(request)
+        if request.validate_only:
+            fitness = await self._transfers.check(record)
+            return _to_message(record.model_copy(update={"expected_event_count": fitness.expected_event_count}))
+        return _to_message(await self._transfers.create(record))
+
+    async def GetTransfer(self, request: pb.GetTransferRequest, context: object) -> pb.Transfer:
+        """Read one transfer."""
+        return _to_message(await self._visible(request.name))
+
+    async def ListTransfers(self, request: pb.ListTransfersRequest, context: object) -> pb.ListTransfersResponse:
+        """List transfers."""
+        records, token = await list_page(self._store, self._pager, request, FILTER_KEYS)
+        return pb.ListTransfersResponse(transfers=map(_to_message, records), next_page_token=token)
+
+    async def WatchTransfer(
+        self, request: pb.WatchTransferRequest, context: object
+    ) -> AsyncIterator[pb.WatchTransferResponse]:
+        """Send the transfer after every change until it has ended."""
+        await self._visible(request.name)
+        async for record in self._store.watch(request.name, etag=request.etag):
+            yield pb.WatchTransferResponse(transfer=_to_message(record))
+            if TRANSFER_STATES.is_terminal(TransferState(record.state)):
+                return
+
+    async def CancelTransfer(self, request: pb.CancelTransferRequest, context: object) -> pb.Transfer:
+        """End a transfer early."""
+        await self._visible(request.name)
+        return _to_message(await self._transfers.cancel(request.name))
+
+    async def _visible(self, name: str) -> TransferRecord:
+        parse_name("transfers", name)
+        record = await self._store.get(name)
+        check_owner(record.owner if record else None, "transfer", name)
+        assert record is not None
+        return record
+
+
+def _to_record(request: pb.CreateTransferRequest) -> TransferRecord:
+    """Return the transfer that a request asks for, with the ids that its buffer and its job will have: its own."""
+    transfer = request.transfer
+    transfer_id = (
+        check_id("transfer_id", request.transfer_id) if request.transfer_id else new_id(request.request_id or None)
+    )
+    now = datetime.now(UTC)
+    lease = from_duration(transfer.lease) if transfer.HasField("lease") else DEFAULT_LEASE
+    traceparent = telemetry.current_traceparent()
+    return TransferRecord(
+        name=f"transfers/{transfer_id}",
+        owner=str(current_caller()),
+        state=TransferState.PENDING,
+        create_time=now,
+        update_time=now,
+        config=_to_config(transfer.config),
+        buffer_options=_to_buffer_options(transfer.buffer_spec),
+        process_count=transfer.process_count or 1,
+        lease=lease.total_seconds(),
+        labels=dict(transfer.labels),
+        buffer=f"buffers/{transfer_id}",
+        job=f"jobs/{transfer_id}",
+        traceparent=traceparent,
+        expire_time=now + lease,
+    )
+
+
+def _to_config(config: pb.StreamConfig) -> dict[str, JsonValue]:
+    """Return the streamer's configuration as the streamer reads it: each component one mapping with its type."""
+    if config.max_event_count < 0:
+        raise invalid_field("transfer.config.max_event_count", "must not be negative; 0 takes all events")
+    plain: dict[str, JsonValue] = {
+        "source_identifier": config.source_identifier,
+        "skip_incomplete_events": config.skip_incomplete_events,
+        "event_source": _to_component(config.event_source),
+        "data_sources": {name: _to_component(source) for name, source in sorted(config.data_sources.items())},
+        "processing_pipeline": [_to_component(stage) for stage in config.processing_pipeline],
+        "max_events": config.max_event_count,
+    }
+    if config.HasField("data_serializer"):
+        plain["data_serializer"] = _to_component(config.data_serializer)
+    return plain
+
+
+def _to_component(component: pb.Component) -> dict[str, JsonValue]:
+    return {"type": component.type, **_plain(component.parameters)}
+
+
+def _plain(parameters: struct_pb2.Struct) -> dict[str, JsonValue]:
+    """Return a Struct as JSON; whole numbers, which a Struct holds as doubles, as integers again."""
+    return {name: _whole(value) for name, value in json_format.MessageToDict(parameters).items()}
+
+
+def _whole(value: JsonValue) -> JsonValue:
+    if isinstance(value, dict):
+        return {name: _whole(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _from_config(config: Mapping[str, JsonValue]) -> pb.StreamConfig:
+    message = pb.StreamConfig(
+        source_identifier=str(config["source_identifier"]),
+        skip_incomplete_events=bool(config["skip_incomplete_events"]),
+        event_source=_from_component(config["event_source"]),
+        max_event_count=_integer(config["max_events"]),
+    )
+    sources, stages = config["data_sources"], config["processing_pipeline"]
+    assert isinstance(sources, dict)
+    assert isinstance(stages, list)
+    for name, source in sources.items():
+        message.data_sources[name].CopyFrom(_from_component(source))
+    message.processing_pipeline.extend(_from_component(stage) for stage in stages)
+    if "data_serializer" in config:
+        message.data_serializer.CopyFrom(_from_component(config["data_serializer"]))
+    return message
+
+
+def _from_component(component: JsonValue) -> pb.Component:
+    assert isinstance(component, dict)
+    parameters = struct_pb2.Struct()
+    parameters.update({name: value for name, value in component.items() if name != "type"})
+    return pb.Component(type=str(component["type"]), parameters=parameters)
+
+
+def _integer(value: JsonValue) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def _to_buffer_options(spec: buffer_pb.BufferSpec) -> dict[str, JsonValue]:
+    """Return the fields that the request set, by name. Who may produce is not its to say."""
+    if spec.producers or spec.producer_count:
+        raise invalid_field(
+            "transfer.buffer_spec.producers", "is filled in: the streamer of the transfer; leave it out"
+        )
+    for index, identity in enumerate(spec.consumers):
+        try:
+            SpiffeId.parse(identity)
+        except BeamwireError as error:
+            raise invalid_field(f"transfer.buffer_spec.consumers[{index}]", error.message) from error
+    options: dict[str, JsonValue] = json_format.MessageToDict(spec, preserving_proto_field_name=True)
+    return options
+
+
+def _to_message(record: TransferRecord) -> pb.Transfer:
+    account = record.account
+    return pb.Transfer(
+        name=record.name,
+        config=_from_config(record.config),
+        buffer_spec=json_format.ParseDict(record.buffer_options, buffer_pb.BufferSpec()),
+        process_count=record.process_count,
+        lease=to_duration(timedelta(seconds=record.lease)),
+        labels=record.labels,
+        owner=record.owner,
+        state=pb.Transfer.State.Value(f"STATE_{record.state}"),
+        buffer=record.buffer,
+        job=record.job,
+        connect_string=record.connect_string,
+        counters=pb.TransferCounters(
+            expected_event_count=record.expected_event_count,
+            received_event_count=account.received_event_count,
+            received_bytes=account.received_bytes,
+            sent_event_count=account.sent_event_count,
+            sent_bytes=account.sent_bytes,
+            held_bytes=account.held_bytes,
+            capacity_bytes=record.capacity_bytes,
+            connected_producer_count=sum(p.connected for p in account.producers),
+            connected_consumer_count=sum(c.connected for c in account.consumers),
+        ),
+        error=to_status(record.error.to_error()) if record.error else None,
+        receipt=_to_receipt(record.receipt) if record.receipt else None,
+        trace_id=telemetry.trace_id_of(record.traceparent),
+        create_time=to_timestamp(record.create_time),
+        update_time=to_timestamp(record.update_time),
+        end_time=to_timestamp(record.end_time),
+        expire_time=to_timestamp(record.expire_time),
+        etag=record.etag,
+    )
+
+
+def _to_receipt(receipt: Receipt) -> pb.Receipt:
+    return pb.Receipt(
+        selected_event_count=receipt.selected_event_count,
+        delivered_event_count=receipt.delivered_event_count,
+        losses=_to_losses(receipt.losses),
+        frame_count=receipt.frame_count,
+        sent_bytes=receipt.sent_bytes,
+        balanced=receipt.balanced,
+        end_cause=account_pb2.EndCause.Value(f"END_CAUSE_{receipt.end_cause or 'UNSPECIFIED'}"),
+        streaming_time=to_duration(timedelta(seconds=receipt.streaming_seconds)),
+        producers=map(_to_producer, receipt.producers),
+        consumers=map(_to_consumer, receipt.consumers),
+    )
+
+
+def _to_losses(losses: Mapping[str, int]) -> list[account_pb2.Loss]:
+    return [
+        account_pb2.Loss(cause=account_pb2.LossCause.Value(f"LOSS_CAUSE_{cause}"), event_count=count)
+        for cause, count in sorted(losses.items())
+    ]
+
+
+def _to_producer(producer: ProducerAccount) -> buffer_pb.ProducerCounters:
+    plain = producer.model_dump(exclude={"skipped"})
+    return buffer_pb.ProducerCounters(**plain, skipped=_to_losses(producer.skipped))
+
+
+def _to_consumer(consumer: ConsumerAccount) -> buffer_pb.ConsumerCounters:
+    return buffer_pb.ConsumerCounters(**consumer.model_dump())

@@ -1,0 +1,228 @@
+"""The configuration of a streamer: LCLStreamer's keys, checked completely before anything is opened."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
+from beamwire.services.streamer import registry
+from beamwire.services.streamer.components import PRESENT_SUFFIX
+from beamwire.services.streamer.registry import Kind, nearest
+
+ROOT = "config"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One component: its name, its class, its checked parameters, and where it stands in the configuration."""
+
+    type: str
+    component: Any
+    parameters: BaseModel
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamerConfig:
+    """A configuration without an error in it."""
+
+    source_identifier: str
+    skip_incomplete_events: bool
+    event_source: Part
+    data_sources: Mapping[str, Part]
+    optional: frozenset[str]
+    processing_pipeline: Sequence[Part]
+    data_serializer: Part
+    data_handlers: Sequence[Part]
+    max_events: int = 0
+
+
+class _Section(BaseModel):
+    """A component as written: its type, and parameters that the component checks."""
+
+    model_config = ConfigDict(extra="allow")
+    type: str
+
+
+class _DataSourceSection(_Section):
+    required: bool = True
+
+
+class _Document(BaseModel):
+    """The configuration as written."""
+
+    model_config = ConfigDict(extra="forbid")
+    source_identifier: str = ""
+    skip_incomplete_events: bool = False
+    event_source: _Section
+    data_sources: Annotated[dict[str, _DataSourceSection], Field(min_length=1)]
+    processing_pipeline: list[_Section] | _Section = Field(default_factory=list[_Section])
+    data_serializer: _Section = Field(default_factory=lambda: _Section(type="NativeSerializer"))
+    data_handlers: list[_Section] = Field(default_factory=list[_Section])
+    max_events: Annotated[int, Field(ge=0)] = 0
+
+
+def load(data: Mapping[str, Any]) -> StreamerConfig:
+    """Checks a configuration and names everything that is wrong with it.
+
+    Raises BeamwireError INVALID_FIELD with one violation for each error, their fields below "config", or UNSUPPORTED
+    if it asks for a component that this release does not have.
+    """
+    if not isinstance(data, Mapping):
+        raise _refused([FieldViolation(ROOT, f"must be a table of keys, not {type(data).__name__}")])
+    try:
+        document = _Document.model_validate(dict(data))
+    except ValidationError as error:
+        raise _refused(_violations(error, _Document, ROOT)) from None
+    return _Reader(document).read()
+
+
+@dataclass
+class _Reader:
+    """Turns the sections of a document into parts, and gathers what is wrong."""
+
+    document: _Document
+    violations: list[FieldViolation] = field(default_factory=list[FieldViolation])
+    unsupported: list[FieldViolation] = field(default_factory=list[FieldViolation])
+
+    def read(self) -> StreamerConfig:
+        document = self.document
+        event_source = self._part(Kind.EVENT_SOURCE, document.event_source, "event_source")
+        data_sources = {name: self._data_source(name, part) for name, part in document.data_sources.items()}
+        pipeline = self._pipeline()
+        serializer = self._part(Kind.SERIALIZER, document.data_serializer, "data_serializer")
+        handlers = self._parts(Kind.HANDLER, document.data_handlers, "data_handlers")
+        self._check_fits(event_source, data_sources)
+        self._check_names(serializer)
+        self._raise()
+        assert event_source is not None
+        assert serializer is not None
+        return StreamerConfig(
+            source_identifier=document.source_identifier,
+            skip_incomplete_events=document.skip_incomplete_events,
+            event_source=event_source,
+            data_sources={name: part for name, part in data_sources.items() if part},
+            optional=frozenset(name for name, part in document.data_sources.items() if not part.required),
+            processing_pipeline=pipeline,
+            data_serializer=serializer,
+            data_handlers=handlers,
+            max_events=document.max_events,
+        )
+
+    def _pipeline(self) -> list[Part]:
+        written = self.document.processing_pipeline
+        if isinstance(written, list):
+            return self._parts(Kind.STAGE, written, "processing_pipeline")
+        part = self._part(Kind.STAGE, written, "processing_pipeline")
+        return [part] if part else []
+
+    def _parts(self, kind: Kind, sections: Sequence[_Section], path: str) -> list[Part]:
+        parts = [self._part(kind, section, f"{path}.{place}") for place, section in enumerate(sections)]
+        return [part for part in parts if part]
+
+    def _data_source(self, name: str, section: _DataSourceSection) -> Part | None:
+        path = f"data_sources.{name}"
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name):
+            self._wrong(path, "the name must be letters, digits, _ and -, beginning with a letter")
+        return self._part(Kind.DATA_SOURCE, section, path)
+
+    def _part(self, kind: Kind, section: _Section, path: str) -> Part | None:
+        try:
+            component = registry.find(kind, section.type)
+            parameters = component.Parameters.model_validate(section.model_extra or {})
+        except ValidationError as error:
+            self.violations += _violations(error, component.Parameters, f"{ROOT}.{path}", section)
+        except BeamwireError as error:
+            found = self.unsupported if error.reason is Reason.UNSUPPORTED else self.violations
+            found.append(FieldViolation(f"{ROOT}.{path}.type", str(error)))
+        else:
+            return Part(section.type, component, parameters, f"{ROOT}.{path}")
+        return None
+
+    def _check_fits(self, source: Part | None, data_sources: Mapping[str, Part | None]) -> None:
+        """A data source may say which event sources it reads from."""
+        for part in data_sources.values():
+            wanted = getattr(part.component, "event_source", None) if part else None
+            if part and source and wanted and source.type != wanted:
+                self.violations.append(
+                    FieldViolation(f"{part.path}.type", f"{part.type} needs {wanted}, not {source.type}")
+                )
+
+    def _check_names(self, serializer: Part | None) -> None:
+        names = self.document.data_sources
+        for name in names:
+            if name.endswith(PRESENT_SUFFIX) and not getattr(names.get(name.removesuffix(PRESENT_SUFFIX)), "required", 1):
+                self._wrong(f"data_sources.{name}", "the name is taken: it says which events have the optional one")
+        fields: Mapping[str, str] = getattr(serializer.parameters, "fields", None) or {} if serializer else {}
+        for name in fields:
+            if name not in names:
+                self._wrong(f"data_serializer.fields.{name}", f"no data source of this name; {nearest(name, names)}")
+
+    def _wrong(self, path: str, description: str) -> None:
+        self.violations.append(FieldViolation(f"{ROOT}.{path}", description))
+
+    def _raise(self) -> None:
+        if self.unsupported:
+            first = self.unsupported[0]
+            raise BeamwireError(
+                Reason.UNSUPPORTED,
+                f"{first.field}: {first.description}",
+                violations=[*self.unsupported, *self.violations],
+            )
+        if self.violations:
+            raise _refused(self.violations)
+
+
+def _refused(violations: Sequence[FieldViolation]) -> BeamwireError:
+    text = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
+    return BeamwireError(Reason.INVALID_FIELD, text, violations=violations)
+
+
+def _violations(
+    error: ValidationError, model: type[BaseModel], path: str, section: _Section | None = None
+) -> list[FieldViolation]:
+    """What pydantic found, in our words; `path` is where the model stands."""
+    found: dict[str, str] = {}
+    known = [*model.model_fields, *(["required"] if isinstance(section, _DataSourceSection) else [])]
+    for detail in error.errors(include_url=False, include_context=False):
+        names = [str(name) for name in detail["loc"] if not _is_tag(name)]
+        where = ".".join([path, *names])
+        if detail["type"] == "extra_forbidden":
+            found[where] = f"unknown key; {nearest(names[-1], known)}"
+        elif detail["type"] == "missing":
+            found[where] = "is required"
+        else:
+            found.setdefault(where, f"{_lower_first(detail['msg'])} (it is {detail['input']!r:.80})")
+    return [FieldViolation(where, what) for where, what in found.items()]
+
+
+def _is_tag(name: str | int) -> bool:
+    """pydantic puts the branch of a union into the path: `_Section`, `list[_Section]`, `tuple[int, ...]`."""
+    return isinstance(name, str) and (name.startswith("_Section") or "[" in name or name in ("str", "int", "float"))
+
+
+def _lower_first(message: str) -> str:
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def parse_text(text: str) -> Mapping[str, Any]:
+    """Reads a configuration written as YAML or JSON.
+
+    Raises BeamwireError INVALID_FIELD with line and column if it is neither, or is not a table.
+    """
+    import yaml
+
+    try:
+        data: object = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise _refused([FieldViolation(ROOT, f"is neither YAML nor JSON: {' '.join(str(error).split())}")]) from None
+    try:
+        return TypeAdapter(dict[str, Any]).validate_python(data)
+    except ValidationError:
+        raise _refused([FieldViolation(ROOT, f"must be a table of keys, not {type(data).__name__}")]) from None

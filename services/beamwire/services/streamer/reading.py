@@ -1,0 +1,166 @@
+"""Reads events: takes from each what was asked for, learns the shape of it, and says which events lack something."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason, invalid_field
+from beamwire.mesh.stream.frame import Ragged, is_array_type
+from beamwire.services.streamer.components import (
+    PRESENT_SUFFIX,
+    Array,
+    Batch,
+    DataSource,
+    Event,
+    EventSource,
+    FieldSpec,
+    SourceContext,
+)
+from beamwire.services.streamer.config import Part, StreamerConfig
+
+LOOK_AHEAD = 64
+"""Events that may be held in memory to find one that has the optional data sources too."""
+
+Values = dict[str, Array | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an event gave; `missing` names the required data sources that it lacks."""
+
+    event: Event
+    values: Values
+    missing: tuple[str, ...]
+
+
+class Reader:
+    """The events of one process: opens the source, and reads each event once."""
+
+    def __init__(self, config: StreamerConfig, context: SourceContext) -> None:
+        """Opens everything; raises BeamwireError with a violation for each data source that cannot be had."""
+        self._config = config
+        self.source: EventSource = config.event_source.component(config.event_source.parameters, context)
+        self._sources = _data_sources(config.data_sources, self.source)
+        self._readings = self._read_all()
+        self._ahead: deque[Reading] = deque()
+
+    def fields(self) -> tuple[FieldSpec, ...]:
+        """What one event looks like, learnt from the first that has everything; empty if none of the events has.
+
+        Nothing is lost: what was read here is read again. Raises BeamwireError INVALID_FIELD for values that cannot be
+        sent, or if an optional data source is not in LOOK_AHEAD events.
+        """
+        held = 0
+        for reading in self._readings:
+            absent = [name for name, values in reading.values.items() if values is None]
+            self._ahead.append(Reading(reading.event, {}, reading.missing) if reading.missing else reading)
+            if not absent:
+                return tuple(self._specs(reading))
+            if reading.missing and not self._config.skip_incomplete_events:
+                break
+            held += not reading.missing
+            if held == LOOK_AHEAD:
+                raise invalid_field(f"config.data_sources.{absent[0]}", f"is in none of the first {held} events")
+        return ()
+
+    def __iter__(self) -> Iterator[Reading]:
+        while self._ahead:
+            yield self._ahead.popleft()
+        yield from self._readings
+
+    def close(self) -> None:
+        """Closes the source."""
+        self.source.close()
+
+    def _read_all(self) -> Iterator[Reading]:
+        for event in self.source.events():
+            values = {name: source.read(event) for name, source in self._sources.items()}
+            optional = self._config.optional
+            missing = tuple(name for name, value in values.items() if value is None and name not in optional)
+            yield Reading(event, values, missing)
+
+    def _specs(self, reading: Reading) -> Iterator[FieldSpec]:
+        for name, values in reading.values.items():
+            assert values is not None
+            source = self._sources[name]
+            _check_sendable(name, values, source)
+            shape = (-1, *values.shape[1:]) if source.ragged else values.shape
+            yield FieldSpec(name, values.dtype, shape, source.unit)
+            if name in self._config.optional:
+                yield FieldSpec(name + PRESENT_SUFFIX, np.dtype(np.bool_), ())
+
+
+class Shaper:
+    """Makes a batch of one event, whose arrays are as the fields say."""
+
+    def __init__(self, fields: Sequence[FieldSpec], optional: frozenset[str]) -> None:
+        self._fields = {spec.name: spec for spec in fields}
+        self._optional = optional
+
+    def shape(self, reading: Reading) -> Batch:
+        """The event as a batch; an optional data source that is missing is filled with NaN, 0 or nothing.
+
+        Raises BeamwireError PRODUCER_FAILED if the shape or element type differs from that of the first event.
+        """
+        batch = Batch(np.array([reading.event.id], dtype=np.uint64), {})
+        for name, values in reading.values.items():
+            spec = self._fields[name]
+            present = values is not None
+            found = values if values is not None else _filling(spec)
+            _check_same(spec, found, reading.event)
+            batch.arrays[name] = (
+                Ragged(found, np.array([0, len(found)], dtype=np.int64)) if spec.ragged else found[np.newaxis]
+            )
+            if name in self._optional:
+                batch.arrays[name + PRESENT_SUFFIX] = np.array([present])
+        return batch
+
+
+def _data_sources(parts: Mapping[str, Part], source: EventSource) -> dict[str, DataSource]:
+    sources: dict[str, DataSource] = {}
+    violations: list[FieldViolation] = []
+    for name, part in parts.items():
+        try:
+            sources[name] = part.component(part.parameters, source)
+        except BeamwireError as error:
+            if error.reason is not Reason.INVALID_FIELD:
+                raise
+            violations += [FieldViolation(f"{part.path}.{at.field}", at.description) for at in error.violations]
+    if violations:
+        text = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
+        raise BeamwireError(Reason.INVALID_FIELD, text, violations=violations)
+    return sources
+
+
+def _check_sendable(name: str, values: Array, source: DataSource) -> None:
+    field = f"config.data_sources.{name}"
+    if not is_array_type(values.dtype.newbyteorder("<").str):
+        description = f"gives elements of type {values.dtype}, which cannot be sent; set dtype"
+    elif source.ragged and not values.ndim:
+        description = "gives single numbers, which cannot be ragged"
+    else:
+        return
+    raise invalid_field(field, description)
+
+
+def _filling(spec: FieldSpec) -> Array:
+    shape = tuple(max(axis, 0) for axis in spec.shape)
+    value: Any = np.nan if spec.dtype.kind in "fc" else "" if spec.dtype.kind in "SU" else 0
+    return np.full(shape, value, dtype=spec.dtype)
+
+
+def _check_same(spec: FieldSpec, values: Array, event: Event) -> None:
+    shape = (-1, *values.shape[1:]) if spec.ragged else values.shape
+    if shape == spec.shape and values.dtype == spec.dtype:
+        return
+    hint = "; set ragged: true if its length varies" if values.ndim and shape[1:] == spec.shape[1:] else ""
+    raise BeamwireError(
+        Reason.PRODUCER_FAILED,
+        f"{spec.name} is {values.dtype} {values.shape} in event {event.id} and {spec.dtype} {spec.shape} in the first "
+        f"event{hint}",
+    )

@@ -1,0 +1,1 @@
+"""Event sources, and the data sources that go with them."""

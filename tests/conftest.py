@@ -1,0 +1,187 @@
+"""What every test may use, and what no test may leave behind: processes, threads, tasks, sockets."""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+START_TIMEOUT = 30.0
+STOP_TIMEOUT = 20.0
+BIN = Path(sys.executable).parent
+
+
+def wait_until(condition, timeout: float = 30.0, what: str = "the condition"):
+    """Return what `condition` returns once it is true; fail after a bound."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    pytest.fail(f"{what} did not come about within {timeout:g} s")
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a thread, a child process or an open socket behind."""
+    me = psutil.Process()
+    threads = {t.ident for t in threading.enumerate()}
+    children = {p.pid for p in me.children(recursive=True)}
+    sockets = set(_listening(me))
+    yield
+
+    def left() -> list[str]:
+        gc.collect()
+        found = [f"thread {t.name}" for t in threading.enumerate() if t.ident not in threads and _is_ours(t)]
+        found += [f"process {p.pid}" for p in me.children(recursive=True) if p.pid not in children and _lives(p)]
+        found += [f"socket {s}" for s in _listening(me) if s not in sockets]
+        return found
+
+    deadline = time.monotonic() + 5.0
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not left(), f"the test left behind: {', '.join(left())}"
+
+
+def _is_ours(thread: threading.Thread) -> bool:
+    # The threads of gRPC and of event loops' executors live as long as the process.
+    return thread.is_alive() and not thread.daemon and not thread.name.startswith("asyncio_")
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _listening(process: psutil.Process) -> list[tuple[str, int]]:
+    return [c.laddr for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+
+
+@dataclass
+class LiveFacility:
+    """A facility that `beamwired serve` serves in processes of its own."""
+
+    directory: Path
+    config_dir: Path
+    address: str
+    trust_domain: str = "facility.test"
+    services: dict[str, str] = field(default_factory=dict)
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def beamwired(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a `beamwired` command."""
+        return run([str(BIN / "beamwired"), *arguments], check=check)
+
+    def beamwire(
+        self, *arguments: str, check: bool = True, config_dir: Path | None = None, timeout: float = 90
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a `beamwire` command as the enrolled user."""
+        return run([str(BIN / "beamwire"), *arguments], env=self.env(config_dir), check=check, timeout=timeout)
+
+    def env(self, config_dir: Path | None = None) -> dict[str, str]:
+        """Return the environment of the enrolled user's commands."""
+        traces = self.directory / "state" / "traces"
+        return {**os.environ, "BEAMWIRE_CONFIG_DIR": str(config_dir or self.config_dir), "BEAMWIRE_TRACE_DIR": str(traces)}
+
+    def enroll(self, path: str, config_dir: Path) -> Path:
+        """Enrol a member by its path, `user/bob`, and return the directory of its configuration."""
+        token = self.directory / f"token-{path.replace('/', '-')}"
+        self.beamwired("token", path, "--dir", str(self.directory), "--output", str(token))
+        self.beamwire("enroll", "--token-file", str(token), config_dir=config_dir)
+        return config_dir
+
+    def start(self, *services: str) -> subprocess.Popen[bytes]:
+        """Serve, and wait until calls are answered."""
+        log = (self.directory / "serve.log").open("ab")
+        process = subprocess.Popen(
+            [str(BIN / "beamwired"), "serve", *services, "--dir", str(self.directory)],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+        )
+        log.close()
+        self.processes.append(process)
+        address = self.services.get(services[0], self.address) if services else self.address
+        wait_until(lambda: process.poll() is not None or _accepts(address), START_TIMEOUT, f"serving at {address}")
+        assert process.poll() is None, (self.directory / "serve.log").read_text()
+        return process
+
+    def stop(self) -> None:
+        """End all serving processes as an operator would, and all that they have started."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in self.processes:
+            process.wait(STOP_TIMEOUT)
+            assert process.stdout is not None
+            process.stdout.close()
+        self.processes.clear()
+        self.beamwired("clean", "--dir", str(self.directory))
+
+
+def run(
+    command: list[str], *, env: dict[str, str] | None = None, check: bool = True, timeout: float = 90
+) -> subprocess.CompletedProcess[str]:
+    """Run a command; with `check`, fail with what it printed unless it ends with 0."""
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    if check:
+        assert done.returncode == 0, f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done
+
+
+def _accepts(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((host, int(port))) == 0
+
+
+def make_live_facility(directory: Path, config_dir: Path) -> LiveFacility:
+    """Return a facility that is made and not yet served."""
+    address, enroll_address = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    facility = LiveFacility(directory, config_dir, address)
+    facility.beamwired("facility", "init", str(directory), "--address", address, "--enroll-address", enroll_address)
+    return facility
+
+
+@pytest.fixture(scope="session")
+def facility(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFacility]:
+    """A facility that is served for the whole session, with alice enrolled. Tests that kill things make their own."""
+    live = make_live_facility(tmp_path_factory.mktemp("facility"), tmp_path_factory.mktemp("alice"))
+    live.start()
+    try:
+        live.enroll("user/alice", live.config_dir)
+        yield live
+    finally:
+        live.stop()
+
+
+@pytest.fixture
+def own_facility(tmp_path: Path) -> Iterator[LiveFacility]:
+    """A facility of this test's own, served, with alice enrolled: for tests that kill things."""
+    live = make_live_facility(tmp_path / "facility", tmp_path / "alice")
+    live.start()
+    try:
+        live.enroll("user/alice", live.config_dir)
+        yield live
+    finally:
+        live.stop()
