@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 // loadTLS makes the TLS settings of an enrolled member from key.pem, chain.pem and bundle.pem of a directory. Only a
@@ -22,6 +23,9 @@ func loadTLS(directory string) (*tls.Config, error) {
 	own, err := spiffeID(certificate.Leaf)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", chain, err)
+	}
+	if end := certificate.Leaf.NotAfter; time.Now().After(end) {
+		return nil, fmt.Errorf("the certificate of %s ended %s; renew it, or enrol again", own, end)
 	}
 	bundle, err := os.ReadFile(filepath.Join(directory, "bundle.pem"))
 	if err != nil {

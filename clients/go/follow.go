@@ -121,4 +121,3 @@ func pause(ctx context.Context, failures int) error {
 		return ctx.Err()
 	}
 }
-

@@ -83,6 +83,8 @@ func follow(interrupted context.Context, client requestv1.RequestServiceClient, 
 		return false, err
 	}
 	stop := context.AfterFunc(interrupted, func() {
+		// The next Ctrl-C ends the program at once.
+		signal.Reset(os.Interrupt)
 		if err := cancelTransfer(ctx, client, created.GetName()); err != nil {
 			_ = out.problem(status.Convert(err))
 		}

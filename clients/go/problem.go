@@ -1,6 +1,7 @@
 package main
 
 import (
+	"google.golang.org/genproto/googleapis/rpc/code"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/status"
 )
@@ -15,7 +16,7 @@ type problem struct {
 // problemOf is what a failed call, or the error in a resource, says. Without an answer of the service the reason is
 // gRPC's own code.
 func problemOf(failure *status.Status) problem {
-	found := problem{Reason: failure.Code().String(), Message: failure.Message()}
+	found := problem{Reason: code.Code(failure.Code()).String(), Message: failure.Message()}
 	for _, detail := range failure.Details() {
 		switch detail := detail.(type) {
 		case *errdetails.ErrorInfo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -54,6 +55,15 @@ def test_a_language_without_its_toolchain_is_refused_by_name(tmp_path: Path) -> 
         check=False,
     )
     assert (done.returncode, done.stderr) == (2, "go: left out, go not found\n")
+
+
+@pytest.mark.parametrize("package", ["gen/typescript", "clients/typescript"])
+def test_lock_files_name_no_registry(package: str) -> None:
+    locked = json.loads((ROOT / package / "package-lock.json").read_text())["packages"]
+    assert {entry["resolved"] for entry in locked.values() if "resolved" in entry} <= {"file:../../gen/typescript"}
+    assert [
+        name for name, entry in locked.items() if "node_modules/@bufbuild/" in name and not entry["integrity"]
+    ] == []
 
 
 def test_the_contract_is_lint_free() -> None:

@@ -8,13 +8,15 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import psutil
 import pytest
 
 from beamwire.mesh import processes, shim
+from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.processes import Exit, Process, launch
 
 ENV = {"PATH": os.environ["PATH"]}
@@ -33,7 +35,7 @@ def nothing_left(tmp_path: Path) -> Iterator[None]:
 
 async def until(condition: Callable[[], bool], seconds: float = 20) -> None:
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  (what is waited for is in another process)
             await asyncio.sleep(0.01)
 
 
@@ -285,9 +287,19 @@ async def test_a_stopped_shim_is_killed_in_the_end(tmp_path: Path, monkeypatch: 
     assert not running(process.pid)
 
 
+@asynccontextmanager
+async def stranger_in(directory: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    stranger = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True, cwd=directory)
+    try:
+        yield stranger
+    finally:
+        stranger.kill()
+        await stranger.wait()
+
+
 @pytest.mark.parametrize("changed", ["shim_start", "boot_id"])
 async def test_another_process_with_the_old_pid_is_left_alone(tmp_path: Path, changed: str) -> None:
-    with subprocess.Popen(["/bin/sleep", "60"], start_new_session=True, cwd=tmp_path) as stranger:
+    async with stranger_in(tmp_path) as stranger:
         document = {"boot_id": shim.boot_id(), "shim_pid": stranger.pid, "shim_start": shim.start_time(stranger.pid)}
         document |= {"pid": stranger.pid, "start": 1}
         document[changed] = 1 if changed == "shim_start" else "another boot"
@@ -296,17 +308,15 @@ async def test_another_process_with_the_old_pid_is_left_alone(tmp_path: Path, ch
         assert process is not None
         assert not process.alive()
         assert await process.terminate() == Exit(137, signal.SIGKILL)
-        assert stranger.poll() is None
-        stranger.kill()
+        assert stranger.returncode is None
+        assert running(stranger.pid)
 
 
-async def test_a_shim_that_cannot_start_is_a_failure_to_launch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_shim_that_cannot_start_is_a_failure_to_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(processes.BeamwireError, match=r"shim\.log") as caught:
+    with pytest.raises(BeamwireError, match=r"shim\.log") as caught:
         await launch(["true"], directory=tmp_path / "p", env=ENV)
-    assert caught.value.reason is processes.Reason.LAUNCH_FAILED
+    assert caught.value.reason is Reason.LAUNCH_FAILED
 
 
 async def test_fifty_at_once(tmp_path: Path) -> None:
@@ -315,3 +325,26 @@ async def test_fifty_at_once(tmp_path: Path) -> None:
     )
     ended = await asyncio.gather(*(process.wait() for process in started))
     assert [one.exit_code for one in ended] == list(range(50))
+
+
+async def test_a_cancelled_launch_is_found_again(tmp_path: Path) -> None:
+    launching = asyncio.create_task(launch(["sleep", "60"], directory=tmp_path / "p", env=ENV))
+    await until((tmp_path / "p").exists)
+    launching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await launching
+    process = await launch(["sleep", "60"], directory=tmp_path / "p", env=ENV)
+    assert await process.terminate() == Exit(143, signal.SIGTERM)
+
+
+async def test_of_two_shims_on_one_directory_the_second_runs_nothing(tmp_path: Path) -> None:
+    process = await launch(["sh", "-c", "echo once; sleep 60"], directory=tmp_path / "p", env=ENV)
+    await until(said(tmp_path / "p", "once"))
+    second = await asyncio.create_subprocess_exec(
+        sys.executable, "-S", "-E", shim.__file__, str(tmp_path / "p/spec.json"), stdout=subprocess.PIPE
+    )
+    output, _ = await second.communicate()
+    assert output == b"taken\n"
+    assert (tmp_path / "p/stdout").read_text() == "once\n"
+    assert process.alive()
+    await process.terminate()

@@ -9,8 +9,10 @@ import ssl
 import stat
 import threading
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
+from cryptography import x509
 
 from beamwire.mesh.credentials import Credentials, new_key_and_csr
 from beamwire.mesh.errors import BeamwireError, Reason
@@ -18,11 +20,11 @@ from beamwire.testing.facility import Facility
 
 
 @pytest.fixture
-def facility(tmp_path):
+def facility(tmp_path: Path) -> Facility:
     return Facility(tmp_path / "facility")
 
 
-def test_a_key_is_private_from_its_creation(facility):
+def test_a_key_is_private_from_its_creation(facility: Facility) -> None:
     directory = facility.member("user/alice").directory
     assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in directory.iterdir()} == {
         "key.pem": 0o600,
@@ -32,7 +34,7 @@ def test_a_key_is_private_from_its_creation(facility):
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
 
 
-def test_credentials_know_who_they_are(facility):
+def test_credentials_know_who_they_are(facility: Facility) -> None:
     saved = facility.member("user/alice", lifetime=timedelta(hours=2))
     loaded = Credentials.load(saved.directory)
     assert loaded.identity == facility.id("user/alice")
@@ -40,14 +42,16 @@ def test_credentials_know_who_they_are(facility):
     assert loaded.verifier.trust_domain == "facility.test"
 
 
-def test_missing_credentials_say_what_to_do(tmp_path):
+def test_missing_credentials_say_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(BeamwireError, match=r"key\.pem is missing: there are no credentials; enrol first") as caught:
         Credentials.load(tmp_path)
     assert caught.value.reason is Reason.CERTIFICATE_INVALID
 
 
 @pytest.mark.parametrize("name", ["key.pem", "chain.pem", "bundle.pem"])
-def test_a_damaged_file_is_refused_at_first_and_survived_later(facility, name, caplog):
+def test_a_damaged_file_is_refused_at_first_and_survived_later(
+    facility: Facility, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     credentials = facility.member("user/alice")
     path = credentials.directory / name
     path.write_bytes(b"-----BEGIN NOTHING-----\n")
@@ -60,14 +64,14 @@ def test_a_damaged_file_is_refused_at_first_and_survived_later(facility, name, c
     credentials.client_context()
 
 
-def test_a_key_and_a_chain_must_belong_together(facility):
+def test_a_key_and_a_chain_must_belong_together(facility: Facility) -> None:
     alice, bob = facility.member("user/alice"), facility.member("user/bob")
     shutil.copy(bob.directory / "key.pem", alice.directory / "key.pem")
     with pytest.raises(BeamwireError, match=r"chain\.pem does not belong to key\.pem; enrol again"):
         Credentials.load(alice.directory)
 
 
-def test_saving_what_does_not_fit_changes_nothing(facility):
+def test_saving_what_does_not_fit_changes_nothing(facility: Facility) -> None:
     credentials = facility.member("user/alice")
     before = {p.name: p.read_bytes() for p in credentials.directory.iterdir()}
     other_key, _ = new_key_and_csr()
@@ -76,7 +80,7 @@ def test_saving_what_does_not_fit_changes_nothing(facility):
     assert {p.name: p.read_bytes() for p in credentials.directory.iterdir()} == before
 
 
-def test_a_save_that_was_cut_short_is_finished_by_the_next_reader(facility):
+def test_a_save_that_was_cut_short_is_finished_by_the_next_reader(facility: Facility) -> None:
     old, new = facility.member("user/alice"), facility.member("user/alice")
     pending = old.directory / "pending"
     shutil.copytree(new.directory, pending)
@@ -87,7 +91,7 @@ def test_a_save_that_was_cut_short_is_finished_by_the_next_reader(facility):
     assert not pending.exists()
 
 
-def test_renewal_is_seen_by_the_next_connection(facility):
+def test_renewal_is_seen_by_the_next_connection(facility: Facility) -> None:
     credentials = facility.member("user/alice", lifetime=timedelta(hours=1))
     facility.renew(credentials, lifetime=timedelta(hours=5))
     credentials.client_context()
@@ -95,21 +99,19 @@ def test_renewal_is_seen_by_the_next_connection(facility):
     assert credentials.reload()
 
 
-def test_a_request_carries_a_hint_and_no_name():
-    from cryptography import x509
-
+def test_a_request_carries_a_hint_and_no_name() -> None:
     _, csr = new_key_and_csr("user/alice")
     request = x509.load_pem_x509_csr(csr)
     assert request.subject.rfc4514_string() == "CN=user/alice"
     assert list(request.extensions) == []
 
 
-def handshake(server, client, *, server_name="localhost"):
+def handshake(server: Credentials, client: Credentials, *, server_name: str = "localhost") -> tuple[object, object]:
     """A TLS connection between two members: who each side found at the other end, or the error of each."""
     listener, dialer = socket.socketpair()
     found: dict[str, object] = {}
 
-    def accept():
+    def accept() -> None:
         try:
             with server.server_context().wrap_socket(listener, server_side=True) as tls:
                 found["server"] = server.peer_identity(tls)
@@ -133,37 +135,37 @@ def handshake(server, client, *, server_name="localhost"):
     return found["server"], found["client"]
 
 
-def test_two_members_know_each_other_on_the_data_plane(facility):
+def test_two_members_know_each_other_on_the_data_plane(facility: Facility) -> None:
     cache, alice = facility.member("cache/b1"), facility.member("user/alice", server_names=())
     assert handshake(cache, alice) == (alice.identity, cache.identity)
     assert handshake(cache, alice, server_name="127.0.0.1") == (alice.identity, cache.identity)
 
 
-def test_a_server_under_another_name_is_refused(facility):
+def test_a_server_under_another_name_is_refused(facility: Facility) -> None:
     cache, alice = facility.member("cache/b1", server_names=["cache.facility.test"]), facility.member("user/alice")
     _, at_client = handshake(cache, alice)
     assert isinstance(at_client, ssl.SSLCertVerificationError)
     assert "Hostname mismatch" in str(at_client)
 
 
-def test_strangers_and_the_expired_are_refused_on_the_data_plane(facility):
+def test_strangers_and_the_expired_are_refused_on_the_data_plane(facility: Facility) -> None:
     cache = facility.member("cache/b1")
     for stranger in (facility.foreign("user/alice"), facility.expired("user/alice")):
         at_server, _ = handshake(cache, stranger)
         assert isinstance(at_server, ssl.SSLError)
 
 
-def test_a_server_insists_on_a_certificate(facility):
+def test_a_server_insists_on_a_certificate(facility: Facility, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = facility.member("cache/b1")
     anonymous = facility.member("user/alice")
     bare = ssl.create_default_context(cadata=facility.roots_pem.decode())
-    anonymous.client_context = lambda: bare
+    monkeypatch.setattr(anonymous, "client_context", lambda: bare)
     at_server, _ = handshake(cache, anonymous)
     assert isinstance(at_server, ssl.SSLError)
     assert "peer did not return a certificate" in str(at_server).lower()
 
 
-def test_the_data_plane_speaks_no_old_tls(facility):
+def test_the_data_plane_speaks_no_old_tls(facility: Facility) -> None:
     member = facility.member("cache/b1")
     for context in (member.client_context(), member.server_context()):
         assert context.minimum_version is ssl.TLSVersion.TLSv1_2

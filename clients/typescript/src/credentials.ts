@@ -20,9 +20,13 @@ export function readCredentials(directory: string): Credentials {
   if (key === undefined || chain === undefined || bundle === undefined) {
     throw new UsageError(`${directory} has no credentials`);
   }
-  const identity = spiffeId(new X509Certificate(chain).subjectAltName);
+  const certificate = new X509Certificate(chain);
+  const identity = spiffeId(certificate.subjectAltName);
   if (identity === undefined) {
     throw new UsageError(`${join(directory, "chain.pem")}: the certificate has no SPIFFE id`);
+  }
+  if (new Date(certificate.validTo) < new Date()) {
+    throw new UsageError(`the certificate of ${identity.href} ended ${certificate.validTo}; renew it, or enrol again`);
   }
   return { key, chain, bundle, trustDomain: identity.host };
 }

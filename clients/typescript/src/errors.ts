@@ -17,10 +17,15 @@ export function problemOf(error: unknown): Problem {
   const [info] = failure.findDetails(ErrorInfoSchema);
   const violations = failure.findDetails(BadRequestSchema).flatMap((detail) => detail.fieldViolations);
   return {
-    reason: info?.reason ?? Code[failure.code],
+    reason: info?.reason ?? nameOf(failure.code),
     message: failure.rawMessage,
     ...(violations.length > 0 && { fields: Object.fromEntries(violations.map((v) => [v.field, v.description])) }),
   };
+}
+
+/** `DeadlineExceeded` as `DEADLINE_EXCEEDED`, which is how the contract spells it. */
+function nameOf(code: Code): string {
+  return Code[code].replace(/(?<=[a-z])(?=[A-Z])/g, "_").toUpperCase();
 }
 
 /** What the error in a resource says. */

@@ -1,6 +1,6 @@
 #!/usr/bin/env node
 // The program: creates a transfer, prints its states and its receipt, and cancels it on Ctrl-C.
-import { createRegistry, toJson } from "@bufbuild/protobuf";
+import { toJson } from "@bufbuild/protobuf";
 import { ReceiptSchema, type Transfer, Transfer_State } from "@beamwire/gen/beamwire/request/v1/request_service_pb";
 
 import { readCredentials } from "./credentials.js";
@@ -26,7 +26,7 @@ function printEnd(transfer: Transfer): void {
     print({ error: problemIn(transfer.error) });
   }
   if (transfer.receipt !== undefined) {
-    print({ receipt: toJson(ReceiptSchema, transfer.receipt, { useProtoFieldName: true, registry: createRegistry() }) });
+    print({ receipt: toJson(ReceiptSchema, transfer.receipt, { useProtoFieldName: true }) });
   }
 }
 

@@ -32,6 +32,7 @@ CHAIN_FILE: Final = "chain.pem"
 BUNDLE_FILE: Final = "bundle.pem"
 PRIVATE: Final = 0o600
 PUBLIC: Final = 0o644
+_FILES: Final = (KEY_FILE, CHAIN_FILE, BUNDLE_FILE)
 _PENDING: Final = "pending"
 
 _log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ class _State:
     def read(cls, directory: Path, clock: Clock) -> _State:
         _finish_save(directory)
         try:
-            key, chain, bundle = ((directory / name).read_bytes() for name in (KEY_FILE, CHAIN_FILE, BUNDLE_FILE))
+            key, chain, bundle = ((directory / name).read_bytes() for name in _FILES)
             leaf = x509.load_pem_x509_certificates(chain)[0]
             private_key = _parse_key(key)
             identity = spiffe_id_of(leaf)
@@ -117,7 +118,7 @@ def _finish_save(directory: Path) -> None:
     pending = directory / _PENDING
     if not pending.is_dir():
         return
-    for name in (KEY_FILE, CHAIN_FILE, BUNDLE_FILE):
+    for name in _FILES:
         with suppress(FileNotFoundError):
             (pending / name).replace(directory / name)
     with suppress(FileNotFoundError):
@@ -136,6 +137,7 @@ class Credentials:
         self._state = state
         self._clock = clock
         self._lock = threading.Lock()
+        self._paths = [str(directory / name) for name in _FILES]
         self._stamp = self._read_stamp()
 
     @classmethod
@@ -260,15 +262,15 @@ class Credentials:
             return self._state
 
     def _read_stamp(self) -> tuple[tuple[int, int], ...]:
-        stamps = []
-        for name in (KEY_FILE, CHAIN_FILE, BUNDLE_FILE):
-            try:
-                status = (self.directory / name).stat()
-            except OSError:
-                stamps.append((0, 0))
-            else:
-                stamps.append((status.st_mtime_ns, status.st_ino))
-        return tuple(stamps)
+        return tuple(_stamp(path) for path in self._paths)
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    try:
+        status = os.stat(path)  # noqa: PTH116 - read on every call of a channel, where pathlib would double its cost
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_ino
 
 
 def _peer_chain(connection: ssl.SSLSocket | ssl.SSLObject) -> list[bytes]:

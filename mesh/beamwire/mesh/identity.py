@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from typing import Final
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.x509 import verification
 
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
@@ -112,14 +111,14 @@ class _Verified:
 class Verifier:
     """Decides whether a certificate proves an identity in one trust domain, by the roots of that domain alone.
 
-    Verdicts are cached by fingerprint; the time is checked at every call. Safe to share between threads.
+    Good verdicts are cached; the time is checked at every call. Safe to share between threads.
     """
 
     def __init__(self, trust_domain: str, roots_pem: bytes, *, clock: Clock = utcnow) -> None:
         self.trust_domain = trust_domain
         self._clock = clock
         self._store = verification.Store(x509.load_pem_x509_certificates(roots_pem))
-        self._verified: OrderedDict[bytes, _Verified] = OrderedDict()
+        self._verified: OrderedDict[x509.Certificate, _Verified] = OrderedDict()
 
     def verify(self, leaf: x509.Certificate, intermediates: Sequence[x509.Certificate]) -> SpiffeId:
         """The identity that the certificate proves.
@@ -127,12 +126,11 @@ class Verifier:
         Raises CERTIFICATE_INVALID or CERTIFICATE_EXPIRED; `metadata["check"]` says which check failed: name, domain,
         time or chain.
         """
-        fingerprint = leaf.fingerprint(hashes.SHA256())
         now = self._clock()
-        known = self._verified.get(fingerprint)
+        known = self._verified.get(leaf)
         if known is None:
             known = self._verify(leaf, intermediates, now)
-            self._verified[fingerprint] = known
+            self._verified[leaf] = known
             if len(self._verified) > _CACHE_SIZE:
                 self._verified.popitem(last=False)
         _check_time(known, now)

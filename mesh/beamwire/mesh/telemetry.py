@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -64,6 +65,8 @@ LOG_ERROR: Final = "error"
 
 FRAME_SAMPLE_PERIOD: Final = 64
 """One frame in so many is traced, besides the first."""
+EXPORT_TIMEOUT: Final = 2
+"""Seconds after which one export to a collector is given up."""
 MAX_FILE_BYTES: Final = 8 * 2**20
 """Size at which a process's span file becomes its `.1`, in place of the one before."""
 MAX_FILES: Final = 256
@@ -78,20 +81,53 @@ _current: "Telemetry | None" = None
 class Telemetry:
     """The tracing of this process, current until `shutdown`."""
 
-    def __init__(self, provider: TracerProvider) -> None:
+    def __init__(self, provider: TracerProvider, exporter: SpanExporter | None) -> None:
         self.provider = provider
         self.tracer = provider.get_tracer("beamwire")
+        self._bounded = None if exporter is None else _BoundedExporter(exporter)
+        if self._bounded is not None:
+            provider.add_span_processor(
+                BatchSpanProcessor(
+                    self._bounded, max_queue_size=4096, schedule_delay_millis=500, max_export_batch_size=512
+                )
+            )
 
     def flush(self) -> None:
-        """Writes out, within 5 s, what has ended."""
-        self.provider.force_flush(5_000)
+        """Writes out what has ended; a collector that does not answer is given up after about 4 s."""
+        with self._limited():
+            self.provider.force_flush()
 
     def shutdown(self) -> None:
-        """Writes out what has ended and stops; another `setup` may follow."""
+        """Writes out what has ended, as `flush` does, and stops; another `setup` may follow."""
         global _current
         if _current is self:
             _current = None
-        self.provider.shutdown()
+        with self._limited():
+            self.provider.shutdown()
+
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        if self._bounded is not None:
+            self._bounded.deadline = time.monotonic() + EXPORT_TIMEOUT
+        yield
+        if self._bounded is not None:
+            self._bounded.deadline = float("inf")
+
+
+class _BoundedExporter(SpanExporter):
+    """Drops what comes after a deadline: the SDK would try each batch of a full queue to the end, one by one."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+        self.deadline = float("inf")
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        if time.monotonic() > self.deadline:
+            return SpanExportResult.FAILURE
+        return self._exporter.export(spans)
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
 
 
 def setup(service: str, *, trace_dir: Path | None, otlp_endpoint: str = "", trust_domain: str = "") -> Telemetry:
@@ -111,11 +147,7 @@ def setup(service: str, *, trace_dir: Path | None, otlp_endpoint: str = "", trus
     elif trace_dir is not None:
         exporter = LocalSpanExporter(trace_dir, service)
     provider = TracerProvider(resource=Resource(attributes), shutdown_on_exit=False)
-    if exporter is not None:
-        provider.add_span_processor(
-            BatchSpanProcessor(exporter, max_queue_size=4096, schedule_delay_millis=500, max_export_batch_size=512)
-        )
-    _current = Telemetry(provider)
+    _current = Telemetry(provider, exporter)
     return _current
 
 
@@ -253,7 +285,7 @@ def _otlp_exporter(endpoint: str) -> SpanExporter:
         raise BeamwireError(
             Reason.UNSUPPORTED, f"sending traces to {endpoint} needs an extra: pip install 'beamwire[otlp]'"
         ) from None
-    return OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=2)
+    return OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"), timeout=EXPORT_TIMEOUT)
 
 
 def _span_files(directory: Path) -> list[Path]:

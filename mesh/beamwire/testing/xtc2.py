@@ -12,7 +12,7 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -119,18 +119,24 @@ def write_run(
     return description
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Detector:
-    """One detector of a stream and the data it has in an event; None where it is missing."""
+    """One detector of a stream."""
 
     name: str
-    kind: _Interface
-    data: Callable[[int], dict[str, Any] | None]
+    interface: _Interface
+
+    def data(self, run: XtcRun, event: int) -> dict[str, Any] | None:
+        """What it has in an event; None where it is missing."""
+        if not run.has(self.name, event):
+            return None
+        if self.interface is AREA:
+            return {"raw": run.image(event, self.name)}
+        return {SCALAR_FIELD: run.scalar(event, self.name)}
 
 
 def _write_stream(run: XtcRun, stream: int, area: str, scalars: Sequence[str]) -> None:
-    detectors = [_Detector(area, AREA, lambda event: _area_data(run, area, event))]
-    detectors += [_Detector(name, SCALAR, lambda event, name=name: _scalar_data(run, name, event)) for name in scalars]
+    detectors = [_Detector(area, AREA), *(_Detector(name, SCALAR) for name in scalars)]
     big_path = run.files[stream]
     small_path = run.directory / "smalldata" / f"{big_path.stem}.smd.xtc2"
     with big_path.open("wb") as big, small_path.open("wb") as small:
@@ -174,7 +180,7 @@ class _Stream:
 
     def _data(self, event: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
         for place, detector in enumerate(self._detectors):
-            yield place, detector.data(event)
+            yield place, detector.data(self._run, event)
 
     def _transition(self, transition: int, timestamp: int, *, names: bool = False) -> None:
         for file, is_small in ((self._big, False), (self._small, True)):
@@ -192,12 +198,12 @@ class _Stream:
         """Data of an event that has the detector: names in Configure are made from it."""
         detector = self._detectors[place]
         for event in range(self._run.events):
-            if (data := detector.data(event)) is not None:
+            if (data := detector.data(self._run, event)) is not None:
                 return data
         raise ValueError(f"{detector.name} must be in one event at least")
 
     def _add(self, dgram: Any, place: int, data: dict[str, Any]) -> None:
-        name, (kind, algorithm, version) = self._detectors[place].name, self._detectors[place].kind
+        name, (kind, algorithm, version) = self._detectors[place].name, self._detectors[place].interface
         info = self._create.nameinfo(name, kind, f"serial{place}", place)
         dgram.addDet(info, self._create.alg(algorithm, list(version)), data)
 
@@ -210,14 +216,6 @@ class _Stream:
         info = self._create.nameinfo("smdinfo", "offset", "", len(self._detectors) + 1)
         data = {"intOffset": np.uint64(offset), "intDgramSize": np.uint64(size)}
         dgram.addDet(info, self._create.alg("offsetAlg", [0, 0, 0]), data)
-
-
-def _area_data(run: XtcRun, detector: str, event: int) -> dict[str, Any] | None:
-    return {"raw": run.image(event, detector)} if run.has(detector, event) else None
-
-
-def _scalar_data(run: XtcRun, detector: str, event: int) -> dict[str, Any] | None:
-    return {SCALAR_FIELD: run.scalar(event, detector)} if run.has(detector, event) else None
 
 
 def _dgram_create() -> Any:

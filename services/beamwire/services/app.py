@@ -193,7 +193,7 @@ async def serve(
     address = listen_address(settings, names)
     identity = TOGETHER if len(names) > 1 else f"service/{names[0]}"
     setup = telemetry.setup(
-        identity,
+        identity.removeprefix("service/"),
         trace_dir=None if settings.telemetry.otlp_endpoint else layout.traces,
         otlp_endpoint=settings.telemetry.otlp_endpoint,
     )

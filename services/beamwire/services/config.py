@@ -47,12 +47,12 @@ class ServiceAddresses(Section):
 class Data(Section):
     """How the caches are reached."""
 
-    host: str = Field("127.0.0.1", description="the address that caches listen on")
+    host: str = Field(default="127.0.0.1", description="the address that caches listen on")
     advertise: str = Field(
         "127.0.0.1", description="the name or address that peers dial, which goes on their certificates"
     )
-    allow_plain_tcp: bool = Field(False, description="admit buffers without TLS, on a loopback address only")
-    capacity_bytes: int = Field(8 * 1024**3, gt=0, description="the largest ring one buffer may have")
+    allow_plain_tcp: bool = Field(default=False, description="admit buffers without TLS, on a loopback address only")
+    capacity_bytes: int = Field(default=8 * 1024**3, gt=0, description="the largest ring one buffer may have")
 
 
 class Certificates(Section):
@@ -72,25 +72,25 @@ class Certificates(Section):
 class Limits(Section):
     """What one owner may have."""
 
-    active_transfers: int = Field(16, gt=0)
-    processes: int = Field(64, gt=0, description="MPI ranks of one streamer")
+    active_transfers: int = Field(default=16, gt=0)
+    processes: int = Field(default=64, gt=0, description="MPI ranks of one streamer")
     lease: timedelta = Field(timedelta(days=7), description="how long a transfer may take")
 
 
 class Telemetry(Section):
     """Where traces go."""
 
-    otlp_endpoint: str = Field("", description="an OTLP/gRPC collector; empty: files in state/traces")
+    otlp_endpoint: str = Field(default="", description="an OTLP/gRPC collector; empty: files in state/traces")
 
 
 class FacilitySettings(Settings):
     """A facility."""
 
     trust_domain: str
-    address: str = Field("127.0.0.1:7443", description="where the services listen and are called")
-    enroll_address: str = Field("127.0.0.1:7444", description="where members without a certificate enrol")
+    address: str = Field(default="127.0.0.1:7443", description="where the services listen and are called")
+    enroll_address: str = Field(default="127.0.0.1:7444", description="where members without a certificate enrol")
     server_names: tuple[str, ...] = Field(
-        ("localhost", "127.0.0.1"), description="the names that go on the services' certificates"
+        default=("localhost", "127.0.0.1"), description="the names that go on the services' certificates"
     )
     services: ServiceAddresses = ServiceAddresses()
     data: Data = Data()

@@ -1,11 +1,11 @@
 """Beamwire's SDK: ask a facility for events and iterate over numpy arrays.
 
-    from beamwire.client import connect
+from beamwire.client import connect
 
-    with connect() as client, client.stream("request.yaml") as stream:
-        for batch in stream:
-            images = batch["detector_data"]  # shape (events, height, width)
-        print(stream.receipt)
+with connect() as client, client.stream("request.yaml") as stream:
+    for batch in stream:
+        images = batch["detector_data"]  # shape (events, height, width)
+    print(stream.receipt)
 """
 
 from beamwire.client.aio import AsyncClient

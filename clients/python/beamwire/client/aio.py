@@ -147,7 +147,7 @@ class AsyncClient:
         async for buffer in _watch(call, lambda buffer: buffer.state in _BUFFER_ENDED):
             yield buffer
 
-    async def seal_buffer(self, name: str, cause: EndCause, detail: str = "") -> buffer_pb2.Buffer:
+    async def seal_buffer(self, name: str, cause: EndCause.ValueType, detail: str = "") -> buffer_pb2.Buffer:
         """Say that no more frames will come; what is held is delivered if the cause is DONE, dropped otherwise."""
         return await self._buffers.SealBuffer(
             buffer_pb2.SealBufferRequest(

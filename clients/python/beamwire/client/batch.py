@@ -60,7 +60,8 @@ class Batch:
     def ragged(self, name: str) -> Ragged:
         """Return a ragged field as a CSR matrix has it. KeyError if unknown.
 
-        Event `i` is `values[row_offsets[i]:row_offsets[i + 1]]`; `values` has shape (M, ...), `row_offsets` int64 (N + 1,).
+        Event `i` is `values[row_offsets[i]:row_offsets[i + 1]]`; `values` has shape (M, ...), `row_offsets` is int64
+        of shape (N + 1,).
         """
         if name not in self._offsets:
             raise KeyError(f"no ragged field {name!r}; this batch has {', '.join(self._offsets) or 'none'}")

@@ -106,7 +106,7 @@ class Client:
         """Yield the buffer now and after every change until it has ended. Survives 30 s without the service."""
         return self._portal.iterate(self._client.watch_buffer(name))
 
-    def seal_buffer(self, name: str, cause: EndCause, detail: str = "") -> Buffer:
+    def seal_buffer(self, name: str, cause: EndCause.ValueType, detail: str = "") -> Buffer:
         """Say that no more frames will come; what is held is delivered if the cause is DONE, dropped otherwise."""
         return self._portal.call(self._client.seal_buffer(name, cause, detail))
 

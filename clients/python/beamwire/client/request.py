@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct
@@ -31,7 +32,7 @@ _STREAM_KEYS = (
 )
 _OWN_KEYS = ("processes", "buffer", "lease", "labels")
 _KEYS = frozenset(_STREAM_KEYS + _OWN_KEYS)
-_BUFFER_KEYS = frozenset({"capacity_bytes", "capacity_frames", "overflow_policy", "delivery", "transport"})
+_BUFFER_KEYS = frozenset({"capacity_bytes", "capacity_frames", "overflow_policy", "delivery", "transport", "consumers"})
 _HANDLER_KEYS = frozenset({"type", "write_directory", "file_prefix", "file_suffix"})
 _OLD_LAYOUT = "this is the older layout of LCLStreamer; move what is under it to the top level, each with its `type`"
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -177,21 +178,30 @@ class _Conversion:
                 self._problems.unknown_key(f"buffer.{key}", str(key), _BUFFER_KEYS)
         spec.capacity_bytes = self._count("buffer.capacity_bytes", value.get("capacity_bytes"), _INT64_MAX, least=1)
         spec.capacity_frames = self._count("buffer.capacity_frames", value.get("capacity_frames"), _INT32_MAX, least=1)
-        spec.overflow_policy = self._choice(value, "overflow_policy", dict(buffer_pb2.OverflowPolicy.items()))
-        spec.delivery = self._choice(value, "delivery", dict(buffer_pb2.Delivery.items()))
-        spec.transport = self._choice(value, "transport", dict(buffer_pb2.Transport.items()))
+        spec.overflow_policy = self._choice(value, "overflow_policy", buffer_pb2.OverflowPolicy)
+        spec.delivery = self._choice(value, "delivery", buffer_pb2.Delivery)
+        spec.transport = self._choice(value, "transport", buffer_pb2.Transport)
+        spec.consumers.extend(self._identities("buffer.consumers", value.get("consumers")))
         return spec
 
-    def _choice(self, mapping: Mapping[str, object], key: str, values: dict[str, int]) -> int:
+    def _identities(self, path: str, value: object) -> list[str]:
+        """Return the members who may read besides the owner."""
+        if value is None:
+            return []
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return [str(item) for item in value]
+        self._problems.add(path, "must be a list of SPIFFE ids, such as spiffe://facility.example/user/bob")
+        return []
+
+    def _choice(self, mapping: Mapping[str, object], key: str, enum: Any) -> Any:
+        """Return the number of the value that a word names; `enum` is one of the contract's."""
         word = mapping.get(key)
-        if word is None:
-            return 0
         prefix = f"{key.upper()}_"
-        words = {name.removeprefix(prefix).lower(): number for name, number in values.items() if number}
-        if not isinstance(word, str) or word not in words:
+        words = {name.removeprefix(prefix).lower(): number for name, number in enum.items() if number}
+        if word is not None and (not isinstance(word, str) or word not in words):
             self._problems.add(f"buffer.{key}", f"must be one of {', '.join(words)}, not {word!r}")
             return 0
-        return words[word]
+        return words[word] if word is not None else 0
 
     def _handlers(self, value: object) -> OutputDefaults:
         output = OutputDefaults()
@@ -199,11 +209,12 @@ class _Conversion:
             return output
         for index, item in enumerate(value if isinstance(value, list | tuple) else [value]):
             path = f"data_handlers[{index}]"
-            match item.get("type") if isinstance(item, Mapping) else None:
+            handler = item if isinstance(item, Mapping) else {}
+            match handler.get("type"):
                 case "BinaryDataStreamingDataHandler":
                     continue  # Delivery to this client takes its place.
                 case "BinaryFileWritingDataHandler":
-                    output = self._file_handler(path, item)
+                    output = self._file_handler(path, handler)
                 case kind:
                     self._problems.add(
                         f"{path}.type",
@@ -271,9 +282,9 @@ class _Conversion:
         return 0
 
 
-def _struct(parameters: Mapping[str, object]) -> Struct:
+def _struct(parameters: dict[str, Any]) -> Struct:
     struct = Struct()
-    struct.update(dict(parameters))
+    struct.update(parameters)
     return struct
 
 

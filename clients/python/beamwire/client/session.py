@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from beamwire.client.request import ParsedRequest
 from beamwire.client.source import Source, parse_source
 from beamwire.client.transfers import failure_of, has_ended
 from beamwire.mesh import telemetry
-from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.names import new_id
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
@@ -23,8 +22,6 @@ from beamwire.stream.v1.frame_pb2 import StreamHeader
 
 if TYPE_CHECKING:
     from beamwire.client.aio import AsyncClient
-
-T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 # How long the facility may take to find out why a stream broke.
@@ -48,34 +45,48 @@ _SYMPTOMS = frozenset(
 _NOT_OURS = frozenset({Reason.NOT_OWNER, Reason.ROLE_NOT_ALLOWED, Reason.RESOURCE_NOT_FOUND})
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Counters:
-    """What this program has read."""
+    """What this program has read so far: events, the frames they came in, bytes of those frames."""
 
     events: int = 0
     frames: int = 0
     bytes: int = 0
 
 
-@dataclass(slots=True, eq=False)
 class Reader:
     """One consumer of a session; used by one thread at a time."""
 
-    consumer: Consumer
-    connections: int
-    counters: Counters = field(default_factory=Counters)
-    ended: bool = False
+    def __init__(self, consumer: Consumer, connections: int) -> None:
+        self._consumer = consumer
+        self.connections = connections
+        self.ended = False
 
     def next_frame(self) -> Frame | None:
         """Return the next frame, None at the end of the stream. Blocks; another thread's `close` interrupts it."""
-        frame = next(self.consumer, None)
-        if frame is None:
+        try:
+            frame = None if self.ended else next(self._consumer, None)
+        except BeamwireError:
             self.ended = True
-            return None
-        self.counters.events += frame.header.event_count
-        self.counters.frames += 1
-        self.counters.bytes += len(frame.payload)
+            raise
+        self.ended = frame is None
         return frame
+
+    def close(self) -> None:
+        """Leave the stream."""
+        self._consumer.close()
+
+    @property
+    def header(self) -> StreamHeader | None:
+        """What the stream is, once a frame has come."""
+        # The consumer would wait for it; after the first frame it has it.
+        return self._consumer.stream if self._consumer.counters.frames else None
+
+    @property
+    def counters(self) -> Counters:
+        """What this reader has read."""
+        counts = self._consumer.counters
+        return Counters(counts.events, counts.frames, counts.bytes)
 
 
 class Session:
@@ -83,6 +94,8 @@ class Session:
 
     def __init__(self, client: AsyncClient, source: Source, *, prefetch: int, transfer_id: str = "") -> None:
         self._client = client
+        if prefetch < 1:
+            raise invalid_field("prefetch", f"must be at least 1, not {prefetch}")
         self._source = parse_source(source)
         self._prefetch = prefetch
         self._transfer_id = transfer_id or new_id()
@@ -109,8 +122,7 @@ class Session:
     @property
     def header(self) -> StreamHeader | None:
         """What the stream says that it is, once a frame has come."""
-        headers = (reader.consumer.stream for reader in self._readers)
-        return next((header for header in headers if header is not None), None)
+        return next((reader.header for reader in self._readers if reader.header is not None), None)
 
     @property
     def receipt(self) -> Receipt | None:
@@ -130,7 +142,9 @@ class Session:
         await self._until(lambda transfer: bool(transfer.connect_string) or has_ended(transfer))
 
     async def dial(self, connections: int) -> Reader | None:
-        """Connect to the cache; None if the transfer succeeded before. Raises BeamwireError with the true cause."""
+        """Begin to connect to the cache; None if the transfer has succeeded before. BeamwireError if it has failed."""
+        if connections < 1:
+            raise invalid_field("consumers", f"must be at least 1, not {connections}")
         connect = self._source
         if not isinstance(connect, ConnectString):
             transfer = await self._until(lambda transfer: bool(transfer.connect_string) or has_ended(transfer))
@@ -138,12 +152,9 @@ class Session:
                 await self.conclude(None)
                 return None
             connect = ConnectString.parse(transfer.connect_string)
-        try:
-            consumer = await asyncio.to_thread(self._consumer, connect, connections)
-        except BeamwireError as error:
-            await self.conclude(error)
-            return None
-        reader = Reader(consumer, connections)
+        credentials = None if connect.transport == "tcp" else self._client.credentials
+        consumer = Consumer(connect, credentials, connections=connections, prefetch=self._prefetch)
+        reader = Reader(consumer, connections * len(connect.hosts))
         self._readers.append(reader)
         return reader
 
@@ -166,7 +177,8 @@ class Session:
         self.concluded = True
         if transfer.state != Transfer.STATE_SUCCEEDED:
             raise failure_of(transfer) from error
-        if error is not None and (self.header is not None or self.counters.frames):
+        # A consumer that came after the end was refused, and missed nothing.
+        if error is not None and self.counters.frames:
             raise error
         self._check_count(transfer.receipt)
 
@@ -176,7 +188,7 @@ class Session:
             await self.conclude(None)
         self._closing = True
         for reader in self._readers:
-            await asyncio.to_thread(reader.consumer.close)
+            await asyncio.to_thread(reader.close)
         try:
             if self._create is not None and not self._has_ended():
                 await self._cancel(self._create)
@@ -190,10 +202,6 @@ class Session:
             if self._following is not None:
                 self._following.cancel()
                 await asyncio.wait([self._following])
-
-    def _consumer(self, connect: ConnectString, connections: int) -> Consumer:
-        credentials = self._client.credentials if connect.transport != "tcp" else None
-        return Consumer(connect, credentials, connections=connections, prefetch=self._prefetch)
 
     async def _follow_source(self) -> None:
         """Create the transfer if it is a request, and keep `transfer` up to date: all inside one span."""
@@ -226,6 +234,11 @@ class Session:
         async with self._changed:
             self.transfer = transfer
             self._changed.notify_all()
+        if has_ended(transfer):
+            # Whoever has nothing yet will get nothing: do not let it try to reach a cache that is gone.
+            for reader in self._readers:
+                if not reader.counters.frames:
+                    await asyncio.to_thread(reader.close)
 
     async def _fail(self, error: BeamwireError) -> None:
         async with self._changed:

@@ -22,7 +22,8 @@ class Stream:
     """Batches of one stream: `with client.stream(request) as s: for batch in s`.
 
     The iteration ends when every event that was selected has come or is accounted for, and raises BeamwireError if the
-    transfer did not succeed. Leaving early (break, an exception, Ctrl-C) cancels the transfer if this stream created it.
+    transfer did not succeed. Leaving early (break, an exception, Ctrl-C) cancels the transfer if this stream created
+    it.
     """
 
     def __init__(
@@ -127,9 +128,8 @@ class Part:
 
     def __next__(self) -> Batch:
         try:
-            frame = None if self._reader.ended else self._reader.next_frame()
+            frame = self._reader.next_frame()
         except BeamwireError as error:
-            self._reader.ended = True
             self._portal.call(self._session.conclude(error))
             raise StopIteration from None
         if frame is None:
@@ -139,7 +139,7 @@ class Part:
     @property
     def header(self) -> StreamHeader | None:
         """What the stream says that it is; None until the first batch has come."""
-        return self._reader.consumer.stream
+        return self._reader.header
 
     @property
     def counters(self) -> Counters:

@@ -40,7 +40,7 @@ def state_word(transfer: Transfer) -> str:
     return Transfer.State.Name(transfer.state).removeprefix("STATE_")
 
 
-def loss_word(cause: account_pb2.LossCause) -> str:
+def loss_word(cause: account_pb2.LossCause.ValueType) -> str:
     """Return the cause of a loss as words: `consumer connection`, say."""
     return account_pb2.LossCause.Name(cause).removeprefix("LOSS_CAUSE_").replace("_", " ").lower()
 

@@ -37,10 +37,10 @@ def read_yaml(path: Path) -> YamlFile:
     if not isinstance(root, yaml.MappingNode) or not isinstance(content, dict):
         raise _refusal(f"{path}: must hold keys and values at its top level, such as `event_source:`")
     lines: dict[str, int] = {}
-    for key, line in _keys(root, ""):
+    for key, number in _keys(root, ""):
         if key in lines:
-            raise _refusal(f"{path}:{line}: {key!r} was already given in line {lines[key]}")
-        lines[key] = line
+            raise _refusal(f"{path}:{number}: {key!r} was already given in line {lines[key]}")
+        lines[key] = number
     return YamlFile(path, content, lines)
 
 

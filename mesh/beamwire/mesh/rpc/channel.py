@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any, Final, Self
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import grpc
 
@@ -17,11 +17,9 @@ from beamwire.mesh.rpc.status import error_from_rpc
 DEADLINE: Final = 15.0
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 
-Details = grpc.aio.ClientCallDetails
 
-
-def service_config(*services: str) -> dict[str, Any]:
-    """The gRPC service config of some services, of every service if none is named.
+def service_config() -> dict[str, Any]:
+    """The gRPC service config of every service: what `<api>_service_config.json` beside each proto says of one.
 
     UNAVAILABLE alone is retried, 5 attempts being the most that gRPC makes. There is no timeout in it, because grpcio
     lets that fire early: deadlines are set per call.
@@ -30,7 +28,7 @@ def service_config(*services: str) -> dict[str, Any]:
         "loadBalancingConfig": [{"round_robin": {}}],
         "methodConfig": [
             {
-                "name": [{"service": service} for service in services] or [{}],
+                "name": [{}],
                 "retryPolicy": {
                     "maxAttempts": 5,
                     "initialBackoff": "0.1s",
@@ -66,7 +64,7 @@ def connect(address: str, credentials: Credentials, *, server_name: str | None =
 class _RenewingChannel(grpc.aio.Channel):
     """A channel that is made anew when the credentials are: grpcio cannot change those of a live one.
 
-    Calls that run keep the channel they began on; it goes when the last of them has ended.
+    A call that runs keeps the channel it began on, which goes when the last of its calls has ended.
     """
 
     def __init__(self, address: str, credentials: Credentials, options: list[tuple[str, Any]]) -> None:
@@ -74,42 +72,55 @@ class _RenewingChannel(grpc.aio.Channel):
         self._credentials = credentials
         self._options = options
         self._chain_pem = b""
-        self._channel_of: WeakKeyDictionary[Any, grpc.aio.Channel] = WeakKeyDictionary()
-        self._now = self._current()
+        self._alive: WeakSet[grpc.aio.Channel] = WeakSet()
+        self._newest = self._current()
 
     def _current(self) -> grpc.aio.Channel:
         chain_pem = self._credentials.chain_pem
         if chain_pem is not self._chain_pem:
-            interceptors = [_Unary(self._address, self._credentials), _Stream(self._address, self._credentials)]
-            self._now = grpc.aio.secure_channel(
-                self._address, self._credentials.channel_credentials(), self._options, interceptors=interceptors
-            )
+            security = self._credentials.channel_credentials()
+            self._newest = grpc.aio.secure_channel(self._address, security, self._options)
+            self._alive.add(self._newest)
             self._chain_pem = chain_pem
-        return self._now
+        return self._newest
 
-    def _calls(self, arity: str, method: str, *codec: Any, **options: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
+    def _callable(self, arity: str, deadline: float | None, *description: Any, **registered: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> _Call:
+            if kwargs.get("timeout") is None:
+                kwargs["timeout"] = deadline
+            kwargs["metadata"] = (*(kwargs.get("metadata") or ()), *telemetry.inject().items())
             channel = self._current()
-            running = getattr(channel, arity)(method, *codec, **options)(*args, **kwargs)
-            self._channel_of[running] = channel
-            return running
+            return _Call(getattr(channel, arity)(*description, **registered)(*args, **kwargs), channel, self._explain)
 
         return call
 
-    def unary_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return self._calls("unary_unary", method, *args, **kwargs)
+    def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._callable("unary_unary", DEADLINE, *args, **kwargs)
 
-    def unary_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return self._calls("unary_stream", method, *args, **kwargs)
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._callable("unary_stream", None, *args, **kwargs)
 
-    def stream_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return self._calls("stream_unary", method, *args, **kwargs)
+    def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._callable("stream_unary", None, *args, **kwargs)
 
-    def stream_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return self._calls("stream_stream", method, *args, **kwargs)
+    def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._callable("stream_stream", None, *args, **kwargs)
+
+    def _explain(self, error: grpc.RpcError) -> BeamwireError:
+        """What a failed call means.
+
+        A server that refuses a certificate closes the connection without a word, so this member looks at its own.
+        """
+        failure = error_from_rpc(error, address=self._address)
+        if failure.reason is Reason.SERVICE_UNAVAILABLE:
+            try:
+                self._credentials.check()
+            except BeamwireError as own:
+                return own
+        return failure
 
     async def close(self, grace: float | None = None) -> None:
-        for channel in {self._now, *self._channel_of.values()}:
+        for channel in list(self._alive):
             await channel.close(grace)
 
     async def __aenter__(self) -> Self:
@@ -128,59 +139,31 @@ class _RenewingChannel(grpc.aio.Channel):
         await self._current().channel_ready()
 
 
-def _with_trace(details: Details, timeout: float | None) -> Details:
-    metadata = grpc.aio.Metadata(*(details.metadata or ()), *telemetry.inject().items())
-    return Details(details.method, timeout, metadata, details.credentials, details.wait_for_ready)
+class _Call:
+    """A call of grpcio whose failure is a BeamwireError. It keeps its channel alive.
 
-
-def _explain(error: grpc.RpcError, address: str, credentials: Credentials) -> BeamwireError:
-    """What a failed call means.
-
-    A server that refuses a certificate closes the connection without a word, so this member looks at its own.
+    Interceptors of grpcio could do this too; they make a task for each call and cost three times as much.
     """
-    failure = error_from_rpc(error, address=address)
-    if failure.reason is Reason.SERVICE_UNAVAILABLE:
+
+    def __init__(self, call: Any, channel: grpc.aio.Channel, explain: Callable[[grpc.RpcError], BeamwireError]) -> None:
+        self._call = call
+        self._channel = channel
+        self._explain = explain
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    def __await__(self) -> Generator[Any, None, Any]:
         try:
-            credentials.check()
-        except BeamwireError as own:
-            return own
-    return failure
-
-
-class _Unary(grpc.aio.UnaryUnaryClientInterceptor):
-    def __init__(self, address: str, credentials: Credentials) -> None:
-        self._address = address
-        self._credentials = credentials
-
-    async def intercept_unary_unary(
-        self, continuation: Callable[[Details, Any], Any], client_call_details: Details, request: Any
-    ) -> Any:
-        timeout = client_call_details.timeout
-        details = _with_trace(client_call_details, DEADLINE if timeout is None else timeout)
-        call = await continuation(details, request)
-        try:
-            await call
+            return (yield from self._call.__await__())
         except grpc.aio.AioRpcError as error:
-            raise _explain(error, self._address, self._credentials) from error
-        return call
+            raise self._explain(error) from error
 
-
-class _Stream(grpc.aio.UnaryStreamClientInterceptor):
-    def __init__(self, address: str, credentials: Credentials) -> None:
-        self._address = address
-        self._credentials = credentials
-
-    async def intercept_unary_stream(
-        self, continuation: Callable[[Details, Any], Any], client_call_details: Details, request: Any
-    ) -> Any:
-        call = await continuation(_with_trace(client_call_details, client_call_details.timeout), request)
-        return self._answers(call)
-
-    async def _answers(self, call: Any) -> AsyncIterator[Any]:
+    async def __aiter__(self) -> AsyncIterator[Any]:
         try:
-            async for answer in call:
+            async for answer in self._call:
                 yield answer
         except grpc.aio.AioRpcError as error:
-            raise _explain(error, self._address, self._credentials) from error
+            raise self._explain(error) from error
         finally:
-            call.cancel()
+            self._call.cancel()

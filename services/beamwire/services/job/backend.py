@@ -73,6 +73,8 @@ class LocalRun:
     async def wait(self) -> Outcome:
         """Wait for the end of the group's leader."""
         ended = await self._process.wait()
+        if ended.error:
+            return Outcome(ended.exit_code, f"it could not be started: {ended.error}")
         if ended.signal is not None:
             return Outcome(128 + ended.signal, f"ended by signal {ended.signal}")
         return Outcome(ended.exit_code, f"exit code {ended.exit_code}")

@@ -204,7 +204,7 @@ class Jobs:
             await self._enter(name, JobState.COMPLETED, outcome.reason, exit_code=code)
         else:
             tail = log_tail(self.directory_of(name))
-            message = f"{record.spec.display_name or name} failed with {outcome.reason}"
+            message = f"{record.spec.display_name or name} failed: {outcome.reason}"
             error = BeamwireError(
                 Reason.PRODUCER_FAILED, f"{message}; it printed:\n{tail}" if tail else message, metadata={"job": name}
             )

@@ -212,10 +212,10 @@ class Handler(Protocol):
         """Sends; blocks while it cannot."""
         ...
 
-    def skip(self, cause: account_pb2.LossCause, count: int = 1) -> None:
+    def skip(self, cause: account_pb2.LossCause.ValueType, count: int = 1) -> None:
         """Accounts for events that were selected and will not be sent."""
         ...
 
-    def end(self, cause: account_pb2.EndCause, detail: str = "") -> None:
+    def end(self, cause: account_pb2.EndCause.ValueType, detail: str = "") -> None:
         """Says how it ended, and closes."""
         ...

@@ -134,15 +134,16 @@ class _Reader:
     def _part(self, kind: Kind, section: _Section, path: str) -> Part | None:
         try:
             component = registry.find(kind, section.type)
-            parameters = component.Parameters.model_validate(section.model_extra or {})
-        except ValidationError as error:
-            self.violations += _violations(error, component.Parameters, f"{ROOT}.{path}", section)
         except BeamwireError as error:
             found = self.unsupported if error.reason is Reason.UNSUPPORTED else self.violations
             found.append(FieldViolation(f"{ROOT}.{path}.type", str(error)))
-        else:
-            return Part(section.type, component, parameters, f"{ROOT}.{path}")
-        return None
+            return None
+        try:
+            parameters = component.Parameters.model_validate(section.model_extra or {})
+        except ValidationError as error:
+            self.violations += _violations(error, component.Parameters, f"{ROOT}.{path}", section)
+            return None
+        return Part(section.type, component, parameters, f"{ROOT}.{path}")
 
     def _check_fits(self, source: Part | None, data_sources: Mapping[str, Part | None]) -> None:
         """A data source may say which event sources it reads from."""
@@ -156,7 +157,9 @@ class _Reader:
     def _check_names(self, serializer: Part | None) -> None:
         names = self.document.data_sources
         for name in names:
-            if name.endswith(PRESENT_SUFFIX) and not getattr(names.get(name.removesuffix(PRESENT_SUFFIX)), "required", 1):
+            if name.endswith(PRESENT_SUFFIX) and not getattr(
+                names.get(name.removesuffix(PRESENT_SUFFIX)), "required", 1
+            ):
                 self._wrong(f"data_sources.{name}", "the name is taken: it says which events have the optional one")
         fields: Mapping[str, str] = getattr(serializer.parameters, "fields", None) or {} if serializer else {}
         for name in fields:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 from beamwire.common.v1 import account_pb2
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.services.streamer.components import ComponentParameters, FieldSpec, Message, StreamInfo
 from beamwire.stream.v1 import frame_pb2
 
-GetCredentials = Callable[[], Credentials]
+if TYPE_CHECKING:
+    # gRPC comes with it, which a check of a configuration does not need.
+    from beamwire.mesh.credentials import Credentials
+
+GetCredentials = Callable[[], "Credentials"]
 
 _NATIVE_SUFFIX = "frame"
 
@@ -57,11 +60,11 @@ class BufferDataHandler:
         else:
             self._producer.send_opaque(message.data, message.media_type, message.batch.event_ids)
 
-    def skip(self, cause: account_pb2.LossCause, count: int = 1) -> None:
+    def skip(self, cause: account_pb2.LossCause.ValueType, count: int = 1) -> None:
         """Counts for the END frame."""
         self._producer.skip(cause, count)
 
-    def end(self, cause: account_pb2.EndCause, detail: str = "") -> None:
+    def end(self, cause: account_pb2.EndCause.ValueType, detail: str = "") -> None:
         """Sends the END frame and closes."""
         if self._producer is not None:
             self._producer.end(cause, detail)
@@ -76,8 +79,8 @@ class BinaryFileWritingDataHandler:
     class Parameters(ComponentParameters):
         """How the files are called and where they go; the suffix fits the serializer if it is absent."""
 
-        file_prefix: Annotated[str, Field(pattern=r"^[^/\0]*$")] = ""
-        file_suffix: Annotated[str, Field(pattern=r"^[^/\0]+$")] | None = None
+        file_prefix: Annotated[str, Field(pattern=r"^[^/]*$")] = ""
+        file_suffix: Annotated[str, Field(pattern=r"^[^/]+$")] | None = None
         write_directory: Path = Path()
 
     def __init__(self, parameters: BinaryFileWritingDataHandler.Parameters, credentials: GetCredentials) -> None:
@@ -112,10 +115,10 @@ class BinaryFileWritingDataHandler:
             part.unlink()
         self._count += 1
 
-    def skip(self, cause: account_pb2.LossCause, count: int = 1) -> None:
+    def skip(self, cause: account_pb2.LossCause.ValueType, count: int = 1) -> None:
         """Files have no account."""
 
-    def end(self, cause: account_pb2.EndCause, detail: str = "") -> None:
+    def end(self, cause: account_pb2.EndCause.ValueType, detail: str = "") -> None:
         """Every file is complete already."""
 
     def _name(self, message: Message) -> str:

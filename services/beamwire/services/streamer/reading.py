@@ -45,7 +45,11 @@ class Reader:
         """Opens everything; raises BeamwireError with a violation for each data source that cannot be had."""
         self._config = config
         self.source: EventSource = config.event_source.component(config.event_source.parameters, context)
-        self._sources = _data_sources(config.data_sources, self.source)
+        try:
+            self._sources = _data_sources(config.data_sources, self.source)
+        except BaseException:
+            self.source.close()
+            raise
         self._readings = self._read_all()
         self._ahead: deque[Reading] = deque()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,10 +39,9 @@ class Cli:
     @contextmanager
     def client(self) -> Iterator[Client]:
         """A client of the facility chosen, traced into the state directory."""
+        telemetry.setup_logging("client", level=logging.INFO if self.verbose else logging.ERROR)
         client = connect(self.facility, config_dir=self.config_dir)
-        tracing = telemetry.setup(
-            "client", trace_dir=trace_directory(), trust_domain=client.facility.trust_domain
-        )
+        tracing = telemetry.setup("client", trace_dir=trace_directory(), trust_domain=client.facility.trust_domain)
         try:
             with client:
                 yield client
@@ -97,7 +97,8 @@ class Command(click.Command):
     """A subcommand that takes the global options too, and says in its help what the exit codes mean."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, epilog=EXIT_CODES, **settings)
+        super().__init__(*args, **settings)
+        self.epilog = EXIT_CODES
         self.params += _global_options()
 
 
@@ -107,18 +108,19 @@ class Group(click.Group):
     command_class = Command
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, epilog=EXIT_CODES, **settings)
+        super().__init__(*args, **settings)
+        self.epilog = EXIT_CODES
         self.params += _global_options()
 
-    def invoke(self, context: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> Any:
         """Run the subcommand."""
         try:
-            return super().invoke(context)
+            return super().invoke(ctx)
         except click.ClickException:
             raise
         except (BeamwireError, OSError, KeyboardInterrupt) as error:
-            explain(error, verbose=context.ensure_object(Cli).verbose)
-            context.exit(exit_code(error))
+            explain(error, verbose=ctx.ensure_object(Cli).verbose)
+            ctx.exit(exit_code(error))
 
 
 pass_cli = click.make_pass_decorator(Cli, ensure=True)

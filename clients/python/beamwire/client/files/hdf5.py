@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,8 +17,9 @@ from beamwire.client.files.naming import part_of
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.stream.v1.frame_pb2 import Field, StreamHeader
 
-if TYPE_CHECKING:
-    import h5py
+# h5py's types cannot tell a group from a dataset, and importing it for them would make the SDK heavy.
+Group = Any
+Dataset = Any
 
 _IMAGE_BYTES = 64 * 1024
 _CHUNK_BYTES = 1024 * 1024
@@ -32,7 +33,7 @@ class Hdf5Writer:
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         self._path = path
         self._overwrite = overwrite
-        self._file: h5py.File | None = None
+        self._file: Group | None = None
         self._part: Path | None = None
         self._fields: dict[str, Field] = {}
         self._names: frozenset[str] | None = None
@@ -66,10 +67,10 @@ class Hdf5Writer:
                 data[signal].attrs["interpretation"] = "image"
         self._file = None
         file.close()
+        self._part = None
         if not complete:
             return [part_of(self._path)]
         part_of(self._path).replace(self._path)
-        self._part = None
         return [self._path]
 
     def discard(self) -> None:
@@ -83,7 +84,7 @@ class Hdf5Writer:
             self._part.unlink(missing_ok=True)
             self._part = None
 
-    def _open_file(self) -> h5py.File:
+    def _open_file(self) -> Group:
         # Imported here: the SDK must stay light for those who write no HDF5.
         import h5py
 
@@ -95,7 +96,7 @@ class Hdf5Writer:
             _lay_out(self._file)
         return self._file
 
-    def _group(self) -> h5py.Group:
+    def _group(self) -> Group:
         return self._open_file()["entry/data"]
 
     def _check_names(self, batch: Batch) -> None:
@@ -109,11 +110,11 @@ class Hdf5Writer:
                 f"before it {sorted(self._names)}; use --format npz for such a stream",
             )
 
-    def _write_dense(self, data: h5py.Group, name: str, array: Array) -> None:
+    def _write_dense(self, data: Group, name: str, array: Array) -> None:
         dataset = _append(data, _dataset_name(name), array)
         self._describe(dataset, name)
 
-    def _write_ragged(self, data: h5py.Group, name: str, values: Array, row_offsets: Array) -> None:
+    def _write_ragged(self, data: Group, name: str, values: Array, row_offsets: Array) -> None:
         group = data.require_group(_dataset_name(name))
         before = len(group["values"]) if "values" in group else 0
         if "row_offsets" not in group:
@@ -122,12 +123,12 @@ class Hdf5Writer:
         dataset = _append(group, "values", values[row_offsets[0] : row_offsets[-1]])
         self._describe(dataset, name)
 
-    def _describe(self, dataset: h5py.Dataset, name: str) -> None:
+    def _describe(self, dataset: Dataset, name: str) -> None:
         field = self._fields.get(name)
         if field is not None and field.unit and "units" not in dataset.attrs:
             dataset.attrs["units"] = field.unit
 
-    def _declare_fields(self, data: h5py.Group) -> None:
+    def _declare_fields(self, data: Group) -> None:
         _append(data, _EVENT_ID, np.empty(0, np.uint64))
         _append(data, _PRODUCER, np.empty(0, np.uint32))
         for name, field in self._fields.items():
@@ -139,7 +140,7 @@ class Hdf5Writer:
                 self._write_dense(data, name, np.empty((0, *shape), np.dtype(field.dtype)))
 
 
-def _lay_out(file: h5py.File) -> None:
+def _lay_out(file: Group) -> None:
     file.attrs.update(
         NX_class="NXroot",
         default="entry",
@@ -151,7 +152,7 @@ def _lay_out(file: h5py.File) -> None:
     entry.create_group("data").attrs["NX_class"] = "NXdata"
 
 
-def _append(group: h5py.Group, name: str, array: Array) -> h5py.Dataset:
+def _append(group: Group, name: str, array: Array) -> Dataset:
     """Add rows to a dataset, which the first rows create."""
     rows, file_type = _storable(array)
     if name not in group:
@@ -192,7 +193,7 @@ def _chunks(event_shape: Sequence[int], item_bytes: int) -> tuple[int, ...]:
     return (events, *(max(1, axis) for axis in event_shape))
 
 
-def _signal(data: h5py.Group) -> str:
+def _signal(data: Group) -> str:
     """Return the field that a viewer should show first: the one with the largest events."""
     import h5py
 

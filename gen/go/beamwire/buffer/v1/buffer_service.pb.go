@@ -657,7 +657,11 @@ type BufferCounters struct {
 	// Peers turned away, by certificate or by protocol.
 	RefusedPeerCount int64 `protobuf:"varint,14,opt,name=refused_peer_count,json=refusedPeerCount,proto3" json:"refused_peer_count,omitempty"`
 	// Why the last of them was turned away.
-	LastRefusal   string `protobuf:"bytes,15,opt,name=last_refusal,json=lastRefusal,proto3" json:"last_refusal,omitempty"`
+	LastRefusal string `protobuf:"bytes,15,opt,name=last_refusal,json=lastRefusal,proto3" json:"last_refusal,omitempty"`
+	// When the first DATA frame arrived. Unset before.
+	FirstFrameTime *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=first_frame_time,json=firstFrameTime,proto3" json:"first_frame_time,omitempty"`
+	// When the last DATA frame was written to a consumer, or arrived.
+	LastFrameTime *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=last_frame_time,json=lastFrameTime,proto3" json:"last_frame_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -795,6 +799,20 @@ func (x *BufferCounters) GetLastRefusal() string {
 		return x.LastRefusal
 	}
 	return ""
+}
+
+func (x *BufferCounters) GetFirstFrameTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FirstFrameTime
+	}
+	return nil
+}
+
+func (x *BufferCounters) GetLastFrameTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastFrameTime
+	}
+	return nil
 }
 
 // A cache that bulk events flow through.
@@ -1493,7 +1511,7 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\n" +
 	"sent_bytes\x18\x06 \x01(\x03R\tsentBytes\x12\x1c\n" +
 	"\tconfirmed\x18\a \x01(\bR\tconfirmed\x12\x18\n" +
-	"\aaddress\x18\b \x01(\tR\aaddress\"\xcf\x05\n" +
+	"\aaddress\x18\b \x01(\tR\aaddress\"\xd9\x06\n" +
 	"\x0eBufferCounters\x127\n" +
 	"\tread_time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\breadTime\x120\n" +
 	"\x14received_frame_count\x18\x02 \x01(\x03R\x12receivedFrameCount\x120\n" +
@@ -1512,7 +1530,9 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\tproducers\x18\f \x03(\v2$.beamwire.buffer.v1.ProducerCountersR\tproducers\x12B\n" +
 	"\tconsumers\x18\r \x03(\v2$.beamwire.buffer.v1.ConsumerCountersR\tconsumers\x12,\n" +
 	"\x12refused_peer_count\x18\x0e \x01(\x03R\x10refusedPeerCount\x12!\n" +
-	"\flast_refusal\x18\x0f \x01(\tR\vlastRefusal\"\xd2\x06\n" +
+	"\flast_refusal\x18\x0f \x01(\tR\vlastRefusal\x12D\n" +
+	"\x10first_frame_time\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\x0efirstFrameTime\x12B\n" +
+	"\x0flast_frame_time\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\rlastFrameTime\"\xd2\x06\n" +
 	"\x06Buffer\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x128\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1e.beamwire.buffer.v1.BufferSpecB\x04\xe2A\x01\x02R\x04spec\x12\x1a\n" +
@@ -1655,35 +1675,37 @@ var file_beamwire_buffer_v1_buffer_service_proto_depIdxs = []int32{
 	19, // 6: beamwire.buffer.v1.BufferCounters.losses:type_name -> beamwire.common.v1.Loss
 	5,  // 7: beamwire.buffer.v1.BufferCounters.producers:type_name -> beamwire.buffer.v1.ProducerCounters
 	6,  // 8: beamwire.buffer.v1.BufferCounters.consumers:type_name -> beamwire.buffer.v1.ConsumerCounters
-	4,  // 9: beamwire.buffer.v1.Buffer.spec:type_name -> beamwire.buffer.v1.BufferSpec
-	3,  // 10: beamwire.buffer.v1.Buffer.state:type_name -> beamwire.buffer.v1.Buffer.State
-	7,  // 11: beamwire.buffer.v1.Buffer.counters:type_name -> beamwire.buffer.v1.BufferCounters
-	21, // 12: beamwire.buffer.v1.Buffer.end_cause:type_name -> beamwire.common.v1.EndCause
-	22, // 13: beamwire.buffer.v1.Buffer.error:type_name -> google.rpc.Status
-	20, // 14: beamwire.buffer.v1.Buffer.create_time:type_name -> google.protobuf.Timestamp
-	20, // 15: beamwire.buffer.v1.Buffer.update_time:type_name -> google.protobuf.Timestamp
-	20, // 16: beamwire.buffer.v1.Buffer.expire_time:type_name -> google.protobuf.Timestamp
-	8,  // 17: beamwire.buffer.v1.CreateBufferRequest.buffer:type_name -> beamwire.buffer.v1.Buffer
-	8,  // 18: beamwire.buffer.v1.ListBuffersResponse.buffers:type_name -> beamwire.buffer.v1.Buffer
-	8,  // 19: beamwire.buffer.v1.WatchBufferResponse.buffer:type_name -> beamwire.buffer.v1.Buffer
-	21, // 20: beamwire.buffer.v1.SealBufferRequest.cause:type_name -> beamwire.common.v1.EndCause
-	9,  // 21: beamwire.buffer.v1.BufferService.CreateBuffer:input_type -> beamwire.buffer.v1.CreateBufferRequest
-	10, // 22: beamwire.buffer.v1.BufferService.GetBuffer:input_type -> beamwire.buffer.v1.GetBufferRequest
-	11, // 23: beamwire.buffer.v1.BufferService.ListBuffers:input_type -> beamwire.buffer.v1.ListBuffersRequest
-	13, // 24: beamwire.buffer.v1.BufferService.WatchBuffer:input_type -> beamwire.buffer.v1.WatchBufferRequest
-	15, // 25: beamwire.buffer.v1.BufferService.SealBuffer:input_type -> beamwire.buffer.v1.SealBufferRequest
-	16, // 26: beamwire.buffer.v1.BufferService.DeleteBuffer:input_type -> beamwire.buffer.v1.DeleteBufferRequest
-	8,  // 27: beamwire.buffer.v1.BufferService.CreateBuffer:output_type -> beamwire.buffer.v1.Buffer
-	8,  // 28: beamwire.buffer.v1.BufferService.GetBuffer:output_type -> beamwire.buffer.v1.Buffer
-	12, // 29: beamwire.buffer.v1.BufferService.ListBuffers:output_type -> beamwire.buffer.v1.ListBuffersResponse
-	14, // 30: beamwire.buffer.v1.BufferService.WatchBuffer:output_type -> beamwire.buffer.v1.WatchBufferResponse
-	8,  // 31: beamwire.buffer.v1.BufferService.SealBuffer:output_type -> beamwire.buffer.v1.Buffer
-	17, // 32: beamwire.buffer.v1.BufferService.DeleteBuffer:output_type -> beamwire.buffer.v1.DeleteBufferResponse
-	27, // [27:33] is the sub-list for method output_type
-	21, // [21:27] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	20, // 9: beamwire.buffer.v1.BufferCounters.first_frame_time:type_name -> google.protobuf.Timestamp
+	20, // 10: beamwire.buffer.v1.BufferCounters.last_frame_time:type_name -> google.protobuf.Timestamp
+	4,  // 11: beamwire.buffer.v1.Buffer.spec:type_name -> beamwire.buffer.v1.BufferSpec
+	3,  // 12: beamwire.buffer.v1.Buffer.state:type_name -> beamwire.buffer.v1.Buffer.State
+	7,  // 13: beamwire.buffer.v1.Buffer.counters:type_name -> beamwire.buffer.v1.BufferCounters
+	21, // 14: beamwire.buffer.v1.Buffer.end_cause:type_name -> beamwire.common.v1.EndCause
+	22, // 15: beamwire.buffer.v1.Buffer.error:type_name -> google.rpc.Status
+	20, // 16: beamwire.buffer.v1.Buffer.create_time:type_name -> google.protobuf.Timestamp
+	20, // 17: beamwire.buffer.v1.Buffer.update_time:type_name -> google.protobuf.Timestamp
+	20, // 18: beamwire.buffer.v1.Buffer.expire_time:type_name -> google.protobuf.Timestamp
+	8,  // 19: beamwire.buffer.v1.CreateBufferRequest.buffer:type_name -> beamwire.buffer.v1.Buffer
+	8,  // 20: beamwire.buffer.v1.ListBuffersResponse.buffers:type_name -> beamwire.buffer.v1.Buffer
+	8,  // 21: beamwire.buffer.v1.WatchBufferResponse.buffer:type_name -> beamwire.buffer.v1.Buffer
+	21, // 22: beamwire.buffer.v1.SealBufferRequest.cause:type_name -> beamwire.common.v1.EndCause
+	9,  // 23: beamwire.buffer.v1.BufferService.CreateBuffer:input_type -> beamwire.buffer.v1.CreateBufferRequest
+	10, // 24: beamwire.buffer.v1.BufferService.GetBuffer:input_type -> beamwire.buffer.v1.GetBufferRequest
+	11, // 25: beamwire.buffer.v1.BufferService.ListBuffers:input_type -> beamwire.buffer.v1.ListBuffersRequest
+	13, // 26: beamwire.buffer.v1.BufferService.WatchBuffer:input_type -> beamwire.buffer.v1.WatchBufferRequest
+	15, // 27: beamwire.buffer.v1.BufferService.SealBuffer:input_type -> beamwire.buffer.v1.SealBufferRequest
+	16, // 28: beamwire.buffer.v1.BufferService.DeleteBuffer:input_type -> beamwire.buffer.v1.DeleteBufferRequest
+	8,  // 29: beamwire.buffer.v1.BufferService.CreateBuffer:output_type -> beamwire.buffer.v1.Buffer
+	8,  // 30: beamwire.buffer.v1.BufferService.GetBuffer:output_type -> beamwire.buffer.v1.Buffer
+	12, // 31: beamwire.buffer.v1.BufferService.ListBuffers:output_type -> beamwire.buffer.v1.ListBuffersResponse
+	14, // 32: beamwire.buffer.v1.BufferService.WatchBuffer:output_type -> beamwire.buffer.v1.WatchBufferResponse
+	8,  // 33: beamwire.buffer.v1.BufferService.SealBuffer:output_type -> beamwire.buffer.v1.Buffer
+	17, // 34: beamwire.buffer.v1.BufferService.DeleteBuffer:output_type -> beamwire.buffer.v1.DeleteBufferResponse
+	29, // [29:35] is the sub-list for method output_type
+	23, // [23:29] is the sub-list for method input_type
+	23, // [23:23] is the sub-list for extension type_name
+	23, // [23:23] is the sub-list for extension extendee
+	0,  // [0:23] is the sub-list for field type_name
 }
 
 func init() { file_beamwire_buffer_v1_buffer_service_proto_init() }

@@ -360,6 +360,20 @@ export declare type BufferCounters = Message<"beamwire.buffer.v1.BufferCounters"
    * @generated from field: string last_refusal = 15;
    */
   lastRefusal: string;
+
+  /**
+   * When the first DATA frame arrived. Unset before.
+   *
+   * @generated from field: google.protobuf.Timestamp first_frame_time = 16;
+   */
+  firstFrameTime?: Timestamp | undefined;
+
+  /**
+   * When the last DATA frame was written to a consumer, or arrived.
+   *
+   * @generated from field: google.protobuf.Timestamp last_frame_time = 17;
+   */
+  lastFrameTime?: Timestamp | undefined;
 };
 
 /**

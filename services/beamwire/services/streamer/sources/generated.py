@@ -157,5 +157,3 @@ class GenericRandomNumpyArray(_Plain):
         return np.frombuffer(random.bytes(int(np.prod(self._shape)) * self._dtype.itemsize), self._dtype).reshape(
             self._shape
         )
-
-

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import logging
 import os
 import sys
@@ -16,12 +17,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 from beamwire.services.streamer.components import ComponentParameters, Event, SourceContext
 from beamwire.services.streamer.registry import nearest
 from beamwire.services.streamer.sources import smalldata
+
+Ids = npt.NDArray[np.uint64]
 
 _FIELD = "config.source_identifier"
 _NOT_HERE = {
@@ -79,7 +84,8 @@ class Psana2EventSource:
         self.identifier = parse_identifier(context.source_identifier)
         self._psana = import_psana()
         opened = self._open_files() if self.identifier.files else self._open_run()
-        self._selected, self._mine = opened
+        self._source: Any = opened[0]
+        self._selected, self._mine = opened[1:]
         self.run: Any = self._next_run()
         self.attributes: Mapping[str, str] = {"exp": str(self.run.expt or ""), "run": str(self.run.runnum)}
 
@@ -99,18 +105,11 @@ class Psana2EventSource:
         Raises BeamwireError PRODUCER_FAILED if psana does not give each of them.
         """
         wanted = iter(self._mine.tolist())
-        position = 0
-        for event in self.run.events():
-            if self.identifier.files and not self._is_mine(position):
-                position += 1
-                continue
-            position += 1
+        for event in self._own(self.run.events()):
             timestamp = int(event.timestamp)
             if timestamp != next(wanted, None):
                 self._lost(timestamp)
             yield Event(timestamp, event)
-            if self.identifier.files and position >= len(self._selected):
-                break
         if (missing := next(wanted, None)) is not None:
             self._lost(missing)
 
@@ -119,9 +118,10 @@ class Psana2EventSource:
         self.run = None
         self._source = None
 
-    def _is_mine(self, position: int) -> bool:
+    def _own(self, events: Iterator[Any]) -> Iterator[Any]:
+        """Of a file psana gives every event to each rank; of a run only those that were asked for."""
         share = self.context.share
-        return position % share.size == share.rank
+        return itertools.islice(events, share.rank, len(self._selected), share.size) if self.identifier.files else events
 
     def _lost(self, timestamp: int) -> NoReturn:
         raise BeamwireError(
@@ -130,7 +130,7 @@ class Psana2EventSource:
             f"should read {len(self._mine)}; are the small data and the big files of the same run?",
         )
 
-    def _open_run(self) -> tuple[Any, Any]:
+    def _open_run(self) -> tuple[Any, Ids, Ids]:
         exp, run, directory = self.identifier.exp, self.identifier.run, self.identifier.dir
         options: dict[str, Any] = {"exp": exp, "run": run, "log_level": logging.WARNING}
         if directory:
@@ -142,20 +142,18 @@ class Psana2EventSource:
         except (AssertionError, FileNotFoundError) as error:
             raise _not_found(f"psana finds no run {run} of {exp}: {error}") from None
         selected, mine = self._select(streams)
-        self._source = self._data_source(options | {"timestamps": mine})
-        return selected, mine
+        return self._data_source(options | {"timestamps": mine}), selected, mine
 
-    def _open_files(self) -> tuple[Any, Any]:
+    def _open_files(self) -> tuple[Any, Ids, Ids]:
         path = self.identifier.files
         assert path is not None
         if not path.is_file():
             raise _not_found(f"there is no file {path}")
         options = {"files": str(path), "skip_calib_load": "all", "log_level": logging.WARNING}
         selected, mine = self._select([path])
-        self._source = self._psana.DataSource(**options)
-        return selected, mine
+        return self._psana.DataSource(**options), selected, mine
 
-    def _select(self, streams: list[Path]) -> tuple[Any, Any]:
+    def _select(self, streams: list[Path]) -> tuple[Ids, Ids]:
         ids = smalldata.event_ids(streams)
         limits = [limit for limit in (self.context.max_events, self.identifier.max_events) if limit]
         selected = ids[: min(limits)] if limits else ids

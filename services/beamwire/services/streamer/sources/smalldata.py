@@ -15,7 +15,7 @@ from struct import Struct
 import numpy as np
 import numpy.typing as npt
 
-from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 
 _HEADER = Struct("<QI8xI")
 _EXTENT_BASE = 12
@@ -48,4 +48,8 @@ def _stream_ids(path: Path) -> Iterator[int]:
 
 
 def _cut(path: Path) -> BeamwireError:
-    return BeamwireError(Reason.DATASET_NOT_FOUND, f"{path} ends in the middle of a datagram; is it still being written?")
+    field = "config.source_identifier"
+    description = f"{path} ends in the middle of a datagram; is it still being written?"
+    return BeamwireError(
+        Reason.DATASET_NOT_FOUND, f"{field}: {description}", violations=[FieldViolation(field, description)]
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,14 +61,15 @@ class SyntheticEventSource:
 class Diffraction:
     """Computes images and peaks."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[np.generic], peak_count: int, seed: int) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], peak_count: int, seed: int) -> None:
         self.shape = shape
         self.dtype = dtype
         self._peak_count = peak_count
         self._seed = seed
         axis = np.arange(PEAK_SIZE) - PEAK_SIZE // 2
         self._profile = np.exp(-(axis[:, np.newaxis] ** 2 + axis**2) / 2.0)
-        self._scale = 1.0 if dtype.kind == "f" else min(1.0, np.iinfo(dtype).max / 10_000) if dtype.kind != "b" else 0.0
+        # Small integers hold small counts.
+        self._scale = min(1.0, np.iinfo(dtype).max / 10_000) if dtype.kind in "iu" else 1.0
 
     @functools.cached_property
     def _background(self) -> Array:
@@ -100,7 +101,8 @@ class Diffraction:
         for row, column, height in self.peaks(event):
             top, left = int(row) - PEAK_SIZE // 2, int(column) - PEAK_SIZE // 2
             stamp = (self._profile * (float(height) * self._scale)).astype(self.dtype)
-            image[top : top + PEAK_SIZE, left : left + PEAK_SIZE] += stamp
+            patch = image[top : top + PEAK_SIZE, left : left + PEAK_SIZE]
+            np.maximum(patch, stamp, out=patch)
         return image.reshape(self.shape)
 
 

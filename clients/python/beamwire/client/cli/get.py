@@ -1,0 +1,109 @@
+"""`beamwire get` and `beamwire pull`: events into files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from beamwire.client.cli.context import Cli, Command, pass_cli
+from beamwire.client.cli.download import Output, download, report, stem_of
+from beamwire.client.cli.text import transfer_text
+from beamwire.client.files.writer import Format
+from beamwire.client.request import ParsedRequest, parse_request
+from beamwire.mesh.errors import invalid_field
+from beamwire.mesh.names import new_id
+
+
+def _output_options(function: Callable[..., None]) -> Callable[..., None]:
+    options: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
+        click.option(
+            "-o", "--output", type=click.Path(file_okay=False, path_type=Path), help="Directory for the files."
+        ),
+        click.option("--consumers", type=click.IntRange(min=1), default=1, help="Connections, each with its own file."),
+        click.option(
+            "--format",
+            "format_",
+            type=click.Choice([choice.value for choice in Format]),
+            default=Format.HDF5.value,
+            help="hdf5: one file per consumer; npz: one per frame; none: only count.",
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace files that exist."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@click.command(cls=Command)
+@click.argument("request", type=click.Path(dir_okay=False, path_type=Path))
+@_output_options
+@click.option("--processes", type=click.IntRange(min=1), help="Ranks of the streamer.")
+@click.option("--max-events", type=click.IntRange(min=1), help="The most events to take, over all ranks.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label of the transfer; repeatable.")
+@click.option("--dry-run", is_flag=True, help="Have the request checked against the dataset, and stop.")
+@pass_cli
+def get(
+    cli: Cli,
+    request: Path,
+    output: Path | None,
+    consumers: int,
+    format_: str,
+    overwrite: bool,
+    processes: int | None,
+    max_events: int | None,
+    labels: tuple[str, ...],
+    dry_run: bool,
+) -> None:
+    """Ask for the events that REQUEST (a YAML file) describes, and write them to files."""
+    parsed = parse_request(request)
+    _override(parsed, processes, max_events, labels)
+    where = Output(
+        directory=output or parsed.output.directory or Path(),
+        prefix=parsed.output.prefix,
+        suffix=parsed.output.suffix or "h5",
+        format=Format(format_),
+        overwrite=overwrite,
+    )
+    with cli.client() as client:
+        if dry_run:
+            checked = client.create_transfer(parsed, validate_only=True)
+            cli.answer(f"the request is valid\n\n{transfer_text(checked)}", checked)
+            return
+        transfer_id = new_id()
+        done = download(cli, client, parsed, where, stem=transfer_id, consumers=consumers, transfer_id=transfer_id)
+    report(cli, done)
+
+
+@click.command(cls=Command)
+@click.argument("source", metavar="CONNECT_OR_TRANSFER")
+@_output_options
+@pass_cli
+def pull(cli: Cli, source: str, output: Path | None, consumers: int, format_: str, overwrite: bool) -> None:
+    """Take events from a stream that exists: a transfer, or a buffer by its connect string."""
+    where = Output(directory=output or Path(), format=Format(format_), overwrite=overwrite)
+    with cli.client() as client:
+        done = download(cli, client, source, where, stem=stem_of(source), consumers=consumers)
+    report(cli, done)
+
+
+def _override(parsed: ParsedRequest, processes: int | None, max_events: int | None, labels: tuple[str, ...]) -> None:
+    """Let the command line win over the file."""
+    if processes is not None:
+        parsed.transfer.process_count = processes
+    if max_events is not None:
+        parsed.transfer.config.max_event_count = max_events
+    parsed.transfer.labels.update(parse_labels(labels))
+
+
+def parse_labels(labels: tuple[str, ...]) -> dict[str, str]:
+    """Return `key=value` words as a mapping; raises BeamwireError INVALID_FIELD."""
+    pairs: dict[str, Any] = {}
+    for label in labels:
+        key, equals, value = label.partition("=")
+        if not key or not equals:
+            raise invalid_field("label", f"must be KEY=VALUE, not {label!r}")
+        pairs[key] = value
+    return pairs

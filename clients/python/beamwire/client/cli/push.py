@@ -1,0 +1,124 @@
+"""`beamwire push`: files into a buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+import numpy as np
+
+from beamwire.buffer.v1.buffer_service_pb2 import Buffer, BufferSpec
+from beamwire.client.cli.context import Cli, Command, as_dict, pass_cli
+from beamwire.client.cli.text import aligned, size
+from beamwire.client.client import Client
+from beamwire.client.files.arrays import is_array_file, media_type, read_arrays
+from beamwire.client.transfers import loss_word
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.rpc.status import from_status
+from beamwire.mesh.stream.connect import ConnectString
+from beamwire.mesh.stream.producer import Producer, ProducerCounters
+from beamwire.stream.v1.frame_pb2 import StreamHeader
+
+_LEAST_CAPACITY = 256 * 2**20
+# The header of a frame needs room beside its payload.
+_HEADER_ROOM = 2**20
+
+
+@click.command(cls=Command)
+@click.argument(
+    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE..."
+)
+@click.option("--connect", "connect_text", metavar="CONNECT", help="Send to this buffer; default: make one.")
+@pass_cli
+def push(cli: Cli, files: tuple[Path, ...], connect_text: str | None) -> None:
+    """Send each FILE as one frame: .npy and .npz as arrays, anything else as it is.
+
+    Without --connect a buffer is made, its connect string printed to standard error, and the command waits until a
+    consumer (`beamwire pull`, say) has taken everything.
+    """
+    with cli.client() as client:
+        if connect_text:
+            connect = ConnectString.parse(connect_text)
+            sent = _send(client, connect, files)
+            cli.answer(f"sent {sent.frames} frames, {size(sent.bytes)}", {"frames": sent.frames, "events": sent.events})
+            return
+        with _own_buffer(client, files) as buffer:
+            click.echo(buffer.connect_string, err=True)
+            sent = _send(client, ConnectString.parse(buffer.connect_string), files)
+            ended = _await_delivery(client, buffer.name)
+    _report(cli, sent, ended)
+
+
+@contextmanager
+def _own_buffer(client: Client, files: tuple[Path, ...]) -> Iterator[Buffer]:
+    """A buffer of the caller's own that can take the files; deleted in the end."""
+    largest = max(path.stat().st_size for path in files) + _HEADER_ROOM
+    created = client.create_buffer(BufferSpec(capacity_bytes=max(_LEAST_CAPACITY, 2 * largest), producer_count=1))
+    try:
+        for buffer in client.watch_buffer(created.name):
+            _check(buffer)
+            if buffer.connect_string:
+                yield buffer
+                return
+        raise BeamwireError(Reason.CACHE_FAILED, f"{created.name} ended before it was ready")
+    finally:
+        client.delete_buffer(created.name)
+
+
+def _send(client: Client, connect: ConnectString, files: tuple[Path, ...]) -> ProducerCounters:
+    """Send the files in order, then END."""
+    first = read_arrays(files[0], 0) if is_array_file(files[0]) else None
+    header = StreamHeader(
+        buffer=f"buffers/{connect.buffer}",
+        producer_count=1,
+        fields=first.fields() if first else [],
+        expected_event_count=0 if any(map(is_array_file, files)) else len(files),
+    )
+    credentials = None if connect.transport == "tcp" else client.credentials
+    producer = Producer(connect, credentials, header)
+    try:
+        for path in files:
+            _send_file(producer, path)
+        producer.end()
+    finally:
+        # Without an END the cache knows that this producer did not finish.
+        producer.close()
+    return producer.counters
+
+
+def _send_file(producer: Producer, path: Path) -> None:
+    first_id = producer.counters.events
+    if is_array_file(path):
+        file = read_arrays(path, first_id)
+        producer.send(file.arrays, file.event_ids)
+    else:
+        producer.send_opaque(path.read_bytes(), media_type(path), np.array([first_id], np.uint64))
+
+
+def _await_delivery(client: Client, name: str) -> Buffer:
+    last = Buffer()
+    for last in client.watch_buffer(name):
+        _check(last)
+    return last
+
+
+def _check(buffer: Buffer) -> None:
+    if buffer.state == Buffer.STATE_FAILED:
+        raise from_status(buffer.error) or BeamwireError(Reason.CACHE_FAILED, f"{buffer.name}: {buffer.error.message}")
+
+
+def _report(cli: Cli, sent: ProducerCounters, buffer: Buffer) -> None:
+    """Print what became of the events; losses end the command with an error."""
+    counters = buffer.counters
+    losses = [(f"lost: {loss_word(loss.cause)}", f"{loss.event_count} events") for loss in counters.losses]
+    rows = [
+        ("sent", f"{sent.events} events in {sent.frames} frames, {size(sent.bytes)}"),
+        ("delivered", f"{counters.delivered_event_count} events to {len(counters.consumers)} consumers"),
+        *losses,
+    ]
+    cli.answer(aligned(rows), {"buffer": buffer.name, "events": sent.events, "counters": as_dict(counters)})
+    if counters.delivered_event_count != sent.events:
+        lost = sent.events - counters.delivered_event_count
+        raise BeamwireError(Reason.EVENTS_LOST, f"{lost} of {sent.events} events were not delivered")

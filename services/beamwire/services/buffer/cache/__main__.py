@@ -1,0 +1,61 @@
+"""`python -m beamwire.services.buffer.cache <directory>`: one cache process."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from beamwire.mesh import telemetry
+from beamwire.mesh.credentials import CHAIN_FILE, Credentials
+from beamwire.mesh.enrollment import JoinToken, enroll
+from beamwire.mesh.errors import BeamwireError
+from beamwire.services.buffer.cache.config import CacheConfig
+from beamwire.services.buffer.cache.server import CacheServer
+
+
+def main() -> int:
+    """Run the cache that the directory describes. Exit code 0 if it was stopped, 1 if it could not begin."""
+    parser = argparse.ArgumentParser(prog="beamwire.services.buffer.cache", description=main.__doc__)
+    parser.add_argument("directory", type=Path)
+    directory: Path = parser.parse_args().directory.resolve()
+    os.umask(0o077)
+    telemetry.setup_logging("cache")
+    try:
+        config = CacheConfig.load(directory)
+        credentials = _credentials(config, directory)
+    except BeamwireError as error:
+        print(f"the cache cannot begin: {error}", file=sys.stderr)
+        return 1
+    tracing = telemetry.setup("cache", trace_dir=config.trace_dir, otlp_endpoint=config.otlp_endpoint)
+    attributes = {telemetry.ATTR_BUFFER: config.buffer, telemetry.ATTR_EPOCH: config.epoch}
+    try:
+        with telemetry.span(telemetry.SPAN_CACHE_RUN, parent=config.traceparent or None, attributes=attributes):
+            asyncio.run(_serve(config, directory, credentials))
+    finally:
+        tracing.shutdown()
+    return 0
+
+
+def _credentials(config: CacheConfig, directory: Path) -> Credentials | None:
+    if config.transport == "tcp":
+        return None
+    place = config.credentials or directory / "credentials"
+    token_file = config.join_token_file
+    if token_file is None or (place / CHAIN_FILE).exists():
+        return Credentials.load(place)
+    try:
+        return enroll(JoinToken.parse(token_file.read_text()), place)
+    finally:
+        # It can be used once; what is left of it is only a danger.
+        token_file.unlink(missing_ok=True)
+
+
+async def _serve(config: CacheConfig, directory: Path, credentials: Credentials | None) -> None:
+    await CacheServer(config, directory, credentials).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

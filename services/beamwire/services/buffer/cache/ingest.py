@@ -1,0 +1,77 @@
+"""The thread of one producer connection: from its socket straight into the ring."""
+
+from __future__ import annotations
+
+from beamwire.mesh.errors import BeamwireError
+from beamwire.mesh.stream.frame import parse_header
+from beamwire.mesh.stream.sockets import Connection
+from beamwire.services.buffer.cache.relay import RefusedError, Relay, SealedError
+from beamwire.services.buffer.cache.ring import Slot
+from beamwire.stream.v1.frame_pb2 import FRAME_KIND_END, FRAME_KIND_HEADER, FrameHeader
+
+
+class Ingest:
+    """Takes the frames of one producer until it closes, breaks a rule (RefusedError) or breaks down (OSError)."""
+
+    def __init__(self, relay: Relay, connection: Connection, identity: str) -> None:
+        self._relay = relay
+        self._connection = connection
+        self._identity = identity
+        self._producer: int | None = None
+        self._ended = False
+
+    def run(self) -> None:
+        """Return when the producer has closed in good order or the stream was sealed."""
+        try:
+            while (length := self._connection.receive_length()) is not None:
+                self._relay.check_length(length)
+                self._take(length)
+            self._connection.finish()
+        except SealedError:
+            return
+        except OSError:
+            # A plain NNG peer may just go away after its END.
+            if not self._ended:
+                raise
+        finally:
+            if self._producer is not None:
+                self._relay.disconnected(self._producer)
+
+    def _take(self, length: int) -> None:
+        slot = self._relay.reserve(length)
+        kept = False
+        try:
+            message = self._relay.message(slot)
+            self._connection.receive_into(message)
+            kept = self._accept(slot, message)
+        finally:
+            if not kept:
+                self._relay.discard(slot)
+
+    def _accept(self, slot: Slot, message: memoryview) -> bool:
+        """Whether the slot now belongs to the stream."""
+        try:
+            header, _ = parse_header(message)
+        except BeamwireError as error:
+            raise RefusedError(str(error)) from error
+        self._check(header)
+        if header.kind == FRAME_KIND_HEADER:
+            self._relay.register(header, message, self._identity, self._connection)
+            self._producer = header.producer
+            return False
+        if header.kind == FRAME_KIND_END:
+            self._relay.ended(header, len(message))
+            self._ended = True
+            return False
+        self._relay.commit(slot, header)
+        return True
+
+    def _check(self, header: FrameHeader) -> None:
+        if header.epoch != self._relay.config.epoch:
+            raise RefusedError(f"a frame belongs to epoch {header.epoch} and not to {self._relay.config.epoch}")
+        if self._ended:
+            raise RefusedError(f"producer {self._producer} sent a frame after its END")
+        if (self._producer is None) != (header.kind == FRAME_KIND_HEADER):
+            raise RefusedError("the first frame of a connection, and no other, must be HEADER")
+        if self._producer is not None and header.producer != self._producer:
+            raise RefusedError(f"producer {self._producer} sent a frame of producer {header.producer}")

@@ -1,0 +1,183 @@
+"""The life of a cache process: its listener, its control socket, signals, and when it may end."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+from beamwire.common.v1 import account_pb2
+from beamwire.mesh.credentials import Credentials
+from beamwire.services.buffer.cache.config import CacheConfig
+from beamwire.services.buffer.cache.listener import Listener
+from beamwire.services.buffer.cache.relay import Relay
+from beamwire.services.buffer.control import CONTROL_SOCKET
+
+_WATCH_PERIOD: Final = 0.1
+_SEAL_GRACE: Final = 10.0
+_STOP_GRACE: Final = 8.0
+_LINE_LIMIT: Final = 64 * 1024
+
+
+class CacheServer:
+    """Runs one cache until it is told to stop. Data flows in threads; this is the loop that everything else is in."""
+
+    def __init__(self, config: CacheConfig, directory: Path, credentials: Credentials | None) -> None:
+        self._directory = directory
+        self._relay = Relay(config, self._changed_in_thread)
+        self._listener = Listener(self._relay, credentials)
+        self._relay.address = f"{config.advertise}:{self._listener.port}"
+        self._loop = asyncio.get_running_loop()
+        self._watchers: set[_Watcher] = set()
+        self._told = False
+        self._stopping = False
+        self._done = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Serve until the process may end."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stop)
+        self._listener.start()
+        server = await asyncio.start_unix_server(self._answer, sock=self._bind(), limit=_LINE_LIMIT)
+        try:
+            await self._done.wait()
+        finally:
+            self._listener.close()
+            server.close()
+            for watcher in self._watchers:
+                watcher.close()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await asyncio.gather(*self._tasks)
+            (self._directory / CONTROL_SOCKET).unlink(missing_ok=True)
+
+    def _bind(self) -> socket.socket:
+        (self._directory / CONTROL_SOCKET).unlink(missing_ok=True)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        # The path of a socket may have 107 characters; through the directory's descriptor it always has few.
+        directory = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            path = f"/proc/self/fd/{directory}/{CONTROL_SOCKET}"
+            sock.bind(path)
+            # Nobody can connect before it listens.
+            Path(path).chmod(0o600)
+        finally:
+            os.close(directory)
+        return sock
+
+    def _changed_in_thread(self, urgent: bool) -> None:
+        # Threads move thousands of frames per second: they wake the loop only if it does not know yet.
+        if urgent or (self._watchers and not self._told):
+            self._told = True
+            self._loop.call_soon_threadsafe(self._changed, urgent)
+
+    def _changed(self, urgent: bool) -> None:
+        for watcher in self._watchers:
+            watcher.change(urgent)
+        if self._stopping and self._relay.state == "ENDED":
+            self._done.set()
+
+    def _stop(self) -> None:
+        if self._stopping:
+            return
+        self._stopping = True
+        self._listener.close()
+        self._relay.stop()
+        self._loop.call_later(_STOP_GRACE, self._relay.give_up)
+        self._changed(True)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            while line := await reader.readline():
+                await self._carry_out(line, writer)
+        except (OSError, ValueError):
+            # The other side left, or sent a line without end; it gets nothing more.
+            return
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+    async def _carry_out(self, line: bytes, writer: asyncio.StreamWriter) -> None:
+        try:
+            question = json.loads(line)
+            op = question["op"]
+            if op == "watch":
+                await self._watch(writer)
+                return
+            if op == "seal":
+                self._seal(question)
+            elif op not in ("status", "stop"):
+                raise ValueError(f"there is no operation {op!r}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _write(writer, json.dumps({"error": f"the cache cannot do that: {error}"}))
+        else:
+            _write(writer, self._relay.status().model_dump_json())
+            if op == "stop":
+                self._stop()
+        await writer.drain()
+
+    def _seal(self, question: dict[str, Any]) -> None:
+        cause = account_pb2.EndCause.Value(f"END_CAUSE_{question['cause']}")
+        if cause == account_pb2.END_CAUSE_UNSPECIFIED:
+            raise ValueError("a seal needs a cause")
+        self._relay.seal(cause, str(question.get("detail", "")))
+        if cause != account_pb2.END_CAUSE_DONE:
+            self._loop.call_later(_SEAL_GRACE, self._relay.give_up)
+
+    async def _watch(self, writer: asyncio.StreamWriter) -> None:
+        watcher = _Watcher()
+        self._watchers.add(watcher)
+        try:
+            last = ""
+            while True:
+                self._told = False
+                line = self._relay.status().model_dump_json()
+                if line != last:
+                    last = line
+                    _write(writer, line)
+                    await writer.drain()
+                if not await watcher.wait():
+                    return
+        finally:
+            self._watchers.discard(watcher)
+
+
+class _Watcher:
+    """One who watches: what changed since it was last told."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+        self._urgent = asyncio.Event()
+        self._closed = False
+
+    def change(self, urgent: bool) -> None:
+        self._changed.set()
+        if urgent:
+            self._urgent.set()
+
+    def close(self) -> None:
+        self._closed = True
+        self.change(True)
+
+    async def wait(self) -> bool:
+        """Wait for a change, at least one period unless it is urgent; False if this is the end."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_WATCH_PERIOD):
+                await self._urgent.wait()
+        await self._changed.wait()
+        self._changed.clear()
+        self._urgent.clear()
+        return not self._closed
+
+
+def _write(writer: asyncio.StreamWriter, line: str) -> None:
+    writer.write(line.encode() + b"\n")

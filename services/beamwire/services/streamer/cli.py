@@ -1,0 +1,93 @@
+"""The command `beamwire-streamer`: run, and check."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+REFUSED = 2
+
+_config = click.option(
+    "--config", "config_file", required=True, metavar="FILE|-", help="The configuration: YAML or JSON; - reads it."
+)
+_num_events = click.option(
+    "--num-events",
+    type=click.IntRange(min=0),
+    default=None,
+    help="The most events to take, over all ranks; 0 is all. Goes before max_events.",
+)
+
+
+class _RunByDefault(click.Group):
+    """`beamwire-streamer --config …` is LCLStreamer's way to say `beamwire-streamer run --config …`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("--") and args[0] != "--help":
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_RunByDefault)
+def main() -> None:
+    """Reads a run and streams it.
+
+    Several ranks: mpiexec -n N python -m mpi4py -m beamwire.services.streamer run --config FILE
+    """
+
+
+@main.command()
+@_config
+@_num_events
+def run(config_file: str, num_events: int | None) -> None:
+    """Stream what the configuration says."""
+    from beamwire.services.streamer.parallel import ranks
+    from beamwire.services.streamer.run import run as run_streamer
+
+    sys.exit(run_streamer(lambda: _read(config_file), ranks(), num_events))
+
+
+@main.command()
+@_config
+@_num_events
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def check(config_file: str, num_events: int | None, as_json: bool) -> None:
+    """Check the configuration and the dataset, read one event, send nothing."""
+    from beamwire.mesh.errors import BeamwireError
+    from beamwire.services.streamer.check import check as check_config
+    from beamwire.services.streamer.check import refusal
+
+    # Libraries that read data talk; what we print is read by programs.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            result = check_config(_read(config_file), num_events)
+        except BeamwireError as error:
+            result = refusal(error)
+    click.echo(json.dumps(result) if as_json else _in_words(result))
+    sys.exit(0 if result["ok"] else REFUSED)
+
+
+def _read(config_file: str) -> Mapping[str, Any]:
+    from beamwire.mesh.errors import invalid_field
+    from beamwire.services.streamer.config import parse_text
+
+    if config_file == "-":
+        return parse_text(sys.stdin.read())
+    try:
+        return parse_text(Path(config_file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise invalid_field("config", f"{config_file} cannot be read: {error}") from None
+
+
+def _in_words(result: Mapping[str, Any]) -> str:
+    if not result["ok"]:
+        wrong = [f"  {at['field']}: {at['description']}" for at in result["violations"]]
+        return "\n".join([f"{result['reason']}:", *(wrong or [f"  {result['message']}"])])
+    fields = [f"  {at['name']}: {at['dtype']} {tuple(at['shape'])} {at['unit']}".rstrip() for at in result["fields"]]
+    count = result["expected_event_count"] or "an unknown number of"
+    return "\n".join([f"{count} events of {result['event_bytes']} bytes:", *fields])

@@ -1,0 +1,122 @@
+"""A run from its begin to its exit code: identity, traces, signals, and the other ranks."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from beamwire.mesh import telemetry
+from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.enrollment import JoinToken, enroll
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.services.streamer import config as configuration
+from beamwire.services.streamer.config import StreamerConfig
+from beamwire.services.streamer.parallel import Ranks
+from beamwire.services.streamer.pipeline import Account, CancelledError, Pipeline, one_line, say
+from beamwire.services.streamer.stopping import EXIT_CODE, Stop
+
+FAILED = 1
+
+# Errors of the one who asked, who is helped by the sentence and not by where in our code it arose.
+_PLAIN = (
+    Reason.INVALID_FIELD,
+    Reason.DATASET_NOT_FOUND,
+    Reason.UNSUPPORTED,
+    Reason.RESOURCE_EXISTS,
+    Reason.INVALID_JOIN_TOKEN,
+)
+
+
+def run(
+    load: Callable[[], Mapping[str, Any]],
+    ranks: Ranks,
+    num_events: int | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> int:
+    """Streams what the configuration says, and returns the exit code: 0, 1 failed, 143 told to end.
+
+    `load` reads the configuration and is called on rank 0. `num_events` is the most to take over all ranks, and goes
+    before the configuration's own limit. If another rank than this one is waiting, a failure ends the MPI job.
+    """
+    stop = Stop()
+    with stop.installed():
+        traces = _telemetry(environment)
+        try:
+            parent = environment.get("TRACEPARENT") or None
+            attributes = {telemetry.ATTR_PRODUCER: ranks.share.rank}
+            with telemetry.span(telemetry.SPAN_STREAMER_RUN, parent=parent, attributes=attributes) as span:
+                account = _stream(load, ranks, stop, num_events, environment)
+                span.set_attribute(telemetry.ATTR_EVENTS, account.sent)
+        except CancelledError:
+            code = EXIT_CODE
+            say(f"rank {ranks.share.rank}: told to end")
+        except Exception as error:
+            code = FAILED
+            if not (isinstance(error, BeamwireError) and error.reason in _PLAIN):
+                traceback.print_exc()
+            say(f"rank {ranks.share.rank}: {one_line(error)}")
+        else:
+            code = 0
+        traces.shutdown()
+    if code:
+        ranks.abort(code)
+    return code
+
+
+def _stream(
+    load: Callable[[], Mapping[str, Any]],
+    ranks: Ranks,
+    stop: Stop,
+    num_events: int | None,
+    environment: Mapping[str, str],
+) -> Account:
+    data = ranks.broadcast(load() if ranks.share.rank == 0 else None)
+    config = configuration.load(data)
+    if num_events is not None:
+        config = replace(config, max_events=num_events)
+    if not config.data_handlers:
+        raise invalid_field("config.data_handlers", "is empty: nothing would become of the events")
+    account = Pipeline(config, ranks, stop, _credentials(ranks, environment)).run()
+    _report(ranks.gather(account), ranks, config)
+    return account
+
+
+def _report(accounts: list[Account], ranks: Ranks, config: StreamerConfig) -> None:
+    if ranks.share.rank == 0:
+        sent = sum(account.sent for account in accounts)
+        incomplete = sum(account.incomplete for account in accounts)
+        vetoed = sum(account.vetoed for account in accounts)
+        source = config.source_identifier or config.event_source.type
+        say(f"{sent} events sent, {incomplete} incomplete, {vetoed} vetoed, from {source}")
+
+
+def _credentials(ranks: Ranks, environment: Mapping[str, str]) -> Callable[[], Credentials]:
+    """Enrols with the join token, if there is one, for all ranks; the credentials are read when they are needed."""
+    directory = Path(environment.get("BEAMWIRE_CREDENTIALS_DIR") or "credentials")
+    token_file = environment.get("BEAMWIRE_JOIN_TOKEN_FILE", "")
+    if token_file:
+        if ranks.share.rank == 0 and Path(token_file).is_file():
+            _enroll(Path(token_file), directory)
+        ranks.gather(None)
+    return lambda: Credentials.load(directory)
+
+
+def _enroll(token_file: Path, directory: Path) -> None:
+    try:
+        enroll(JoinToken.parse(token_file.read_text()), directory)
+    finally:
+        # It is good once, and it is a secret.
+        token_file.unlink()
+
+
+def _telemetry(environment: Mapping[str, str]) -> telemetry.Telemetry:
+    directory = environment.get("BEAMWIRE_TRACE_DIR")
+    return telemetry.setup(
+        "streamer",
+        trace_dir=Path(directory) if directory else None,
+        otlp_endpoint=environment.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
+    )
