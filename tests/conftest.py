@@ -112,7 +112,11 @@ class LiveFacility:
     def env(self, config_dir: Path | None = None) -> dict[str, str]:
         """Return the environment of the enrolled user's commands."""
         traces = self.directory / "state" / "traces"
-        return {**os.environ, "BEAMWIRE_CONFIG_DIR": str(config_dir or self.config_dir), "BEAMWIRE_TRACE_DIR": str(traces)}
+        return {
+            **os.environ,
+            "BEAMWIRE_CONFIG_DIR": str(config_dir or self.config_dir),
+            "BEAMWIRE_TRACE_DIR": str(traces),
+        }
 
     def enroll(self, path: str, config_dir: Path) -> Path:
         """Enrol a member by its path, `user/bob`, and return the directory of its configuration."""

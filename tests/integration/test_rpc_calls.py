@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from beamwire.buffer.v1 import buffer_service_pb2, buffer_service_pb2_grpc
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
+from beamwire.mesh import telemetry
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.idempotency import Idempotency
@@ -38,12 +39,14 @@ class Servicer:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.trace_id = ""
         self.answer: Callable[[], Awaitable[None]] | None = None
         self.seen = buffer_service_pb2.CreateBufferRequest()
         self.ended = asyncio.Event()
 
     async def CreateJoinToken(self, request: pb.CreateJoinTokenRequest, context: object) -> pb.JoinToken:  # noqa: N802
         self.calls += 1
+        self.trace_id = telemetry.trace_id_of(telemetry.current_traceparent())
         return pb.JoinToken(token=f"{current_caller()} {self.calls}", identity=request.identity)
 
     async def EnrollMember(self, request: pb.EnrollMemberRequest, context: object) -> pb.Certificate:  # noqa: N802
@@ -68,6 +71,8 @@ class Servicer:
             for number in range(3):
                 buffer = buffer_service_pb2.Buffer(name=str(current_caller()), etag=str(number))
                 yield buffer_service_pb2.WatchBufferResponse(buffer=buffer)
+            while request.name == "buffers/floods":
+                yield buffer_service_pb2.WatchBufferResponse(buffer=buffer_service_pb2.Buffer(name="b" * 100_000))
             if request.name == "buffers/fails":
                 raise BeamwireError(Reason.CACHE_FAILED, "the cache died", metadata={"signal": "9"})
             if request.name == "buffers/breaks":
@@ -295,6 +300,31 @@ async def test_a_stream_that_nobody_reads_any_more_ends_at_the_server(served: Se
                 break
         call.cancel()
         await asyncio.wait_for(served.servicer.ended.wait(), 5)
+
+
+async def test_a_stream_that_is_cut_while_it_sends_ends_at_once(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = buffer_service_pb2.WatchBufferRequest(name="buffers/floods")
+    async with served.as_member("user/alice", buffer_service_pb2_grpc.BufferServiceStub) as stub:
+        answers = aiter(stub.WatchBuffer(request))
+        await anext(answers)
+        await answers.aclose()
+        await asyncio.wait_for(served.servicer.ended.wait(), 5)
+    assert caplog.records == []
+
+
+async def test_the_trace_of_the_caller_goes_on_at_the_server(served: Served) -> None:
+    tracing = telemetry.setup("test", trace_dir=None)
+    try:
+        async with served.as_member("operator/root") as stub:
+            with telemetry.span("the caller"):
+                here = telemetry.trace_id_of(telemetry.current_traceparent())
+                await stub.CreateJoinToken(pb.CreateJoinTokenRequest(identity="x"))
+    finally:
+        tracing.shutdown()
+    assert here
+    assert served.servicer.trace_id == here
 
 
 async def test_repeating_a_request_repeats_the_answer(served: Served) -> None:

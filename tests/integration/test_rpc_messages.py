@@ -60,7 +60,8 @@ def test_an_enum_that_says_nothing_is_missing() -> None:
 def test_what_only_the_service_says_is_cleared() -> None:
     request = whole_transfer()
     transfer = request.transfer
-    transfer.name, transfer.owner, transfer.state, transfer.etag = "transfers/t", "mallory", 5, "1"
+    transfer.name, transfer.owner, transfer.etag = "transfers/t", "mallory", "1"
+    transfer.state = pb.Transfer.STATE_SUCCEEDED
     transfer.receipt.balanced = True
     transfer.counters.sent_bytes = 1
     transfer.create_time.GetCurrentTime()
@@ -135,6 +136,7 @@ def test_what_grpc_itself_says_becomes_our_error(code: grpc.StatusCode) -> None:
     ("details", "reason"),
     [
         ("failed to connect to all addresses; last error: Connection refused", Reason.SERVICE_UNAVAILABLE),
+        ("DNS resolution failed for certificate.tls.facility.test:1", Reason.SERVICE_UNAVAILABLE),
         ("Ssl handshake failed (TSI_PROTOCOL_FAILURE): CERTIFICATE_VERIFY_FAILED", Reason.CERTIFICATE_INVALID),
         ("Peer name beam.facility.test is not in peer certificate", Reason.CERTIFICATE_INVALID),
     ],

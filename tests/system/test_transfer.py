@@ -41,8 +41,7 @@ def request_file(path: Path, request: dict) -> Path:
 
 
 def get(facility: LiveFacility, *arguments, check: bool = True):
-    done = facility.beamwire("--json", "get", *map(str, arguments), check=check)
-    return done
+    return facility.beamwire("--json", "get", *map(str, arguments), check=check)
 
 
 def last_json(text: str) -> dict:
@@ -103,9 +102,9 @@ def test_a_real_run_arrives_bit_for_bit_in_hdf5_files(facility, tmp_path):
     done = get(facility, request_file(tmp_path / "r.yaml", request), "-o", out, "--consumers", 2)
     receipt = last_json(done.stdout)["receipt"]
     assert receipt["balanced"] is True
-    assert int(receipt["selectedEventCount"]) == 50
-    assert int(receipt["deliveredEventCount"]) == 48
-    assert receipt["losses"] == [{"cause": "LOSS_CAUSE_INCOMPLETE", "eventCount": "2"}]
+    assert int(receipt["selected_event_count"]) == 50
+    assert int(receipt["delivered_event_count"]) == 48
+    assert receipt["losses"] == [{"cause": "LOSS_CAUSE_INCOMPLETE", "event_count": "2"}]
     by_id = {run.timestamp(event): event for event in range(50)}
     seen = []
     for path in out.glob("*.h5"):
@@ -144,9 +143,7 @@ def test_an_unknown_detector_is_refused_with_those_that_exist(client, tmp_path):
     request = {
         "source_identifier": run.source_identifier,
         "event_source": {"type": "Psana2EventSource"},
-        "data_sources": {
-            "x": {"type": "Psana2DetectorInterface", "psana_name": "jungfrou", "psana_fields": "raw.raw"}
-        },
+        "data_sources": {"x": {"type": "Psana2DetectorInterface", "psana_name": "jungfrou", "psana_fields": "raw.raw"}},
         "processing_pipeline": [{"type": "BatchProcessingPipeline", "batch_size": 2}],
     }
     with pytest.raises(BeamwireError) as refused, client.stream(request):
@@ -298,7 +295,7 @@ def test_another_user_sees_and_takes_nothing(facility, client, tmp_path):
 def test_one_trace_joins_every_stage(own_facility, tmp_path):
     request = request_file(tmp_path / "r.yaml", {**synthetic(64), "processes": 2})
     done = get(own_facility, request, "-o", tmp_path / "out")
-    trace_id = last_json(done.stdout)["traceId"]
+    trace_id = last_json(done.stdout)["trace_id"]
     own_facility.stop()
     spans = [s for s in read_spans(own_facility.directory / "state" / "traces") if s["trace_id"] == trace_id]
     by_id = {s["span_id"]: s for s in spans}

@@ -1,6 +1,8 @@
 """What is written is what was received: frames of every kind go through files and come back equal."""
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -168,7 +170,11 @@ def test_no_events_make_a_file_with_the_fields_and_no_rows(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "second",
-    [{"img": np.zeros((3, 4, 5))}, {"img": np.zeros((3, 4, 4), np.float32)}, {"img": np.zeros((3, 4, 4)), "x": np.zeros(3)}],
+    [
+        {"img": np.zeros((3, 4, 5))},
+        {"img": np.zeros((3, 4, 4), np.float32)},
+        {"img": np.zeros((3, 4, 4)), "x": np.zeros(3)},
+    ],
 )
 def test_a_stream_that_changes_is_refused_and_leaves_nothing(tmp_path: Path, second: dict[str, np.ndarray]) -> None:
     writer = Hdf5Writer(tmp_path / "x.h5")
@@ -301,3 +307,39 @@ def test_damaged_numpy_files_are_refused(tmp_path: Path, content: bytes) -> None
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(BeamwireError, match="numpy arrays"):
         read_arrays(tmp_path / "x.npz", 0)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import numpy as np
+from beamwire.client.files.naming import Target
+from beamwire.client.files.writer import Format, Writer
+sys.path.insert(0, {here!r})
+from test_client_files import batch
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+writer = Writer(Format({format!r}), Target(Path({directory!r}), "", "abc"))
+resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
+try:
+    for sequence in range(8):
+        arrays = {{"img": np.ones((3, 500, 100 + {growth} * sequence), np.float32), "wave": np.ones((3, 1000))}}
+        writer.write(batch(arrays, sequence=sequence))
+    writer.finish({{}})
+except OSError as error:
+    print(error.strerror, error.filename)
+finally:
+    writer.discard()
+"""
+
+
+@pytest.mark.parametrize(("format_", "growth", "left"), [("hdf5", 0, 0), ("npz", 100, 4)])
+def test_a_disk_that_takes_no_more_is_heard_and_leaves_no_partial_file(
+    tmp_path: Path, format_: str, growth: int, left: int
+) -> None:
+    script = FULL_DISK.format(here=str(Path(__file__).parent), format=format_, directory=str(tmp_path), growth=growth)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith(f"File too large {tmp_path}/abc")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"abc-p0-{number}.npz" for number in range(left)]

@@ -189,7 +189,8 @@ def test_each_fault_names_its_key(changes: dict[str, object], field: str, words:
 def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
     path = write(
         tmp_path,
-        "even_source:\n  type: A\nevent_source:\n  type: A\n  n: .nan\ndata_sources:\n  x:\n    value: 3\nlease: soon\n",
+        "even_source:\n  type: A\nevent_source:\n  type: A\n  n: .nan\n"
+        "data_sources:\n  x:\n    value: 3\nlease: soon\n",
     )
     found = problems(path)
     assert set(found) == {"even_source", "event_source.n", "data_sources.x.type", "lease"}

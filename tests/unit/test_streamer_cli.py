@@ -162,6 +162,7 @@ def test_run_writes_files_in_both_forms(tmp_path: Path, arguments: list[str]) ->
     assert result.stdout == ""
     sizes = []
     for path in sorted((tmp_path / "out").iterdir()):
+        file: Any
         with h5py.File(path) as file:
             sizes.append(len(file["image"]))
     assert sizes == [8, 8, 4]

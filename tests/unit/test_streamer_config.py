@@ -13,7 +13,7 @@ from beamwire.services.streamer.registry import BUILT_IN, UNSUPPORTED, Kind
 
 def internal() -> dict[str, Any]:
     """A small configuration as LCLStreamer writes it."""
-    return yaml.safe_load(
+    made: dict[str, Any] = yaml.safe_load(
         """
         source_identifier: ""
         skip_incomplete_events: false
@@ -32,6 +32,7 @@ def internal() -> dict[str, Any]:
             - {type: BinaryFileWritingDataHandler, file_prefix: "", file_suffix: h5, write_directory: workspace/output}
         """
     )
+    return made
 
 
 def violations(data: dict[str, Any]) -> dict[str, str]:
@@ -200,9 +201,11 @@ def test_names_what_is_not_in_this_release(name: str) -> None:
     if kind is Kind.DATA_SOURCE:
         data["data_sources"] = {"x": {"type": name, "psana_name": "jungfrau"}}
     else:
-        data[{Kind.STAGE: "processing_pipeline"}.get(kind, kind.words.replace(" ", "_")).replace(
-            "serializer", "data_serializer"
-        )] = {"type": name}
+        data[
+            {Kind.STAGE: "processing_pipeline"}.get(kind, kind.words.replace(" ", "_")).replace(
+                "serializer", "data_serializer"
+            )
+        ] = {"type": name}
     with pytest.raises(BeamwireError, match=name) as caught:
         config.load(data)
     assert caught.value.reason is Reason.UNSUPPORTED

@@ -222,7 +222,7 @@ def test_events_that_psana_does_not_give_are_noticed(complete: XtcRun, opened: O
 
 def test_the_stand_in_for_kerberos_refuses_to_be_used() -> None:
     stand_in = psana2._KerberosStandIn("kerberos")
-    with pytest.raises(BeamwireError, match="kerberos.authGSSClientInit"):
+    with pytest.raises(BeamwireError, match=r"kerberos\.authGSSClientInit"):
         stand_in.authGSSClientInit("x")
     assert not hasattr(stand_in, "__path__")
 

@@ -160,6 +160,7 @@ def _trace_dir(parts: _Parts) -> str:
     return "" if parts.settings.telemetry.otlp_endpoint else str(parts.layout.traces)
 
 
+# In the order in which they need each other.
 _ADD: dict[ServiceName, Callable[[_Parts], Awaitable[None]]] = {
     "certificate": _add_certificate,
     "buffer": _add_buffer,
@@ -201,8 +202,9 @@ async def serve(
         stack.callback(setup.shutdown)
         runner = TaskRunner()
         parts = _Parts(layout, settings, runner, stack, Pager(layout.page_key.read_bytes()))
-        for name in (name for name in SERVICE_NAMES if name in names):
-            await _ADD[name](parts)
+        for name, add in _ADD.items():
+            if name in names:
+                await add(parts)
         # Entered after the databases and channels, and so left before them: tasks end while what they use is there.
         await stack.enter_async_context(runner)
         credentials = parts.credentials(identity.removeprefix("service/"))

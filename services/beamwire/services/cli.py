@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -127,7 +128,7 @@ def serve(services: tuple[ServiceName, ...], directory: Path, config: Path | Non
     from beamwire.services.app import serve as serve_services
 
     layout, settings = load_facility(config.parent if config else directory)
-    names = services or SERVICE_NAMES
+    names: Sequence[ServiceName] = services or SERVICE_NAMES
     telemetry.setup_logging("facility" if len(names) > 1 else names[0])
 
     def ready(address: str) -> None:

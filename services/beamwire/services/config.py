@@ -49,7 +49,7 @@ class Data(Section):
 
     host: str = Field(default="127.0.0.1", description="the address that caches listen on")
     advertise: str = Field(
-        "127.0.0.1", description="the name or address that peers dial, which goes on their certificates"
+        default="127.0.0.1", description="the name or address that peers dial, which goes on their certificates"
     )
     allow_plain_tcp: bool = Field(default=False, description="admit buffers without TLS, on a loopback address only")
     capacity_bytes: int = Field(default=8 * 1024**3, gt=0, description="the largest ring one buffer may have")
@@ -74,7 +74,7 @@ class Limits(Section):
 
     active_transfers: int = Field(default=16, gt=0)
     processes: int = Field(default=64, gt=0, description="MPI ranks of one streamer")
-    lease: timedelta = Field(timedelta(days=7), description="how long a transfer may take")
+    lease: timedelta = Field(default=timedelta(days=7), description="how long a transfer may take")
 
 
 class Telemetry(Section):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
 import grpc
 from google.protobuf import message_factory
@@ -78,45 +79,33 @@ class Chain(grpc.aio.ServerInterceptor):
         handler = self._idempotent(method, handler)
 
         async def call(request: Message, context: Context) -> Any:
-            with _span(method, context):
-                try:
+            try:
+                with _span(method, context), _Faults(method):
                     self._admit(method, context)
                     fields.apply(request)
                     return await handler(request, context)
-                except Exception as error:
-                    failure = error
-                return await _abort(method, context, failure)
+            except BeamwireError as error:
+                failure = error
+            return await _abort(context, failure)
 
         return call
 
     def _stream(self, method: str, handler: StreamHandler) -> StreamHandler:
-        async def answers(request: Message | AsyncIterator[Message], context: Context) -> AsyncIterator[Message]:
-            with _span(method, context):
-                try:
+        # The wrapper writes to the context and is no generator itself: grpcio drops the generator of a cancelled call
+        # without closing it, and the span would end in a foreign context, at some other time.
+        async def call(request: Message | AsyncIterator[Message], context: Context) -> None:
+            try:
+                with _span(method, context), _Faults(method):
                     self._admit(method, context)
                     if isinstance(request, Message):
                         fields.apply(request)
-                    async for answer in handler(request, context):
-                        yield answer
-                except Exception as error:
-                    failure = error
-                else:
+                    await _write(handler(request, context), context)
                     return
-                await _abort(method, context, failure)
+            except BeamwireError as error:
+                failure = error
+            await _abort(context, failure)
 
-        async def writes(request: Message, context: Context) -> None:
-            # The health service of grpcio writes to the context itself.
-            with _span(method, context):
-                try:
-                    self._admit(method, context)
-                    await handler(request, context)
-                except Exception as error:
-                    failure = error
-                else:
-                    return
-                await _abort(method, context, failure)
-
-        return answers if inspect.isasyncgenfunction(handler) else writes
+        return call
 
     def _admit(self, method: str, context: Context) -> None:
         if self._anonymous:
@@ -167,17 +156,36 @@ def _span(method: str, context: Context) -> Any:
     return telemetry.span(method.removeprefix("/"), parent=parent, kind=SpanKind.SERVER)
 
 
-async def _abort(method: str, context: Context, error: Exception) -> NoReturn:
-    """End a call with an error, the details of a fault of ours in the log only."""
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if not isinstance(error, BeamwireError):
-        _log.error("%s failed", method, exc_info=error)
-        trace = telemetry.trace_id_of(telemetry.current_traceparent())
-        error = BeamwireError(
+async def _write(answers: AsyncGenerator[Message, None] | Awaitable[None], context: Context) -> None:
+    if not inspect.isasyncgen(answers):
+        # A handler that writes to the context itself, as the health service of grpcio does.
+        await cast("Awaitable[None]", answers)
+        return
+    async with aclosing(answers):
+        async for answer in answers:
+            await context.write(answer)
+
+
+class _Faults:
+    """Turns every exception that is not ours into INTERNAL: its details go to the log, never to the wire."""
+
+    def __init__(self, method: str) -> None:
+        self._method = method
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, BeamwireError | grpc.aio.AbortError):
+            return
+        _log.error("%s failed", self._method, exc_info=error)
+        raise BeamwireError(
             Reason.INTERNAL,
-            "the service has a fault; its log says more under the trace in the metadata",
-            metadata={"trace_id": trace},
-        )
+            "the service has a fault; its log says more under the trace id in the metadata",
+            metadata={"trace_id": telemetry.trace_id_of(telemetry.current_traceparent())},
+        ) from error
+
+
+async def _abort(context: Context, error: BeamwireError) -> NoReturn:
     status = to_status(error)
     await context.abort(CODES[error.reason], status.message, ((DETAILS_KEY, status.SerializeToString()),))

@@ -102,6 +102,7 @@ class Consumer:
         self._described = threading.Event()
         self._stream: StreamHeader | None = None
         self._failure: BeamwireError | None = None
+        self._coming_failure: BeamwireError | None = None
         self._open_links = len(self._links)
         for number, link in enumerate(self._links):
             link.thread = threading.Thread(target=self._run, args=(link,), name=f"consumer-{number}", daemon=True)
@@ -112,9 +113,8 @@ class Consumer:
         """What the stream is; waits until the first producer has said so. BeamwireError if that will not happen."""
         self._described.wait()
         if self._stream is None:
-            raise self._failure or BeamwireError(
-                Reason.STREAM_TRUNCATED, "the stream ended before any producer described it"
-            )
+            nobody = BeamwireError(Reason.STREAM_TRUNCATED, "the stream ended before any producer described it")
+            raise self._failure or self._coming_failure or nobody
         return self._stream
 
     def __iter__(self) -> Iterator[Frame]:
@@ -191,15 +191,21 @@ class Consumer:
                 self._open(link)
                 self._receive(link)
             except BeamwireError as error:
-                self._inbox.put(error)
+                self._fail(error)
             except ClosedError:
                 raise
             except Exception as error:
                 # Whatever it is, it must end the iteration rather than this thread alone.
                 _log.exception("the consumer failed")
-                self._inbox.put(BeamwireError(Reason.INTERNAL, f"the consumer failed: {error!r}"))
+                self._fail(BeamwireError(Reason.INTERNAL, f"the consumer failed: {error!r}"))
         except ClosedError:
             return
+
+    def _fail(self, error: BeamwireError) -> None:
+        """The caller gets the frames that came before, then the error; one who waits for the HEADER gets it at once."""
+        self._coming_failure = error
+        self._described.set()
+        self._inbox.put(error)
 
     def _open(self, link: _Link) -> None:
         connection = dial(
@@ -225,6 +231,7 @@ class Consumer:
                 raise BeamwireError(Reason.STREAM_TRUNCATED, f"{where} closed the connection without END")
             end = self._take(message)
             if end is not None:
+                self._described.set()
                 self._inbox.put(_Ended(link, end))
                 return
 

@@ -78,9 +78,7 @@ def _reach(host: tuple[str, int], timeout: float, stop: threading.Event) -> sock
 
 def _secure(sock: socket.socket, host: tuple[str, int], credentials: Credentials, buffer: str) -> ssl.SSLSocket:
     try:
-        secured = credentials.client_context().wrap_socket(
-            sock, server_hostname=host[0], suppress_ragged_eofs=False
-        )
+        secured = credentials.client_context().wrap_socket(sock, server_hostname=host[0], suppress_ragged_eofs=False)
     except OSError as error:
         raise _refusal(host, error) from error
     try:
@@ -100,7 +98,9 @@ def _greet(connection: Connection, host: tuple[str, int], credentials: Credentia
         connection.send_greeting(protocol)
         answer = connection.receive_greeting()
     except (PeerClosedError, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError) as error:
-        who = f"{credentials.identity} may not {_ROLES[protocol]} there" if credentials else "it does not want this peer"
+        who = (
+            f"{credentials.identity} may not {_ROLES[protocol]} there" if credentials else "it does not want this peer"
+        )
         raise BeamwireError(
             Reason.ROLE_NOT_ALLOWED if credentials else Reason.CACHE_FAILED,
             f"{_name(host)} closed the connection instead of greeting: {who}",

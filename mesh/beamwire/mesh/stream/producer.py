@@ -156,7 +156,9 @@ class Producer:
 
     def _data_header(self, event_ids: npt.NDArray[np.uint64], media_type: str = "") -> FrameHeader:
         if event_ids.ndim != 1 or event_ids.dtype != np.uint64:
-            raise invalid_field("event_ids", f"must be uint64 of shape (events,), not {event_ids.dtype} {event_ids.shape}")
+            raise invalid_field(
+                "event_ids", f"must be uint64 of shape (events,), not {event_ids.dtype} {event_ids.shape}"
+            )
         header = self._header(FRAME_KIND_DATA)
         header.media_type = media_type
         header.event_count = len(event_ids)

@@ -119,7 +119,9 @@ def _flatten(arrays: Mapping[str, AnyArray | Ragged], events: int) -> Iterator[t
             continue
         array = np.asarray(value)
         if array.ndim == 0 or array.shape[0] != events:
-            raise invalid_field("arrays", f"{name!r} has shape {array.shape}; its first axis must count {events} events")
+            raise invalid_field(
+                "arrays", f"{name!r} has shape {array.shape}; its first axis must count {events} events"
+            )
         yield name, "", array
 
 

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import JsonValue
 
@@ -220,14 +220,17 @@ class Transfers:
         """Buffer first and ready, then the streamer."""
         record = await self._get(name)
         await self._buffers.create(record)
-        async for view in self._buffers.watch(record.buffer):
-            if view.state == "FAILED":
-                raise _error(view.error, Reason.CACHE_FAILED, "the cache could not be started")
-            if view.connect_string:
-                break
+        view = await self._ready(record.buffer)
         await self._jobs.create(record, view.connect_string)
         streaming = {"connect_string": view.connect_string, "capacity_bytes": view.capacity_bytes}
         await self._store.change(name, lambda r: {**_to(r, TransferState.STREAMING), **streaming})
+
+    async def _ready(self, buffer: str) -> BufferView:
+        async for view in self._buffers.watch(buffer):
+            _raise_if_failed(view)
+            if view.connect_string:
+                return view
+        raise BeamwireError(Reason.CACHE_FAILED, f"{buffer} ended before it was ready")
 
     async def _follow(self, name: str) -> None:
         """Follow buffer and job to their ends, and draw up the receipt."""
@@ -365,9 +368,7 @@ def _texts(counts: Mapping[str, int]) -> dict[str, str]:
     return {cause: str(count) for cause, count in counts.items()}
 
 
-async def _reap(
-    *tasks: asyncio.Task[object] | asyncio.Task[BufferView] | asyncio.Task[JobView] | asyncio.Task[bool],
-) -> None:
+async def _reap(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 import sys
 import traceback
 
@@ -96,14 +95,7 @@ def _lines(error: BaseException) -> list[str]:
 
 
 def _os_message(error: OSError) -> str:
-    # HDF5 writes the number and its meaning into a long sentence; people need the meaning.
-    found = re.search(r"errno = (\d+)", str(error))
-    number = error.errno or (int(found[1]) if found else None)
     name = f"{error.filename}: " if error.filename else ""
-    if number == errno.ENOSPC:
-        return f"{name}the disk is full; free some space, or write elsewhere with -o"
-    if number == errno.EDQUOT:
-        return f"{name}the disk quota is used up; free some space, or write elsewhere with -o"
-    if found and number is not None:
-        return f"{name}{errno.errorcode.get(number, number)} while writing: {error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{name}{error.strerror}; free some space, or write elsewhere with -o"
     return f"{name}{error.strerror or error}"

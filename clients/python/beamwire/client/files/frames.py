@@ -31,11 +31,15 @@ class FrameWriter:
         path = self._target.frame(batch.producer, batch.sequence, suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._part = part_of(path)
-        with self._part.open("wb") as file:
-            if batch.media_type:
-                file.write(batch.payload)
-            else:
-                np.savez(file, allow_pickle=False, **_members(batch))
+        try:
+            with self._part.open("wb") as file:
+                if batch.media_type:
+                    file.write(batch.payload)
+                else:
+                    np.savez(file, allow_pickle=False, **_members(batch))
+        except OSError as error:
+            error.filename = str(path)
+            raise
         self._part.replace(path)
         self._part = None
         self.paths.append(path)

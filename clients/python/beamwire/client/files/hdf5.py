@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 
 from beamwire.client.batch import Array, Batch
 from beamwire.client.files.naming import part_of
+from beamwire.client.files.sink import Sink
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.stream.v1.frame_pb2 import Field, StreamHeader
 
@@ -23,6 +23,8 @@ Dataset = Any
 
 _IMAGE_BYTES = 64 * 1024
 _CHUNK_BYTES = 1024 * 1024
+# Of each dataset; a chunk that does not fit would be read and written again for every frame.
+_CACHE_BYTES = 4 * _CHUNK_BYTES
 _EVENT_ID = "event_id"
 _PRODUCER = "producer"
 
@@ -34,7 +36,8 @@ class Hdf5Writer:
         self._path = path
         self._overwrite = overwrite
         self._file: Group | None = None
-        self._part: Path | None = None
+        self._sink: Sink | None = None
+        self._datasets: dict[str, Dataset] = {}
         self._fields: dict[str, Field] = {}
         self._names: frozenset[str] | None = None
 
@@ -43,46 +46,41 @@ class Hdf5Writer:
         self._fields = {field.name: field for field in header.fields} if header else {}
 
     def write(self, batch: Batch) -> None:
-        """Append a batch; raises BeamwireError FRAME_CORRUPT if its fields are not those of the batches before."""
+        """Append a batch; raises OSError, or BeamwireError FRAME_CORRUPT if its fields are not those before it."""
         self._check_names(batch)
-        data = self._group()
-        _append(data, _EVENT_ID, batch.event_ids)
-        _append(data, _PRODUCER, np.full(len(batch), batch.producer, np.uint32))
+        self._append(_EVENT_ID, batch.event_ids)
+        self._append(_PRODUCER, np.full(len(batch), batch.producer, np.uint32))
         for name, array in batch.arrays.items():
-            self._write_dense(data, name, array)
+            self._write_dense(name, array)
         for name in batch.ragged_fields:
-            self._write_ragged(data, name, *batch.ragged(name))
+            self._write_ragged(name, *batch.ragged(name))
+        self._check_disk()
 
     def finish(self, attributes: Mapping[str, str], *, complete: bool = True) -> list[Path]:
         """Note facts about the stream on the entry and close the file, which gets its name if it is complete."""
-        data = self._group()
         if self._names is None:
-            self._declare_fields(data)
+            self._declare_fields()
         file = self._open_file()
         file["entry"].attrs.update(attributes)
-        signal = _signal(data)
+        signal = _signal(self._datasets)
         if signal:
-            data.attrs["signal"] = signal
-            if data[signal].ndim == 3:
-                data[signal].attrs["interpretation"] = "image"
-        self._file = None
-        file.close()
-        self._part = None
+            file["entry/data"].attrs["signal"] = signal
+            if self._datasets[signal].ndim == 3:
+                self._datasets[signal].attrs["interpretation"] = "image"
+        self._close()
+        self._check_disk()
+        self._sink = None
         if not complete:
             return [part_of(self._path)]
         part_of(self._path).replace(self._path)
         return [self._path]
 
     def discard(self) -> None:
-        """Remove what was written."""
-        file, self._file = self._file, None
-        if file is not None:
-            # A full disk fails the flush too; the file goes either way.
-            with suppress(OSError, RuntimeError):
-                file.close()
-        if self._part is not None:
-            self._part.unlink(missing_ok=True)
-            self._part = None
+        """Remove what was written and not finished."""
+        self._close()
+        if self._sink is not None:
+            self._sink = None
+            part_of(self._path).unlink(missing_ok=True)
 
     def _open_file(self) -> Group:
         # Imported here: the SDK must stay light for those who write no HDF5.
@@ -90,14 +88,22 @@ class Hdf5Writer:
 
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            part = part_of(self._path)
-            self._file = h5py.File(part, "w" if self._overwrite else "x", libver=("earliest", "v110"))
-            self._part = part
+            self._sink = Sink(part_of(self._path), overwrite=self._overwrite)
+            self._file = h5py.File(self._sink, "w", libver=("earliest", "v110"), rdcc_nbytes=_CACHE_BYTES)
             _lay_out(self._file)
         return self._file
 
-    def _group(self) -> Group:
-        return self._open_file()["entry/data"]
+    def _close(self) -> None:
+        self._datasets.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        if self._sink is not None:
+            self._sink.close()
+
+    def _check_disk(self) -> None:
+        if self._sink is not None:
+            self._sink.check()
 
     def _check_names(self, batch: Batch) -> None:
         names = frozenset(batch)
@@ -110,34 +116,61 @@ class Hdf5Writer:
                 f"before it {sorted(self._names)}; use --format npz for such a stream",
             )
 
-    def _write_dense(self, data: Group, name: str, array: Array) -> None:
-        dataset = _append(data, _dataset_name(name), array)
+    def _write_dense(self, name: str, array: Array) -> None:
+        dataset = self._append(_dataset_name(name), array)
         self._describe(dataset, name)
 
-    def _write_ragged(self, data: Group, name: str, values: Array, row_offsets: Array) -> None:
-        group = data.require_group(_dataset_name(name))
-        before = len(group["values"]) if "values" in group else 0
-        if "row_offsets" not in group:
-            _append(group, "row_offsets", np.zeros(1, np.int64))
-        _append(group, "row_offsets", row_offsets[1:] - row_offsets[0] + before)
-        dataset = _append(group, "values", values[row_offsets[0] : row_offsets[-1]])
-        self._describe(dataset, name)
+    def _write_ragged(self, name: str, values: Array, row_offsets: Array) -> None:
+        group = _dataset_name(name)
+        if f"{group}/row_offsets" not in self._datasets:
+            self._append(f"{group}/row_offsets", np.zeros(1, np.int64))
+        before = len(self._datasets[f"{group}/values"]) if f"{group}/values" in self._datasets else 0
+        self._append(f"{group}/row_offsets", row_offsets[1:] + before)
+        self._describe(self._append(f"{group}/values", values), name)
 
     def _describe(self, dataset: Dataset, name: str) -> None:
         field = self._fields.get(name)
         if field is not None and field.unit and "units" not in dataset.attrs:
             dataset.attrs["units"] = field.unit
 
-    def _declare_fields(self, data: Group) -> None:
-        _append(data, _EVENT_ID, np.empty(0, np.uint64))
-        _append(data, _PRODUCER, np.empty(0, np.uint32))
+    def _declare_fields(self) -> None:
+        self._append(_EVENT_ID, np.empty(0, np.uint64))
+        self._append(_PRODUCER, np.empty(0, np.uint32))
         for name, field in self._fields.items():
             shape = list(field.shape)
             if -1 in shape:
                 empty = np.empty((0, *(axis for axis in shape if axis >= 0)), np.dtype(field.dtype))
-                self._write_ragged(data, name, empty, np.zeros(1, np.int64))
+                self._write_ragged(name, empty, np.zeros(1, np.int64))
             else:
-                self._write_dense(data, name, np.empty((0, *shape), np.dtype(field.dtype)))
+                self._write_dense(name, np.empty((0, *shape), np.dtype(field.dtype)))
+
+    def _append(self, name: str, array: Array) -> Dataset:
+        """Add rows to a dataset, which the first rows create."""
+        rows, file_type = _storable(array)
+        if name not in self._datasets:
+            # Kept open: HDF5 writes all that it holds of a dataset whenever the last handle goes.
+            self._datasets[name] = self._open_file()["entry/data"].create_dataset(
+                name,
+                shape=(0, *rows.shape[1:]),
+                dtype=file_type,
+                maxshape=(None, *rows.shape[1:]),
+                chunks=_chunks(rows.shape[1:], rows.dtype.itemsize),
+            )
+        dataset = self._datasets[name]
+        if dataset.shape[1:] != rows.shape[1:] or dataset.dtype != file_type:
+            raise BeamwireError(
+                Reason.FRAME_CORRUPT,
+                f"{name} changed within the stream: events of {dataset.dtype} {dataset.shape[1:]} before, "
+                f"{rows.dtype} {rows.shape[1:]} now; use --format npz for such a stream",
+            )
+        begin = len(dataset)
+        dataset.resize(begin + len(rows), axis=0)
+        if dataset.chunks[0] == 1:
+            for number, row in enumerate(rows, begin):
+                dataset.id.write_direct_chunk((number, *(0,) * row.ndim), np.ascontiguousarray(row))
+        elif len(rows):
+            dataset[begin:] = rows
+        return dataset
 
 
 def _lay_out(file: Group) -> None:
@@ -150,31 +183,6 @@ def _lay_out(file: Group) -> None:
     entry = file.create_group("entry")
     entry.attrs.update(NX_class="NXentry", default="data")
     entry.create_group("data").attrs["NX_class"] = "NXdata"
-
-
-def _append(group: Group, name: str, array: Array) -> Dataset:
-    """Add rows to a dataset, which the first rows create."""
-    rows, file_type = _storable(array)
-    if name not in group:
-        return group.create_dataset(
-            name,
-            data=rows,
-            dtype=file_type,
-            maxshape=(None, *rows.shape[1:]),
-            chunks=_chunks(rows.shape[1:], rows.dtype.itemsize),
-        )
-    dataset = group[name]
-    if dataset.shape[1:] != rows.shape[1:] or dataset.dtype != file_type:
-        raise BeamwireError(
-            Reason.FRAME_CORRUPT,
-            f"{name} changed within the stream: events of {dataset.dtype} {dataset.shape[1:]} before, "
-            f"{rows.dtype} {rows.shape[1:]} now; use --format npz for such a stream",
-        )
-    if len(rows):
-        begin = len(dataset)
-        dataset.resize(begin + len(rows), axis=0)
-        dataset[begin:] = rows
-    return dataset
 
 
 def _storable(array: Array) -> tuple[Array, np.dtype[Any]]:
@@ -193,19 +201,14 @@ def _chunks(event_shape: Sequence[int], item_bytes: int) -> tuple[int, ...]:
     return (events, *(max(1, axis) for axis in event_shape))
 
 
-def _signal(data: Group) -> str:
+def _signal(datasets: Mapping[str, Dataset]) -> str:
     """Return the field that a viewer should show first: the one with the largest events."""
-    import h5py
-
-    numbers = [
-        item
-        for name, item in data.items()
-        if name not in (_EVENT_ID, _PRODUCER) and isinstance(item, h5py.Dataset) and item.dtype.kind in "iufb"
-    ]
-    if not numbers:
-        return ""
-    largest = max(numbers, key=lambda item: (min(item.ndim, 3), math.prod(item.shape[1:])))
-    return str(largest.name).removeprefix("/entry/data/")
+    numbers = {
+        name: (min(dataset.ndim, 3), math.prod(dataset.shape[1:]))
+        for name, dataset in datasets.items()
+        if name not in (_EVENT_ID, _PRODUCER) and "/" not in name and dataset.dtype.kind in "iufb"
+    }
+    return max(numbers, key=lambda name: numbers[name], default="")
 
 
 def _dataset_name(field: str) -> str:

@@ -129,9 +129,7 @@ class Account:
     def balance(self) -> int:
         """Events received that nobody can account for: always 0. What never came whole was not received."""
         lost = self.losses.total() - self.losses[PRODUCER_CONNECTION]
-        return (
-            self.received_event_count - self.delivered_event_count - self.on_the_way - self.held_event_count - lost
-        )
+        return self.received_event_count - self.delivered_event_count - self.on_the_way - self.held_event_count - lost
 
     def _hold(self, frames: int, events: int, size: int) -> None:
         self.held_frame_count += frames

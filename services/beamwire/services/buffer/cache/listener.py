@@ -33,6 +33,7 @@ class Listener:
         self._hangups = Hangups(relay)
         self._places = threading.BoundedSemaphore(MOST_PEERS)
         self._socket = listen(relay.config.host, relay.config.port)
+        self._closed = False
         self.port: int = self._socket.getsockname()[1]
 
     def start(self) -> None:
@@ -42,16 +43,18 @@ class Listener:
 
     def close(self) -> None:
         """Accept no more."""
-        with suppress(OSError):
+        if not self._closed:
+            self._closed = True
+            # Closing alone would not wake the thread that accepts.
             self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
+            self._socket.close()
 
     def _accept(self) -> None:
         while True:
             try:
                 sock, address = self._socket.accept()
             except OSError as error:
-                if self._socket.fileno() >= 0:
+                if not self._closed:
                     _log.error("the listener stopped: %s", error)  # noqa: TRY400
                 return
             name = f"{address[0]}:{address[1]}"

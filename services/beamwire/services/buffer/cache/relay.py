@@ -15,6 +15,7 @@ from typing import Final
 
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh.stream.sockets import Connection
+from beamwire.mesh.stream.writer import MESSAGE_LENGTH
 from beamwire.services.buffer.cache.account import Account, ProducerAccount
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.ending import Seal, end_message, ending
@@ -147,7 +148,7 @@ class Relay:
                 self._account.producers[number].connected = True
             self._account.producers[number].received_bytes += len(message)
             if not self._header:
-                self._header = bytes(message)
+                self._header = MESSAGE_LENGTH.pack(len(message)) + message
                 self._frames.notify_all()
         self._on_change(False)
 
@@ -168,8 +169,7 @@ class Relay:
         """A producer sent END."""
         end = header.end
         skipped = {
-            account_pb2.LossCause.Name(loss.cause).removeprefix("LOSS_CAUSE_"): loss.event_count
-            for loss in end.skipped
+            account_pb2.LossCause.Name(loss.cause).removeprefix("LOSS_CAUSE_"): loss.event_count for loss in end.skipped
         }
         with self._lock:
             self._check_sequence(header)
@@ -230,7 +230,7 @@ class Relay:
 
     @property
     def header(self) -> bytes:
-        """The HEADER message of the stream; empty before the first producer came."""
+        """The HEADER of the stream as a message with its length in front; empty before the first producer came."""
         return self._header
 
     def end_message(self) -> bytes:
