@@ -179,7 +179,7 @@ def make_live_facility(directory: Path, config_dir: Path) -> LiveFacility:
 
 
 @pytest.fixture(scope="session")
-def facility(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFacility]:
+def live_facility(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFacility]:
     """A facility that is served for the whole session, with alice enrolled. Tests that kill things make their own."""
     live = make_live_facility(tmp_path_factory.mktemp("facility"), tmp_path_factory.mktemp("alice"))
     live.start()

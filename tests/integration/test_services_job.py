@@ -22,13 +22,13 @@ from beamwire.mesh.rpc.channel import connect
 PYTHON = sys.executable
 
 
-def operator(facility) -> Credentials:
-    return Credentials.load(next((facility.directory / "members" / "operator").iterdir()))
+def operator(live_facility) -> Credentials:
+    return Credentials.load(next((live_facility.directory / "members" / "operator").iterdir()))
 
 
 @pytest.fixture
-async def jobs(facility) -> AsyncIterator[pb_grpc.JobServiceAsyncStub]:
-    async with connect(facility.address, operator(facility)) as channel:
+async def jobs(live_facility) -> AsyncIterator[pb_grpc.JobServiceAsyncStub]:
+    async with connect(live_facility.address, operator(live_facility)) as channel:
         yield pb_grpc.JobServiceStub(channel)
 
 
@@ -175,10 +175,10 @@ async def _until_answered(jobs, request: pb.CreateJobRequest) -> pb.Job:
                     raise
 
 
-async def test_a_user_may_not_create_jobs_and_sees_only_their_own(facility, jobs):
+async def test_a_user_may_not_create_jobs_and_sees_only_their_own(live_facility, jobs):
     job = await jobs.CreateJob(script("pass"))
-    alice = Credentials.load(facility.config_dir / "facilities" / "facility.test")
-    async with connect(facility.address, alice) as channel:
+    alice = Credentials.load(live_facility.config_dir / "facilities" / "facility.test")
+    async with connect(live_facility.address, alice) as channel:
         mine = pb_grpc.JobServiceStub(channel)
         with pytest.raises(BeamwireError) as refused:
             await mine.CreateJob(script("pass"))
@@ -214,20 +214,20 @@ async def test_pages_of_a_list_hold_each_job_once(jobs):
 
 
 async def test_a_job_outlives_the_service_and_is_taken_up_again(own_facility):
-    facility = own_facility
-    async with connect(facility.address, operator(facility)) as channel:
+    live_facility = own_facility
+    async with connect(live_facility.address, operator(live_facility)) as channel:
         stub = pb_grpc.JobServiceStub(channel)
         job = await stub.CreateJob(script("import time; print('up', flush=True); time.sleep(600)"))
         async for _ in stub.TailLogs(pb.TailLogsRequest(name=job.name, follow=True)):
             break
         pid = int((await stub.GetJob(pb.GetJobRequest(name=job.name))).native_id)
         short = await stub.CreateJob(script("import time; time.sleep(0.5)"))
-        killed = facility.processes.pop()
+        killed = live_facility.processes.pop()
         killed.kill()
         await asyncio.to_thread(killed.wait)
         killed.stdout.close()
         assert psutil.pid_exists(pid)
-        await asyncio.to_thread(facility.start)
+        await asyncio.to_thread(live_facility.start)
         again = await stub.GetJob(pb.GetJobRequest(name=job.name), wait_for_ready=True)
         assert again.state == pb.Job.STATE_ACTIVE
         assert int(again.native_id) == pid
@@ -240,28 +240,28 @@ async def test_a_job_outlives_the_service_and_is_taken_up_again(own_facility):
         assert not psutil.pid_exists(pid)
 
 
-async def test_a_deleted_job_is_gone_with_its_directory(facility, jobs):
+async def test_a_deleted_job_is_gone_with_its_directory(live_facility, jobs):
     job = await jobs.CreateJob(script("import time; time.sleep(600)"))
     await jobs.DeleteJob(pb.DeleteJobRequest(name=job.name))
     with pytest.raises(BeamwireError) as refused:
         await jobs.GetJob(pb.GetJobRequest(name=job.name))
     assert refused.value.reason is Reason.RESOURCE_NOT_FOUND
-    assert not (facility.directory / "state" / job.name).exists()
+    assert not (live_facility.directory / "state" / job.name).exists()
 
 
-async def test_a_stranger_is_refused(facility, tmp_path):
+async def test_a_stranger_is_refused(live_facility, tmp_path):
     from beamwire.testing.facility import Facility
 
     stranger = Facility(tmp_path, "elsewhere.test").member("operator/mallory")
-    async with connect(facility.address, stranger) as channel:
+    async with connect(live_facility.address, stranger) as channel:
         with pytest.raises(BeamwireError) as refused:
             await pb_grpc.JobServiceStub(channel).ListJobs(pb.ListJobsRequest())
     assert refused.value.reason in (Reason.CERTIFICATE_INVALID, Reason.SERVICE_UNAVAILABLE)
 
 
-async def test_channels_without_a_certificate_are_refused(facility):
-    roots = (facility.directory / "authority" / "root.pem").read_bytes()
-    async with grpc.aio.secure_channel(facility.address, grpc.ssl_channel_credentials(roots)) as channel:
+async def test_channels_without_a_certificate_are_refused(live_facility):
+    roots = (live_facility.directory / "authority" / "root.pem").read_bytes()
+    async with grpc.aio.secure_channel(live_facility.address, grpc.ssl_channel_credentials(roots)) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await pb_grpc.JobServiceStub(channel).ListJobs(pb.ListJobsRequest(), timeout=5)
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -40,19 +40,19 @@ def request_file(path: Path, request: dict) -> Path:
     return path
 
 
-def get(facility: LiveFacility, *arguments, check: bool = True):
-    return facility.beamwire("--json", "get", *map(str, arguments), check=check)
+def get(live_facility: LiveFacility, *arguments, check: bool = True):
+    return live_facility.beamwire("--json", "get", *map(str, arguments), check=check)
 
 
 def last_json(text: str) -> dict:
     return json.loads(text.strip().splitlines()[-1])
 
 
-def leftovers(facility: LiveFacility) -> list[int]:
+def leftovers(live_facility: LiveFacility) -> list[int]:
     """Return the jobs and caches of a facility that still run."""
     found = []
     for parent in ("jobs", "buffers"):
-        for directory in (facility.directory / "state" / parent).glob("*"):
+        for directory in (live_facility.directory / "state" / parent).glob("*"):
             process = Process.attach(directory)
             if process is not None and process.alive():
                 found.append(process.pid)
@@ -60,8 +60,8 @@ def leftovers(facility: LiveFacility) -> list[int]:
 
 
 @pytest.fixture
-def client(facility):
-    with connect(config_dir=facility.config_dir) as client:
+def client(live_facility):
+    with connect(config_dir=live_facility.config_dir) as client:
         yield client
 
 
@@ -81,7 +81,7 @@ def test_sdk_gives_every_event_once_and_the_receipt_balances(client):
 
 
 @needs_psana
-def test_a_real_run_arrives_bit_for_bit_in_hdf5_files(facility, tmp_path):
+def test_a_real_run_arrives_bit_for_bit_in_hdf5_files(live_facility, tmp_path):
     run = xtc2.write_run(tmp_path / "run", events=50, shape=(16, 32), missing={"jungfrau": [7, 20]})
     request = {
         "source_identifier": run.source_identifier,
@@ -99,7 +99,7 @@ def test_a_real_run_arrives_bit_for_bit_in_hdf5_files(facility, tmp_path):
         "processes": 2,
     }
     out = tmp_path / "out"
-    done = get(facility, request_file(tmp_path / "r.yaml", request), "-o", out, "--consumers", 2)
+    done = get(live_facility, request_file(tmp_path / "r.yaml", request), "-o", out, "--consumers", 2)
     receipt = last_json(done.stdout)["receipt"]
     assert receipt["balanced"] is True
     assert int(receipt["selected_event_count"]) == 50
@@ -116,16 +116,23 @@ def test_a_real_run_arrives_bit_for_bit_in_hdf5_files(facility, tmp_path):
     assert sorted(seen) == run.complete_events()
 
 
+NO_SUCH_FILE = {
+    "source_identifier": "/no/such/file.h5",
+    "event_source": {"type": "HDF5EventSource"},
+    "data_sources": {"x": {"type": "HDF5Dataset", "path": "/x"}},
+}
+MISSPELT_KEY = {"event_source": {"type": "SyntheticEventSource", "number_of_evnts": 4}}
+
+
 @pytest.mark.parametrize(
     ("change", "reason", "field"),
     [
-        ({"source_identifier": "/no/such/file.h5", "event_source": {"type": "HDF5EventSource"}},
-         Reason.DATASET_NOT_FOUND, "source_identifier"),
-        ({"event_source": {"type": "SyntheticEventSourse", "number_of_events": 4}}, Reason.INVALID_FIELD, "event_source"),
+        (NO_SUCH_FILE, Reason.DATASET_NOT_FOUND, "source_identifier"),
+        ({"event_source": {"type": "SyntheticEventSourse"}}, Reason.INVALID_FIELD, "event_source"),
         ({"processing_pipeline": [{"type": "BatchProcessingPipeline", "batch_size": -1}]},
          Reason.INVALID_FIELD, "batch_size"),
-        ({"event_source": {"type": "SyntheticEventSource", "number_of_evnts": 4}}, Reason.INVALID_FIELD, "number_of_evnts"),
-        ({"data_sources": {"x": {"type": "ConstValue", "value": 1, "dtype": "float99"}}}, Reason.INVALID_FIELD, "dtype"),
+        (MISSPELT_KEY, Reason.INVALID_FIELD, "number_of_evnts"),
+        ({"data_sources": {"x": {"type": "ConstValue", "value": 1, "dtype": "f99"}}}, Reason.INVALID_FIELD, "dtype"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_a_job_starts(client, change, reason, field):
@@ -250,11 +257,13 @@ def test_cancel_leaves_nothing_behind(own_facility):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupting_get_cancels_the_transfer_and_removes_partial_files(facility, tmp_path, number, code):
+def test_interrupting_get_cancels_the_transfer_and_removes_partial_files(live_facility, tmp_path, number, code):
     request = request_file(tmp_path / "r.yaml", synthetic(100_000, rate=200))
     command = [str(BIN / "beamwire"), "get", str(request), "-o", str(tmp_path / "out"), "--label", f"test=stop{code}"]
-    running = subprocess.Popen(command, env=facility.env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with connect(config_dir=facility.config_dir) as client:
+    running = subprocess.Popen(
+        command, env=live_facility.env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with connect(config_dir=live_facility.config_dir) as client:
         wait_until(lambda: list((tmp_path / "out").glob("*.part")), what="a partial file")
         running.send_signal(number)
         out, err = running.communicate(timeout=40)
@@ -275,8 +284,8 @@ def test_a_lease_that_ends_expires_the_transfer(client):
     assert transfer.State.Name(transfer.state) == "STATE_EXPIRED"
 
 
-def test_another_user_sees_and_takes_nothing(facility, client, tmp_path):
-    bob_config = facility.enroll("user/bob", tmp_path / "bob")
+def test_another_user_sees_and_takes_nothing(live_facility, client, tmp_path):
+    bob_config = live_facility.enroll("user/bob", tmp_path / "bob")
     with client.stream(synthetic(1_000, rate=200)) as stream, connect(config_dir=bob_config) as bob:
         for _ in stream:
             break
@@ -288,8 +297,9 @@ def test_another_user_sees_and_takes_nothing(facility, client, tmp_path):
         assert name not in {t.name for t in bob.list_transfers()}
         with pytest.raises(BeamwireError) as refused, bob.stream(address) as stolen:
             next(iter(stolen))
-        assert refused.value.reason in (Reason.NOT_OWNER, Reason.CERTIFICATE_INVALID, Reason.STREAM_TRUNCATED)
-        assert client.get_buffer(stream.transfer.buffer).counters.refused_peer_count >= 1
+        assert refused.value.reason is Reason.ROLE_NOT_ALLOWED
+        buffer = stream.transfer.buffer
+        wait_until(lambda: client.get_buffer(buffer).counters.refused_peer_count, what="the count of the refusal")
 
 
 def test_one_trace_joins_every_stage(own_facility, tmp_path):
@@ -325,12 +335,12 @@ def test_one_trace_joins_every_stage(own_facility, tmp_path):
             assert "beamwire.job.run" in chain
 
 
-def test_an_occupied_port_is_a_clear_error(facility, tmp_path):
+def test_an_occupied_port_is_a_clear_error(live_facility, tmp_path):
     other = tmp_path / "other"
-    facility.beamwired("facility", "init", str(other), "--address", facility.address)
-    done = facility.beamwired("serve", "--dir", str(other), check=False)
+    live_facility.beamwired("facility", "init", str(other), "--address", live_facility.address)
+    done = live_facility.beamwired("serve", "--dir", str(other), check=False)
     assert done.returncode == 1
-    assert facility.address in done.stderr
+    assert live_facility.address in done.stderr
     assert "Traceback" not in done.stderr
 
 

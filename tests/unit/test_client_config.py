@@ -51,7 +51,7 @@ def test_the_only_facility_is_the_default(tmp_path: Path) -> None:
     directory = enrol(tmp_path, "a.example")
     facility = choose_facility(tmp_path)
     assert facility.trust_domain == "a.example"
-    assert facility.address == "a.example:7600"
+    assert facility.addresses.of("request") == "a.example:7600"
     assert facility.directory == directory
 
 

@@ -58,7 +58,14 @@ def test_sizes(count: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.04, "0.0 s"), (9.5, "9.5 s"), (59.7, "1 min 00 s"), (125, "2 min 05 s"), (12000, "3 h 20 min"), (1e6, "11 d 13 h")],
+    [
+        (0.04, "0.0 s"),
+        (9.5, "9.5 s"),
+        (59.7, "1 min 00 s"),
+        (125, "2 min 05 s"),
+        (12000, "3 h 20 min"),
+        (1e6, "11 d 13 h"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
@@ -67,7 +74,7 @@ def test_durations(seconds: float, text: str) -> None:
 def test_layouts() -> None:
     assert aligned([("a", "1"), ("long", "2"), ("empty", "")]) == "a     1\nlong  2"
     assert columns(("A", "BB"), [["xxx", "y"]]) == "A    BB\nxxx  y"
-    assert time_of(Timestamp()) == "-"
+    assert time_of(Timestamp()) == ""
     assert time_of(Timestamp(seconds=1_700_000_000)) == "2023-11-14 22:13:20 UTC"
 
 
@@ -75,7 +82,10 @@ def test_a_receipt_names_each_loss() -> None:
     account = Receipt(
         selected_event_count=100,
         delivered_event_count=90,
-        losses=[Loss(cause=LOSS_CAUSE_VETOED, event_count=7), Loss(cause=LOSS_CAUSE_CONSUMER_CONNECTION, event_count=3)],
+        losses=[
+            Loss(cause=LOSS_CAUSE_VETOED, event_count=7),
+            Loss(cause=LOSS_CAUSE_CONSUMER_CONNECTION, event_count=3),
+        ],
         frame_count=9,
         sent_bytes=9_000_000,
         balanced=True,
@@ -104,6 +114,6 @@ def test_a_failed_transfer_is_described_with_its_error() -> None:
     text = transfer_text(failed)
     assert "state     FAILED" in text
     assert "sample=lysozyme" in text
-    assert "Psana2EventSource(deep={'a': [1]}, rate=5)" in text
+    assert "Psana2EventSource(deep={a: [1]}, rate=5)" in text
     assert "error (PRODUCER_FAILED)\n  exit code 1\n  Traceback: no detector" in text
     assert "beamwire logs abc" in text

@@ -91,6 +91,31 @@ def test_a_save_that_was_cut_short_is_finished_by_the_next_reader(facility: Faci
     assert not pending.exists()
 
 
+def test_readers_never_see_half_a_renewal(facility: Facility, caplog: pytest.LogCaptureFixture) -> None:
+    credentials = facility.member("user/alice")
+    done = threading.Event()
+    failures: list[BaseException] = []
+
+    def read() -> None:
+        while not done.is_set():
+            try:
+                Credentials.load(credentials.directory).check()
+                credentials.channel_credentials()
+            except (BeamwireError, OSError) as error:
+                failures.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for _ in range(50):
+        facility.renew(credentials)
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert failures == []
+    assert caplog.records == []
+
+
 def test_renewal_is_seen_by_the_next_connection(facility: Facility) -> None:
     credentials = facility.member("user/alice", lifetime=timedelta(hours=1))
     facility.renew(credentials, lifetime=timedelta(hours=5))

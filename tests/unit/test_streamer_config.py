@@ -1,6 +1,7 @@
 """The configuration of the streamer: LCLStreamer's keys are taken, and each error is named where it is."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -231,3 +232,18 @@ def test_yaml_errors_say_where() -> None:
 def test_yaml_makes_no_objects() -> None:
     with pytest.raises(BeamwireError, match="neither YAML nor JSON"):
         config.parse_text("a: !!python/object/apply:os.getcwd []")
+
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+
+
+def test_there_are_examples() -> None:
+    assert len(EXAMPLES) >= 4
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_the_examples_are_right(path: Path) -> None:
+    data = dict(config.parse_text(path.read_text()))
+    for key in ("processes", "buffer", "lease", "labels"):  # of `beamwire get`, not of the streamer
+        data.pop(key, None)
+    config.load(data)

@@ -322,7 +322,7 @@ def test_an_error_of_a_handler_is_the_one_that_is_raised() -> None:
 
 def test_told_to_end() -> None:
     stop = Stop()
-    stop.requested = True
+    stop.request()
     with pytest.raises(CancelledError):
         stream(make(), stop=stop)
     assert Recorder.last.ended == [(account_pb2.END_CAUSE_CANCELLED, "the streamer was told to end")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _ssl
+import fcntl
 import logging
 import os
 import shutil
@@ -91,9 +92,10 @@ class _State:
 
     @classmethod
     def read(cls, directory: Path, clock: Clock) -> _State:
-        _finish_save(directory)
         try:
-            key, chain, bundle = ((directory / name).read_bytes() for name in _FILES)
+            with _locked(directory):
+                _finish_save(directory)
+                key, chain, bundle = ((directory / name).read_bytes() for name in _FILES)
             leaf = x509.load_pem_x509_certificates(chain)[0]
             private_key = _parse_key(key)
             identity = spiffe_id_of(leaf)
@@ -113,16 +115,26 @@ class _State:
         return cls(key, chain, bundle, identity, leaf.not_valid_after_utc, verifier)
 
 
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other readers and writers of the directory waiting, in this process and others."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _finish_save(directory: Path) -> None:
     """Move what a save has committed into place; also what a save that was interrupted had committed."""
     pending = directory / _PENDING
     if not pending.is_dir():
         return
     for name in _FILES:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # moved before the interruption
             (pending / name).replace(directory / name)
-    with suppress(FileNotFoundError):
-        pending.rmdir()
+    pending.rmdir()
 
 
 class Credentials:
@@ -151,14 +163,16 @@ class Credentials:
     ) -> Credentials:
         """Write the three files so that a crash leaves either the old ones or the new ones, never a mixture."""
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _finish_save(directory)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
         try:
             write_file(staging / KEY_FILE, key_pem, PRIVATE)
             write_file(staging / CHAIN_FILE, chain_pem, PUBLIC)
             write_file(staging / BUNDLE_FILE, roots_pem, PUBLIC)
             _State.read(staging, clock)
-            staging.rename(directory / _PENDING)
+            with _locked(directory):
+                _finish_save(directory)
+                staging.rename(directory / _PENDING)
+                _finish_save(directory)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return cls.load(directory, clock=clock)

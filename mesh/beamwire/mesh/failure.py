@@ -15,8 +15,10 @@ class Failure(BaseModel, frozen=True):
     metadata: dict[str, str] = {}
 
     @classmethod
-    def of(cls, error: BeamwireError) -> Failure:
-        """Keep what is worth keeping of an error."""
+    def of(cls, error: BeamwireError | OSError) -> Failure:
+        """Keep what is worth keeping of an error; what the system refused (a full disk, say) is LAUNCH_FAILED."""
+        if isinstance(error, OSError):
+            return cls(reason=Reason.LAUNCH_FAILED.name, message=str(error))
         return cls(reason=error.reason.name, message=error.message, metadata=dict(error.metadata))
 
     def to_error(self) -> BeamwireError:

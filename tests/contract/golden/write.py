@@ -93,7 +93,7 @@ def main(release: str) -> None:
         fill(message, count(1))
         stem = folder / f"{kind.DESCRIPTOR.full_name}"
         Path(f"{stem}.binpb").write_bytes(message.SerializeToString(deterministic=True))
-        Path(f"{stem}.json").write_text(MessageToJson(message, preserving_proto_field_name=True) + "\n")
+        Path(f"{stem}.json").write_text(MessageToJson(message, preserving_proto_field_name=True, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from beamwire.job.v1.job_service_pb2_grpc import JobServiceAsyncStub
     from beamwire.request.v1.request_service_pb2_grpc import RequestServiceAsyncStub
 
+_CREATE_SECONDS = 60.0
 _RECONNECT_SECONDS = 30.0
 _RECONNECT_PAUSE = 0.5
 _BUFFER_ENDED = frozenset({buffer_pb2.Buffer.STATE_ENDED, buffer_pb2.Buffer.STATE_FAILED})
@@ -52,7 +53,7 @@ class AsyncClient:
     def __init__(self, facility: str | None = None, *, config_dir: Path | None = None) -> None:
         self.facility = choose_facility(config_directory(config_dir), facility)
         self.credentials = self.facility.credentials()
-        self._channel_made: grpc.aio.Channel | None = None
+        self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -63,9 +64,9 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Close the connection; streams must have been left before."""
-        if self._channel_made is not None:
-            channel, self._channel_made = self._channel_made, None
+        """Close the connections; streams must have been left before."""
+        while self._channels:
+            _, channel = self._channels.popitem()
             await channel.close()
 
     def stream(self, source: Source, *, consumers: int = 1, prefetch: int = 4) -> AsyncStream:
@@ -86,7 +87,8 @@ class AsyncClient:
             request_id=_request_id(),
             validate_only=validate_only,
         )
-        return await self._requests.CreateTransfer(call)
+        # Longer than other calls: the dataset is opened before the answer.
+        return await self._requests.CreateTransfer(call, timeout=_CREATE_SECONDS)
 
     async def get_transfer(self, name: str) -> request_pb2.Transfer:
         """Read a transfer, by `transfers/<id>` or `<id>`."""
@@ -188,24 +190,24 @@ class AsyncClient:
         async for piece in self._jobs.TailLogs(request):
             yield piece
 
-    @property
-    def _channel(self) -> grpc.aio.Channel:
+    def _channel(self, service: str) -> grpc.aio.Channel:
         # Made on first use: a channel belongs to the event loop that is running.
-        if self._channel_made is None:
-            self._channel_made = open_channel(self.facility.address, self.credentials)
-        return self._channel_made
+        address = self.facility.addresses.of(service)
+        if address not in self._channels:
+            self._channels[address] = open_channel(address, self.credentials)
+        return self._channels[address]
 
     @property
     def _requests(self) -> RequestServiceAsyncStub:
-        return RequestServiceStub(self._channel)
+        return RequestServiceStub(self._channel("request"))
 
     @property
     def _buffers(self) -> BufferServiceAsyncStub:
-        return BufferServiceStub(self._channel)
+        return BufferServiceStub(self._channel("buffer"))
 
     @property
     def _jobs(self) -> JobServiceAsyncStub:
-        return JobServiceStub(self._channel)
+        return JobServiceStub(self._channel("job"))
 
 
 async def _watch(call: Callable[[str], AsyncIterator[R]], ended: Callable[[R], bool]) -> AsyncIterator[R]:

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from beamwire.mesh.addresses import Addresses
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 
@@ -16,7 +17,7 @@ class EnrolledFacility:
     """A facility this person is a member of: `<config>/facilities/<trust domain>/`."""
 
     trust_domain: str
-    address: str
+    addresses: Addresses
     enroll_address: str
     directory: Path
 
@@ -82,11 +83,11 @@ def _read(directory: Path) -> EnrolledFacility:
         member = json.loads(path.read_text(encoding="utf-8"))
         return EnrolledFacility(
             trust_domain=str(member["trust_domain"]),
-            address=str(member["address"]),
+            addresses=Addresses.parse(str(member["address"])),
             enroll_address=str(member["enroll_address"]),
             directory=directory,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, BeamwireError) as error:
         raise BeamwireError(
             Reason.CERTIFICATE_INVALID, f"{path} cannot be read ({error!r}); enrol again with `beamwire enroll`"
         ) from error

@@ -241,7 +241,7 @@ class Consumer:
             return None
         if length > LARGEST_MESSAGE:
             raise corrupt(f"it claims to have {length} bytes")
-        message = memoryview(self._pool.acquire(max(length, 1)))[:length]
+        message = self._pool.acquire(max(length, 1)).data[:length]
         connection.receive_into(message)
         return message
 

@@ -83,13 +83,14 @@ def _secure(sock: socket.socket, host: tuple[str, int], credentials: Credentials
         raise _refusal(host, error) from error
     try:
         identity = credentials.peer_identity(secured)
-        if identity.path != f"cache/{buffer}":
-            raise BeamwireError(
-                Reason.CERTIFICATE_INVALID, f"{_name(host)} is {identity} and not the cache of buffers/{buffer}"
-            )
-    except BaseException:
+    except BeamwireError:
         secured.close()
         raise
+    if identity.path != f"cache/{buffer}":
+        secured.close()
+        raise BeamwireError(
+            Reason.CERTIFICATE_INVALID, f"{_name(host)} is {identity} and not the cache of buffers/{buffer}"
+        )
     return secured
 
 

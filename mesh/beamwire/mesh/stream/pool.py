@@ -1,4 +1,4 @@
-"""Memory for frames: page-aligned blocks, huge where the kernel has huge pages, used again when nobody looks at them."""
+"""Memory for frames: page-aligned blocks, huge where the kernel has huge pages, reused when nobody looks at them."""
 
 from __future__ import annotations
 

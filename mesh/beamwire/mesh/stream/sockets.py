@@ -160,7 +160,7 @@ class TlsConnection(Connection):
         view = memoryview(data)
         sent = 0
         while sent < len(view):
-            sent += self._tls.write(view[sent:])  # type: ignore[arg-type]
+            sent += self._tls.write(view[sent:])
 
     def finish(self) -> None:  # noqa: D102
         self._tls.unwrap()

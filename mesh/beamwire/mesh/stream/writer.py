@@ -46,7 +46,7 @@ class FrameWriter:
         """
         segments, size = _lay_out(header, arrays or {})
         start = self._make_room(header, size)
-        payload = memoryview(self._memory)[start : start + size]
+        payload = self._memory.data[start : start + size]
         checksum, end = 0, 0
         for spec, array in segments:
             payload[end : spec.offset] = bytes(spec.offset - end)
@@ -58,7 +58,7 @@ class FrameWriter:
     def encode_opaque(self, header: FrameHeader, data: memoryview) -> memoryview:
         """The SP message of a frame whose payload are these bytes, as `encode`."""
         start = self._make_room(header, len(data))
-        checksum = _place_bytes(data, memoryview(self._memory)[start : start + len(data)], 0)
+        checksum = _place_bytes(data, self._memory.data[start : start + len(data)], 0)
         return self._finish(header, checksum, start, len(data))
 
     def _make_room(self, header: FrameHeader, size: int) -> int:
@@ -73,7 +73,7 @@ class FrameWriter:
         header.payload_crc32c = checksum
         encoded = header.SerializeToString()
         before = align(PREFIX.size + len(encoded))
-        memory = memoryview(self._memory)[payload - before - MESSAGE_LENGTH.size : payload + size]
+        memory = self._memory.data[payload - before - MESSAGE_LENGTH.size : payload + size]
         MESSAGE_LENGTH.pack_into(memory, 0, before + size)
         frame = memory[MESSAGE_LENGTH.size :]
         PREFIX.pack_into(frame, 0, MAGIC, VERSION, 0, len(encoded), crc32c(encoded))
@@ -134,7 +134,7 @@ def _check_rows(name: str, values: AnyArray, offsets: AnyArray, events: int) -> 
 
 def _place(array: AnyArray, dtype: str, target: memoryview, checksum: int) -> int:
     if array.flags.c_contiguous and array.dtype.str == dtype and array.size:
-        return _place_bytes(memoryview(array.reshape(-1).view(np.uint8)), target, checksum)
+        return _place_bytes(array.reshape(-1).view(np.uint8).data, target, checksum)
     if array.size:
         np.copyto(np.ndarray(array.shape, dtype, buffer=target), array)
     return crc32c(target, checksum)

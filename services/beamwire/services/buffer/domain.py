@@ -167,7 +167,7 @@ class Buffers:
             except TimeoutError:
                 await self._expire(name, directory, process)
             await asyncio.sleep(LINGER)
-        except BeamwireError as error:
+        except (BeamwireError, OSError) as error:
             failure = Failure.of(error)
             await self._store.change(name, lambda r: {**_to(r, BufferState.FAILED), "error": failure})
         await self._discard(directory)
@@ -225,9 +225,12 @@ class Buffers:
         died = asyncio.create_task(process.wait())
         try:
             await asyncio.wait({followed, died}, return_when=asyncio.FIRST_COMPLETED)
-            if followed.done() and followed.exception() is None:
-                return
-            if not died.done() and followed.done():
+            if followed.done():
+                problem = followed.exception()
+                if problem is None:
+                    return
+                if not isinstance(problem, BeamwireError) or problem.reason is not Reason.CACHE_FAILED:
+                    raise problem
                 # The control socket closes a moment before the process is gone; one that stays is broken.
                 await asyncio.wait({died}, timeout=START_TIMEOUT)
             raise self._death(name, directory, died)

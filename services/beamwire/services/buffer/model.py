@@ -26,7 +26,8 @@ class BufferState(StrEnum):
 BUFFER_STATES = StateMachine(
     "buffer",
     {
-        BufferState.STARTING: {BufferState.READY, BufferState.FAILED},
+        # A cache that is sealed as soon as it listens is first seen in a later state than READY.
+        BufferState.STARTING: {BufferState.READY, BufferState.DRAINING, BufferState.ENDED, BufferState.FAILED},
         BufferState.READY: {BufferState.DRAINING, BufferState.ENDED, BufferState.FAILED},
         BufferState.DRAINING: {BufferState.ENDED, BufferState.FAILED},
         BufferState.ENDED: set(),

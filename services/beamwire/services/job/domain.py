@@ -151,8 +151,8 @@ class Jobs:
                     await self._enter(name, JobState.CANCELED, "cancelled before it was started")
                     return
                 outcome, limited = await self._finished(record, run)
-            except BeamwireError as error:
-                await self._enter(name, JobState.FAILED, error.message, error=Failure.of(error))
+            except (BeamwireError, OSError) as error:
+                await self._enter(name, JobState.FAILED, str(error), error=Failure.of(error))
                 return
             await self._conclude(name, outcome, limited)
 

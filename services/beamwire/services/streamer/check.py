@@ -21,7 +21,8 @@ def check(data: Mapping[str, Any], num_events: int | None = None) -> dict[str, A
     the run would: INVALID_FIELD, DATASET_NOT_FOUND, UNSUPPORTED.
     """
     config = configuration.load(data)
-    reader = Reader(config, SourceContext(config.source_identifier, max_events=num_events or config.max_events))
+    limit = config.max_events if num_events is None else num_events
+    reader = Reader(config, SourceContext(config.source_identifier, max_events=limit))
     try:
         fields = reader.fields()
         expected = reader.source.expected_event_count

@@ -35,6 +35,9 @@ def _connect_string(value: str) -> str:
 class BufferDataHandler:
     """Sends to a buffer: frames of arrays, or of the bytes that a serializer made."""
 
+    DIAL_TIMEOUT = 30.0
+    """Seconds that the buffer may take to be there."""
+
     class Parameters(ComponentParameters):
         """The connect string of the buffer."""
 
@@ -51,7 +54,9 @@ class BufferDataHandler:
 
         header = stream_header(info, f"buffers/{self._connect.buffer}")
         credentials = self._credentials() if self._connect.transport != "tcp" else None
-        self._producer = Producer(self._connect, credentials, header, producer=info.share.rank)
+        self._producer = Producer(
+            self._connect, credentials, header, producer=info.share.rank, dial_timeout=self.DIAL_TIMEOUT
+        )
 
     def send(self, message: Message) -> None:
         """Sends one frame; blocks while the buffer is full."""

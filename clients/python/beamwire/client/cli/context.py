@@ -18,7 +18,6 @@ from beamwire.client.cli.failures import EXIT_CODES, TerminatedError, exit_code,
 from beamwire.client.client import Client, connect
 from beamwire.client.config import config_directory, trace_directory
 from beamwire.mesh import telemetry
-from beamwire.mesh.errors import BeamwireError
 
 
 @dataclass(slots=True)
@@ -116,9 +115,9 @@ class Group(click.Group):
         """Run the subcommand."""
         try:
             return super().invoke(ctx)
-        except click.ClickException:
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except (BeamwireError, OSError, KeyboardInterrupt) as error:
+        except (Exception, KeyboardInterrupt) as error:
             explain(error, verbose=ctx.ensure_object(Cli).verbose)
             ctx.exit(exit_code(error))
 

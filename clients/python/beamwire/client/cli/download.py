@@ -96,6 +96,7 @@ def report(cli: Cli, done: Download) -> None:
     if cli.json:
         document = {
             "transfer": done.transfer.name if done.transfer else "",
+            "trace_id": done.transfer.trace_id if done.transfer else "",
             "events": done.counters.events,
             "bytes": done.counters.bytes,
             "seconds": round(done.seconds, 3),

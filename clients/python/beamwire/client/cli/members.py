@@ -69,13 +69,13 @@ def whoami(cli: Cli) -> None:
     document = {
         "identity": str(credentials.identity),
         "facility": facility.trust_domain,
-        "address": facility.address,
+        "address": str(facility.addresses),
         "expire_time": credentials.not_after.isoformat(),
         "directory": str(facility.directory),
     }
     rows = [
         ("identity", str(credentials.identity)),
-        ("facility", f"{facility.trust_domain} at {facility.address}"),
+        ("facility", f"{facility.trust_domain} at {facility.addresses}"),
         ("valid", f"until {until}, {duration(left)} left" if left > 0 else f"EXPIRED on {until}; enrol again"),
         ("files", str(facility.directory)),
     ]
@@ -93,8 +93,8 @@ def facilities(cli: Cli) -> None:
             identity = str(facility.credentials().identity)
         except BeamwireError as error:
             identity = f"({error.message})"
-        rows.append([facility.trust_domain, identity, facility.address])
-        documents.append({"facility": facility.trust_domain, "identity": identity, "address": facility.address})
+        rows.append([facility.trust_domain, identity, str(facility.addresses)])
+        documents.append({"facility": facility.trust_domain, "identity": identity, "address": str(facility.addresses)})
     if not rows:
         cli.say(f"no facility is enrolled in {cli.config}; `beamwire enroll` does it")
     cli.answer(columns(("FACILITY", "IDENTITY", "ADDRESS"), rows), {"facilities": documents})

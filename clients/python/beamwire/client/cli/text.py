@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from beamwire.client.transfers import failure_of, has_ended, loss_word, short_name, state_word
@@ -38,9 +39,9 @@ def duration(seconds: float) -> str:
 
 
 def time_of(stamp: Timestamp) -> str:
-    """Return a time in UTC, to the second; `-` if it is not set."""
+    """Return a time in UTC, to the second; nothing if it is not set."""
     if not stamp.ByteSize():
-        return "-"
+        return ""
     return stamp.ToDatetime(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
@@ -143,12 +144,18 @@ def _request(transfer: Transfer) -> list[Row]:
 
 
 def _component(component: Component) -> str:
-    parameters = ", ".join(f"{name}={_value(value)}" for name, value in sorted(component.parameters.items()))
+    plain = MessageToDict(component.parameters)
+    parameters = ", ".join(f"{name}={_value(value)}" for name, value in sorted(plain.items()))
     return f"{component.type}({parameters})" if parameters else component.type
 
 
 def _value(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) and value.is_integer() else str(value)
+    """Return a value of a Struct, whose numbers are all floating, as the request had it."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {_value(item)}' for name, item in value.items())}}}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _progress(transfer: Transfer) -> list[Row]:

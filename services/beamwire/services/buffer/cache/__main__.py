@@ -30,9 +30,12 @@ def main() -> int:
         print(f"the cache cannot begin: {error}", file=sys.stderr)
         return 1
     tracing = telemetry.setup("cache", trace_dir=config.trace_dir, otlp_endpoint=config.otlp_endpoint)
-    attributes = {telemetry.ATTR_BUFFER: config.buffer, telemetry.ATTR_EPOCH: config.epoch}
     try:
-        with telemetry.span(telemetry.SPAN_CACHE_RUN, parent=config.traceparent or None, attributes=attributes):
+        with telemetry.span(
+            telemetry.SPAN_CACHE_RUN,
+            parent=config.traceparent or None,
+            attributes={telemetry.ATTR_BUFFER: config.buffer, telemetry.ATTR_EPOCH: config.epoch},
+        ):
             asyncio.run(_serve(config, directory, credentials))
     finally:
         tracing.shutdown()

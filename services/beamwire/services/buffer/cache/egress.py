@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from typing import Final
 
 from beamwire.mesh import telemetry
-from beamwire.mesh.stream.writer import MESSAGE_LENGTH
 from beamwire.mesh.stream.sockets import Connection
+from beamwire.mesh.stream.writer import MESSAGE_LENGTH
 from beamwire.services.buffer.cache.hangups import Hangups
 from beamwire.services.buffer.cache.relay import Relay, Sink, Step
 from beamwire.services.buffer.cache.ring import Slot

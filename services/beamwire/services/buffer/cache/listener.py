@@ -55,7 +55,7 @@ class Listener:
                 sock, address = self._socket.accept()
             except OSError as error:
                 if not self._closed:
-                    _log.error("the listener stopped: %s", error)  # noqa: TRY400
+                    _log.error("the listener stopped: %s", error)
                 return
             name = f"{address[0]}:{address[1]}"
             if not self._places.acquire(blocking=False):

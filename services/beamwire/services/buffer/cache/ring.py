@@ -11,7 +11,7 @@ from beamwire.mesh.stream.writer import MESSAGE_LENGTH
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """A place that holds one message behind its length, as it goes over the wire. What it carries is filled in later."""
+    """A place for one message behind its length, as it goes over the wire. What it carries is filled in later."""
 
     start: int
     length: int

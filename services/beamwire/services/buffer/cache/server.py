@@ -9,7 +9,9 @@ import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh.credentials import Credentials
@@ -22,6 +24,16 @@ _WATCH_PERIOD: Final = 0.1
 _SEAL_GRACE: Final = 10.0
 _STOP_GRACE: Final = 8.0
 _LINE_LIMIT: Final = 64 * 1024
+
+
+class _Question(BaseModel):
+    """One line on the control socket."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    op: Literal["status", "watch", "seal", "stop"]
+    cause: Literal["DONE", "FAILED", "CANCELLED", "EXPIRED", "TRUNCATED"] = "DONE"
+    detail: str = ""
 
 
 class CacheServer:
@@ -108,28 +120,23 @@ class CacheServer:
 
     async def _carry_out(self, line: bytes, writer: asyncio.StreamWriter) -> None:
         try:
-            question = json.loads(line)
-            op = question["op"]
-            if op == "watch":
-                await self._watch(writer)
-                return
-            if op == "seal":
-                self._seal(question)
-            elif op not in ("status", "stop"):
-                raise ValueError(f"there is no operation {op!r}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            question = _Question.model_validate_json(line)
+        except ValidationError as error:
             _write(writer, json.dumps({"error": f"the cache cannot do that: {error}"}))
-        else:
-            _write(writer, self._relay.status().model_dump_json())
-            if op == "stop":
-                self._stop()
+            return
+        if question.op == "watch":
+            await self._watch(writer)
+            return
+        if question.op == "seal":
+            self._seal(question)
+        _write(writer, self._relay.status().model_dump_json())
         await writer.drain()
+        if question.op == "stop":
+            self._stop()
 
-    def _seal(self, question: dict[str, Any]) -> None:
-        cause = account_pb2.EndCause.Value(f"END_CAUSE_{question['cause']}")
-        if cause == account_pb2.END_CAUSE_UNSPECIFIED:
-            raise ValueError("a seal needs a cause")
-        self._relay.seal(cause, str(question.get("detail", "")))
+    def _seal(self, question: _Question) -> None:
+        cause = account_pb2.EndCause.Value(f"END_CAUSE_{question.cause}")
+        self._relay.seal(cause, question.detail)
         if cause != account_pb2.END_CAUSE_DONE:
             self._loop.call_later(_SEAL_GRACE, self._relay.give_up)
 

@@ -121,7 +121,9 @@ class Psana2EventSource:
     def _own(self, events: Iterator[Any]) -> Iterator[Any]:
         """Of a file psana gives every event to each rank; of a run only those that were asked for."""
         share = self.context.share
-        return itertools.islice(events, share.rank, len(self._selected), share.size) if self.identifier.files else events
+        return (
+            itertools.islice(events, share.rank, len(self._selected), share.size) if self.identifier.files else events
+        )
 
     def _lost(self, timestamp: int) -> NoReturn:
         raise BeamwireError(

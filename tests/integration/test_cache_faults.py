@@ -1,0 +1,378 @@
+"""What a cache does when a peer dies, breaks the rules, or the cache itself is ended: it counts, and says so."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import psutil
+import pytest
+
+from beamwire.common.v1 import account_pb2
+from beamwire.mesh import telemetry
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.stream.consumer import Consumer
+from beamwire.mesh.stream.dial import dial
+from beamwire.mesh.stream.producer import Producer
+from beamwire.mesh.stream.sockets import PUSH
+from beamwire.mesh.stream.writer import FrameWriter
+from beamwire.services.buffer.control import CONTROL_SOCKET, CacheControl
+from beamwire.stream.v1.frame_pb2 import FRAME_KIND_DATA, FRAME_KIND_END, FRAME_KIND_HEADER, FrameHeader, StreamEnd
+from beamwire.stream.v1.frame_pb2 import StreamHeader
+
+HEADER = StreamHeader(buffer="buffers/b0", producer_count=1)
+BLOCK = np.zeros((1, 2**20), np.uint8)
+SMALL = np.zeros((1, 16), np.uint8)
+WAIT = 60.0
+
+PEER = """
+import sys
+from pathlib import Path
+import numpy as np
+from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.stream.connect import ConnectString
+from beamwire.mesh.stream.consumer import Consumer
+from beamwire.mesh.stream.producer import Producer
+from beamwire.stream.v1.frame_pb2 import StreamHeader
+connect = ConnectString.parse(sys.argv[1])
+credentials = Credentials.load(Path(sys.argv[2])) if sys.argv[2] else None
+"""
+CONSUMER = PEER + """
+stream = Consumer(connect, credentials)
+for number, frame in enumerate(stream):
+    print(number, flush=True)
+    if number == 2:
+        sys.stdin.readline()
+"""
+PRODUCER = PEER + """
+out = Producer(connect, credentials, StreamHeader())
+for number in range(3):
+    out.send({"block": np.zeros((1, 1000), np.uint8)}, np.array([number], np.uint64))
+print("sent", flush=True)
+sys.stdin.readline()
+"""
+
+
+def send(out: Producer, count: int, block: np.ndarray = SMALL) -> None:
+    for number in range(count):
+        out.send({"block": block}, np.array([number], np.uint64))
+
+
+def arguments(cache) -> tuple[str, str]:
+    return str(cache.connect), str(cache.user.directory) if cache.user else ""
+
+
+def balanced(status) -> bool:
+    """The account of a stream that has ended: everything received was delivered or is lost with a cause."""
+    counters = status.counters
+    lost = sum(n for cause, n in counters.losses.items() if cause != "PRODUCER_CONNECTION")
+    return counters.received_event_count == counters.delivered_event_count + lost and not counters.held_frame_count
+
+
+@pytest.mark.parametrize("transport", ["tls+tcp", "tcp"])
+def test_a_consumer_killed_mid_run_is_counted_and_the_others_go_on(start_cache, start_script, transport):
+    cache = start_cache(transport=transport)
+    with ThreadPoolExecutor(1) as pool, Producer(cache.connect, cache.user, HEADER) as out:
+        victim = start_script(CONSUMER, *arguments(cache))
+        sending = pool.submit(send, out, 60, BLOCK)
+        assert [victim.stdout.readline() for _ in range(3)] == ["0\n", "1\n", "2\n"]
+        victim.kill()
+        cache.wait(lambda status: not status.counters.consumers[0].connected)
+        with Consumer(cache.connect, cache.user) as other:
+            got = pool.submit(lambda: sum(frame.header.event_count for frame in other))
+            sending.result(WAIT)
+            out.end()
+            received = got.result(WAIT)
+    status = cache.ended()
+    losses = status.counters.losses
+    assert set(losses) == {"CONSUMER_CONNECTION"}
+    assert losses["CONSUMER_CONNECTION"] + received == 60
+    assert [c.confirmed for c in status.counters.consumers] == [False, True]
+    assert balanced(status)
+
+
+def test_a_consumer_killed_before_it_took_everything_does_not_confirm(start_cache, start_script):
+    cache = start_cache(transport="tcp")
+    victim = start_script(CONSUMER, *arguments(cache))
+    with Producer(cache.connect, None, HEADER) as out:
+        # All of it, END included, fits into the buffers of the kernel and of the consumer.
+        send(out, 5)
+    for _ in range(3):
+        victim.stdout.readline()
+    cache.wait(lambda status: status.counters.sent_frame_count == 5)
+    victim.kill()
+    status = cache.wait(lambda status: not status.counters.consumers[0].connected)
+    assert (status.state, status.counters.losses) == ("DRAINING", {"CONSUMER_CONNECTION": 5})
+
+
+def test_a_producer_killed_and_the_stream_sealed(start_cache, start_script):
+    cache = start_cache()
+    with Consumer(cache.connect, cache.user) as stream:
+        victim = start_script(PRODUCER, *arguments(cache))
+        assert victim.stdout.readline() == "sent\n"
+        assert [next(stream).event_ids[0] for _ in range(3)] == [0, 1, 2]
+        victim.kill()
+        status = cache.wait(lambda status: bool(status.counters.producers) and not status.counters.producers[0].connected)
+        assert (status.state, status.counters.producers[0].ended) == ("READY", False)
+        cache.seal("FAILED", "the job exited with 137")
+        with pytest.raises(BeamwireError, match="exited with 137") as caught:
+            next(stream)
+        assert caught.value.reason is Reason.PRODUCER_FAILED
+    status = cache.ended()
+    assert (status.end_cause, status.end_detail) == ("FAILED", "the job exited with 137")
+    assert balanced(status)
+
+
+def test_a_killed_cache_is_seen_on_both_sides(start_cache):
+    cache = start_cache()
+    out = Producer(cache.connect, cache.user, HEADER)
+    with Consumer(cache.connect, cache.user) as stream:
+        send(out, 1)
+        next(stream)
+        cache.process.kill()
+        with pytest.raises(BeamwireError) as at_consumer:
+            next(stream)
+        with pytest.raises(BeamwireError, match=f":{cache.connect.hosts[0][1]} ") as at_producer:
+            send(out, 100, BLOCK)
+    assert at_consumer.value.reason is Reason.STREAM_TRUNCATED
+    assert at_producer.value.reason is Reason.CACHE_FAILED
+
+
+def test_a_killed_cache_is_seen_by_a_producer_that_ends(start_cache):
+    cache = start_cache(transport="tcp", capacity_frames=1)
+    out = Producer(cache.connect, None, HEADER)
+    send(out, 3)
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(out.end)
+        cache.wait(lambda status: status.counters.held_frame_count == 1)
+        cache.process.kill()
+        with pytest.raises(BeamwireError) as caught:
+            ending.result(WAIT)
+    assert caught.value.reason is Reason.CACHE_FAILED
+
+
+def test_a_sealed_stream_drops_what_it_holds_and_counts_it(start_cache):
+    cache = start_cache(transport="tcp")
+    out = Producer(cache.connect, None, HEADER)
+    send(out, 7)
+    cache.wait(lambda status: status.counters.held_frame_count == 7)
+    status = cache.seal("CANCELLED", "by alice")
+    assert (status.state, status.end_cause, status.counters.losses) == ("ENDED", "CANCELLED", {"UNDELIVERED": 7})
+    with pytest.raises(BeamwireError) as caught:
+        send(out, 100, BLOCK)
+    assert caught.value.reason is Reason.CACHE_FAILED
+    with Consumer(cache.connect, None) as late, pytest.raises(BeamwireError, match="by alice") as cancelled:
+        next(late)
+    assert cancelled.value.reason is Reason.CANCELLED
+    assert cache.seal("FAILED", "too late").end_cause == "CANCELLED"
+
+
+def test_a_stream_sealed_as_done_is_still_delivered(start_cache):
+    cache = start_cache(transport="tcp")
+    out = Producer(cache.connect, None, HEADER)
+    send(out, 7)
+    cache.wait(lambda status: status.counters.held_frame_count == 7)
+    assert cache.seal("DONE").state == "DRAINING"
+    with Consumer(cache.connect, None) as stream:
+        assert len(list(stream)) == 7
+    status = cache.ended()
+    assert (status.end_cause, status.counters.delivered_event_count) == ("DONE", 7)
+    out.close()
+
+
+def test_a_producer_comes_back_and_what_was_missed_is_counted(start_cache):
+    cache = start_cache(transport="tcp")
+    first = Producer(cache.connect, None, HEADER)
+    send(first, 2)
+    cache.wait(lambda status: status.counters.received_frame_count == 2)
+    with pytest.raises(BeamwireError):
+        send(Producer(cache.connect, None, HEADER), 50, BLOCK)
+    assert "connected already" in cache.status().counters.last_refusal
+    first.close()
+    cache.wait(lambda status: not status.counters.producers[0].connected)
+    end = StreamEnd(cause=account_pb2.END_CAUSE_DONE, selected_event_count=6, sent_event_count=6)
+    with_gap = [data(5), FrameHeader(epoch=1, sequence=6, kind=FRAME_KIND_END, end=end)]
+    deliver(cache, [FrameHeader(epoch=1, kind=FRAME_KIND_HEADER, stream=HEADER), *with_gap])
+    with Consumer(cache.connect, None) as stream:
+        assert len(list(stream)) == 3
+    status = cache.ended()
+    assert status.counters.losses == {"PRODUCER_CONNECTION": 3}
+    assert status.counters.producers[0].first_missing_sequence == 3
+    assert balanced(status)
+
+
+def data(sequence: int, **fields: int) -> FrameHeader:
+    return FrameHeader(
+        **{"epoch": 1, **fields}, sequence=sequence, kind=FRAME_KIND_DATA, event_count=1, event_ids=[sequence]
+    )
+
+
+def deliver(cache, headers: list[FrameHeader]) -> None:
+    """Send these frames and close; the cache may refuse them at any moment."""
+    connection = dial(cache.connect, cache.connect.hosts[0], cache.user, PUSH, timeout=5)
+    try:
+        connection.set_timeout(10)
+        for header in headers:
+            connection.send(FrameWriter().encode(header))
+        connection.finish()
+    except ConnectionError:
+        pass
+    finally:
+        connection.close()
+
+
+FIRST = FrameHeader(epoch=1, kind=FRAME_KIND_HEADER, stream=HEADER)
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"),
+    [
+        ([data(1)], "must be HEADER"),
+        ([FIRST, FIRST], "must be HEADER"),
+        ([FIRST, data(1), data(1)], "sent frame 1 after frame 1"),
+        ([FIRST, data(2), data(1)], "sent frame 1 after frame 2"),
+        ([FIRST, data(1, epoch=2)], "belongs to epoch 2"),
+        ([FIRST, data(1, producer=1)], "a frame of producer 1"),
+        ([FrameHeader(epoch=1, producer=4, kind=FRAME_KIND_HEADER, stream=HEADER)], "there is no producer 4"),
+        ([FIRST, FrameHeader(epoch=1, sequence=1, kind=9)], "its kind is 9"),
+    ],
+)
+def test_a_producer_that_breaks_the_rules_is_refused(start_cache, headers, said):
+    cache = start_cache(transport="tcp")
+    deliver(cache, headers)
+    status = cache.wait(lambda status: status.counters.refused_peer_count == 1)
+    assert said in status.counters.last_refusal
+    good = sum(header.kind == FRAME_KIND_DATA for header in headers[:-1])
+    assert status.counters.held_frame_count == good
+
+
+@pytest.mark.parametrize("junk", [b"\0" * 7 + b"\5hello", b"\xff" * 8, (2**20 + 1).to_bytes(8, "big")])
+def test_something_else_than_frames_is_refused(start_cache, junk):
+    cache = start_cache(transport="tcp", capacity_bytes=2**20)
+    with socket.create_connection(cache.connect.hosts[0]) as sock:
+        sock.sendall(b"\0SP\0\0\x50\0\0" + junk)
+        cache.wait(lambda status: status.counters.refused_peer_count == 1)
+    assert psutil.Process(cache.process.pid).memory_info().rss < 300 * 2**20
+
+
+def test_a_frame_larger_than_the_buffer_is_refused_with_a_reason(start_cache):
+    cache = start_cache(transport="tcp", capacity_bytes=2**20)
+    out = Producer(cache.connect, None, HEADER)
+    with pytest.raises(BeamwireError) as caught:
+        send(out, 20, np.zeros((1, 2**20), np.uint8))
+    assert caught.value.reason is Reason.CACHE_FAILED
+    status = cache.wait(lambda status: status.counters.refused_peer_count == 1)
+    assert "does not fit into the buffer; its capacity is 1048576" in status.counters.last_refusal
+
+
+@pytest.mark.parametrize("transport", ["tls+tcp", "tcp"])
+def test_sigterm_drains(start_cache, transport):
+    cache = start_cache(transport=transport)
+    out = Producer(cache.connect, cache.user, HEADER)
+    with Consumer(cache.connect, cache.user, prefetch=1) as stream:
+        send(out, 30)
+        next(stream)
+        cache.wait(lambda status: status.counters.received_frame_count == 30)
+        cache.process.send_signal(signal.SIGTERM)
+        with pytest.raises(BeamwireError, match="asked to stop") as caught:
+            while True:
+                next(stream)
+        assert caught.value.reason is Reason.STREAM_TRUNCATED
+        assert stream.counters.events == 30
+    assert cache.process.wait(10.0) == 0
+    assert not (cache.directory / CONTROL_SOCKET).exists()
+    out.close()
+
+
+def test_sigterm_does_not_wait_for_a_consumer_that_does_not_read(start_cache):
+    cache = start_cache(transport="tcp")
+    out = Producer(cache.connect, None, HEADER)
+    with Consumer(cache.connect, None, prefetch=1) as stream, ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(send, out, 60, BLOCK)
+        next(stream)
+        begin = time.monotonic()
+        cache.process.send_signal(signal.SIGTERM)
+        assert cache.process.wait(10.0) == 0
+        assert time.monotonic() - begin < 10.0
+        with pytest.raises(BeamwireError):
+            sending.result(WAIT)
+
+
+def test_an_idle_cache_uses_no_time(start_cache):
+    cache = start_cache(transport="tcp")
+    out = Producer(cache.connect, None, HEADER)
+    with Consumer(cache.connect, None) as stream:
+        send(out, 1)
+        next(stream)
+        before = cache.cpu_seconds()
+        # Nothing to wait for: that nothing happens is what is measured.
+        time.sleep(1.5)
+        assert cache.cpu_seconds() - before < 0.05
+    out.close()
+
+
+async def test_the_control_socket(start_cache, tmp_path):
+    cache = await __import__("asyncio").to_thread(start_cache, transport="tcp")
+    assert stat.S_IMODE((cache.directory / CONTROL_SOCKET).stat().st_mode) == 0o600
+    async with await CacheControl.connect(cache.directory, 5) as control:
+        states = [status.state async for status in watch_until_end(control)]
+        assert states == ["READY", "ENDED"]
+        with pytest.raises(BeamwireError, match="cannot do that"):
+            await control.seal("NONSENSE")
+        await control.stop()
+    assert await __import__("asyncio").to_thread(cache.process.wait, 10) == 0
+    with pytest.raises(BeamwireError) as caught:
+        await CacheControl.connect(cache.directory, 0.2)
+    assert caught.value.reason is Reason.TIMED_OUT
+
+
+async def watch_until_end(control: CacheControl):
+    async for status in control.watch():
+        yield status
+        if status.state == "ENDED":
+            return
+        await control.seal("EXPIRED", "the lease ended")
+
+
+def test_a_misspelt_option_is_refused(start_cache, tmp_path):
+    os.makedirs(tmp_path / "bad")
+    (tmp_path / "bad" / "cache.json").write_text('{"buffer": "b0", "capacity_byte": 1}')
+    import subprocess
+    import sys
+
+    done = subprocess.run(
+        [sys.executable, "-m", "beamwire.services.buffer.cache", str(tmp_path / "bad")],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 1
+    assert "capacity_byte" in done.stderr
+
+
+def test_one_trace_from_producer_to_consumer(start_cache, tmp_path):
+    traces = tmp_path / "traces"
+    tracing = telemetry.setup("test", trace_dir=traces)
+    try:
+        with telemetry.span("beamwire.test"):
+            cache = start_cache(transport="tcp", trace_dir=str(traces), traceparent=telemetry.current_traceparent())
+            with Producer(cache.connect, None, HEADER) as out:
+                send(out, 3)
+            with Consumer(cache.connect, None) as stream:
+                assert len(list(stream)) == 3
+        cache.ended()
+        assert cache.stop() == 0
+    finally:
+        tracing.shutdown()
+    spans = {span["name"]: span for span in telemetry.read_spans(traces)}
+    sent = spans[telemetry.SPAN_FRAME_SEND]
+    assert spans[telemetry.SPAN_CACHE_RUN]["parent_span_id"] == spans["beamwire.test"]["span_id"]
+    for name in (telemetry.SPAN_CACHE_RELAY, telemetry.SPAN_FRAME_RECEIVE):
+        assert spans[name]["parent_span_id"] == sent["span_id"]
+    assert len({span["trace_id"] for span in spans.values()}) == 1
+    assert [span["name"] for span in telemetry.read_spans(traces)].count(telemetry.SPAN_FRAME_SEND) == 1

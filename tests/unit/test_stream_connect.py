@@ -1,0 +1,70 @@
+"""Connect strings: what they say, and what is none."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.stream.connect import ConnectString
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("beamwire://localhost:7/buffers/b1?epoch=1", ConnectString((("localhost", 7),), "b1", 1)),
+        (
+            "beamwire://10.0.0.1:7,node-2.lab:65535/buffers/my-buffer?epoch=4294967295&transport=tcp",
+            ConnectString((("10.0.0.1", 7), ("node-2.lab", 65535)), "my-buffer", 2**32 - 1, "tcp"),
+        ),
+        ("beamwire://[::1]:7/buffers/b?epoch=0", ConnectString((("::1", 7),), "b", 0)),
+    ],
+)
+def test_the_text_and_the_value_are_the_same_thing(text, expected):
+    assert ConnectString.parse(text) == expected
+    assert str(expected) == text
+
+
+def test_the_default_transport_may_be_spelt_out():
+    for spelling in ("tls+tcp", "tls%2Btcp"):
+        parsed = ConnectString.parse(f"beamwire://h:7/buffers/b1?epoch=1&transport={spelling}")
+        assert parsed.transport == "tls+tcp"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "it must be beamwire://"),
+        ("http://h:7/buffers/b1?epoch=1", "it must be beamwire://"),
+        ("beamwire://h:7/jobs/b1?epoch=1", "it must be beamwire://"),
+        ("beamwire://h:7/buffers/b1?epoch=1#x", "it must be beamwire://"),
+        ("beamwire://h/buffers/b1?epoch=1", "'h' is not host:port"),
+        ("beamwire://h:7,/buffers/b1?epoch=1", "'' is not host:port"),
+        ("beamwire://h:0/buffers/b1?epoch=1", "'h:0' is not host:port"),
+        ("beamwire://h:65536/buffers/b1?epoch=1", "'h:65536' is not host:port"),
+        ("beamwire://u@h:7/buffers/b1?epoch=1", "is not host:port"),
+        ("beamwire://h:7/buffers/B1?epoch=1", "must be 1 to 63"),
+        ("beamwire://h:7/buffers/a/b?epoch=1", "must be 1 to 63"),
+        ("beamwire://h:7/buffers/b1", "it needs epoch"),
+        ("beamwire://h:7/buffers/b1?epoch=-1", "it needs epoch"),
+        ("beamwire://h:7/buffers/b1?epoch=4294967296", "it needs epoch"),
+        ("beamwire://h:7/buffers/b1?epoch=1&tikcet=x", "'tikcet' is no option"),
+        ("beamwire://h:7/buffers/b1?epoch=1&transport=udp", "transport is tls+tcp or tcp"),
+    ],
+)
+def test_what_is_wrong_is_said(text, said):
+    with pytest.raises(BeamwireError) as caught:
+        ConnectString.parse(text)
+    assert caught.value.reason is Reason.INVALID_FIELD
+    assert said in caught.value.message
+
+
+@given(st.text(max_size=80).map(lambda tail: f"beamwire://{tail}") | st.text(max_size=80))
+def test_any_text_is_parsed_or_refused(text):
+    try:
+        parsed = ConnectString.parse(text)
+    except BeamwireError as error:
+        assert error.reason is Reason.INVALID_FIELD
+    else:
+        assert ConnectString.parse(str(parsed)) == parsed
