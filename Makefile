@@ -21,7 +21,7 @@ check: $(VENV)/.dev ## Contract, style, types, arrows between rooms, docs
 	$(BIN)/python gen/generate.py --check
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
-	$(BIN)/buf breaking --against protos/baseline.binpb
+	$(BIN)/buf breaking gen/beamwire.binpb --against protos/baseline.binpb --path beamwire
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy mesh services clients/python tests bench examples gen/generate.py

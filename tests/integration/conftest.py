@@ -93,9 +93,7 @@ def start_cache(tmp_path: Path, facility: Facility) -> Iterator[StartCache]:
         }
         (directory / "cache.json").write_text(json.dumps(config))
         log = (directory / "stderr").open("wb")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "beamwire.services.buffer.cache", str(directory)], stderr=log
-        )
+        process = subprocess.Popen([sys.executable, "-m", "beamwire.services.buffer.cache", str(directory)], stderr=log)
         log.close()
         caches.append(CacheProcess(directory, process, ConnectString((), buffer, 1), None))
         status = asyncio.run(_status(directory))

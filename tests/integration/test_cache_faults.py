@@ -22,8 +22,14 @@ from beamwire.mesh.stream.producer import Producer
 from beamwire.mesh.stream.sockets import PUSH
 from beamwire.mesh.stream.writer import FrameWriter
 from beamwire.services.buffer.control import CONTROL_SOCKET, CacheControl
-from beamwire.stream.v1.frame_pb2 import FRAME_KIND_DATA, FRAME_KIND_END, FRAME_KIND_HEADER, FrameHeader, StreamEnd
-from beamwire.stream.v1.frame_pb2 import StreamHeader
+from beamwire.stream.v1.frame_pb2 import (
+    FRAME_KIND_DATA,
+    FRAME_KIND_END,
+    FRAME_KIND_HEADER,
+    FrameHeader,
+    StreamEnd,
+    StreamHeader,
+)
 
 HEADER = StreamHeader(buffer="buffers/b0", producer_count=1)
 BLOCK = np.zeros((1, 2**20), np.uint8)
@@ -42,20 +48,26 @@ from beamwire.stream.v1.frame_pb2 import StreamHeader
 connect = ConnectString.parse(sys.argv[1])
 credentials = Credentials.load(Path(sys.argv[2])) if sys.argv[2] else None
 """
-CONSUMER = PEER + """
+CONSUMER = (
+    PEER
+    + """
 stream = Consumer(connect, credentials)
 for number, frame in enumerate(stream):
     print(number, flush=True)
     if number == 2:
         sys.stdin.readline()
 """
-PRODUCER = PEER + """
+)
+PRODUCER = (
+    PEER
+    + """
 out = Producer(connect, credentials, StreamHeader())
 for number in range(3):
     out.send({"block": np.zeros((1, 1000), np.uint8)}, np.array([number], np.uint64))
 print("sent", flush=True)
 sys.stdin.readline()
 """
+)
 
 
 def send(out: Producer, count: int, block: np.ndarray = SMALL) -> None:
@@ -117,7 +129,9 @@ def test_a_producer_killed_and_the_stream_sealed(start_cache, start_script):
         assert victim.stdout.readline() == "sent\n"
         assert [next(stream).event_ids[0] for _ in range(3)] == [0, 1, 2]
         victim.kill()
-        status = cache.wait(lambda status: bool(status.counters.producers) and not status.counters.producers[0].connected)
+        status = cache.wait(
+            lambda status: bool(status.counters.producers) and not status.counters.producers[0].connected
+        )
         assert (status.state, status.counters.producers[0].ended) == ("READY", False)
         cache.seal("FAILED", "the job exited with 137")
         with pytest.raises(BeamwireError, match="exited with 137") as caught:

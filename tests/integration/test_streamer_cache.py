@@ -289,12 +289,11 @@ def _blocked(place: Path) -> bool:
 
 @pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec (pip install beamwire[mpi])")
 def test_a_rank_that_is_killed_ends_the_job(tmp_path: Path) -> None:
-    with cache(tmp_path, 2) as buffer, buffer.streamer(slow(), 2) as process:
-        with buffer.consumer() as consumer:
-            assert next(iter(consumer)) is not None
-            _kill_one_rank(process.pid)
-            begin = time.monotonic()
-            code, _ = finish(process)
+    with cache(tmp_path, 2) as buffer, buffer.streamer(slow(), 2) as process, buffer.consumer() as consumer:
+        assert next(iter(consumer)) is not None
+        _kill_one_rank(process.pid)
+        begin = time.monotonic()
+        code, _ = finish(process)
     assert code != 0
     assert time.monotonic() - begin < 10
 

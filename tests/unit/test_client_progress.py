@@ -91,7 +91,7 @@ def test_a_receipt_names_each_loss() -> None:
         balanced=True,
         end_cause=END_CAUSE_DONE,
     )
-    account.streaming_time.FromSeconds(2)
+    account.streaming_duration.FromSeconds(2)
     rows = dict(receipt_rows(account))
     assert rows["selected"] == "100 events"
     assert rows["lost: vetoed"] == "7 events"

@@ -30,7 +30,12 @@ KINDS = ["<i2", ">i4", "<u8", "|u1", "|b1", "<f2", "<f4", ">f8", "<c8", "<c16", 
 
 def data_header(events: int) -> FrameHeader:
     return FrameHeader(
-        epoch=3, producer=2, sequence=5, kind=FRAME_KIND_DATA, event_count=events, event_ids=range(2**63, 2**63 + events)
+        epoch=3,
+        producer=2,
+        sequence=5,
+        kind=FRAME_KIND_DATA,
+        event_count=events,
+        event_ids=range(2**63, 2**63 + events),
     )
 
 
@@ -205,9 +210,9 @@ def with_array(**fields) -> bytes:
         (with_array(shape=[2**63, 2**63]), "impossible shape"),
         (with_array(shape=[0, 2**62], size_bytes=0), "impossible shape"),
         (with_array(shape=[2, 9]), "not what its shape and type need"),
-        (with_array(offset=4), "not aligned"),
-        (with_array(offset=64), "ends beyond the payload"),
-        (with_array(offset=2**64 - 64), "ends beyond the payload"),
+        (with_array(offset_bytes=4), "not aligned"),
+        (with_array(offset_bytes=64), "ends beyond the payload"),
+        (with_array(offset_bytes=2**64 - 64), "ends beyond the payload"),
         (with_array(shape=[4, 4]), "4 rows for 2 events"),
         (with_array(row_offsets="y"), "no int64 row offsets"),
         (with_array(row_offsets="x"), "no int64 row offsets"),
@@ -261,7 +266,7 @@ def test_whatever_the_header_says_decoding_ends_well_or_as_corrupt(data):
         dtype=st.sampled_from([*KINDS, "", "O", "<f4", "<i8"]) | st.text(max_size=6),
         shape=st.lists(integers, max_size=4),
         codec=st.integers(0, 2),
-        offset=integers.map(lambda n: n // 64 * 64) | integers,
+        offset_bytes=integers.map(lambda n: n // 64 * 64) | integers,
         size_bytes=integers,
         row_offsets=st.sampled_from(["", "a", "b"]),
     )

@@ -234,6 +234,31 @@ def test_yaml_makes_no_objects() -> None:
         config.parse_text("a: !!python/object/apply:os.getcwd []")
 
 
+def test_components_of_others_are_found_by_entry_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_parts.py").write_text(
+        "from beamwire.services.streamer.components import ComponentParameters\n"
+        "class Theirs:\n"
+        "    class Parameters(ComponentParameters):\n"
+        "        gain: float = 1.0\n"
+    )
+    (tmp_path / "theirs-1.dist-info").mkdir()
+    (tmp_path / "theirs-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n")
+    (tmp_path / "theirs-1.dist-info" / "entry_points.txt").write_text(
+        "[beamwire.data_sources]\nTheirs = their_parts:Theirs\nEventId = their_parts:Theirs\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    data = internal()
+    data["data_sources"]["x"] = {"type": "Theirs", "gain": 2}
+    assert config.load(data).data_sources["x"].parameters.model_dump() == {"gain": 2.0}
+    data["data_sources"]["x"] = {"type": "Theirs", "gian": 2}
+    assert "did you mean gain?" in violations(data)["config.data_sources.x.gian"]
+    data["data_sources"]["x"] = {"type": "Thiers"}
+    assert "did you mean Theirs?" in violations(data)["config.data_sources.x.type"]
+    # A name of ours cannot be taken.
+    data["data_sources"]["x"] = {"type": "EventId"}
+    assert config.load(data).data_sources["x"].component.__module__.startswith("beamwire.")
+
+
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 

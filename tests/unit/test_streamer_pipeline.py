@@ -409,6 +409,15 @@ def test_text_in_hdf5() -> None:
         assert file["name"].asstr()[:].tolist() == ["ab", "ü"]
 
 
+def test_the_socket_of_lclstreamer_gives_way_to_a_buffer() -> None:
+    socket = {"type": "BinaryDataStreamingDataHandler", "urls": ["tcp://127.0.0.1:1"]}
+    buffer = {"type": "BufferDataHandler", "connect": "beamwire://127.0.0.1:1/buffers/b1?epoch=1&transport=tcp"}
+    pipeline = Pipeline(make(data_handlers=[socket, buffer]), Alone(), Stop(), lambda: pytest.fail("none needed"))
+    assert [type(handler).__name__ for handler in pipeline._handlers] == ["BufferDataHandler"]
+    with pytest.raises(BeamwireError, match="use BufferDataHandler"):
+        stream(make(data_handlers=[socket]))
+
+
 def files(made: Path, **more: Any) -> config.StreamerConfig:
     return make(data_handlers=[{"type": "BinaryFileWritingDataHandler", "write_directory": str(made), **more}])
 

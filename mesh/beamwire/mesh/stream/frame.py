@@ -134,7 +134,7 @@ def read_payload(header: FrameHeader, payload: memoryview) -> Frame:
     end = 0
     for array in header.arrays:
         arrays[array.name] = _view(array, payload, end)
-        end = array.offset + array.size_bytes
+        end = array.offset_bytes + array.size_bytes
     if end != len(payload):
         raise corrupt(f"its payload has {len(payload)} bytes, its arrays end at {end}")
     _check_axes(header, arrays)
@@ -172,13 +172,13 @@ def _view(array: Array, payload: memoryview, previous_end: int) -> AnyArray:
         raise corrupt(f"array {name!r} has an impossible shape")
     if math.prod(shape) * dtype.itemsize != array.size_bytes:
         raise corrupt(f"array {name!r} has {array.size_bytes} bytes, which is not what its shape and type need")
-    if array.offset % ALIGNMENT or array.offset < previous_end:
-        raise corrupt(f"array {name!r} begins at {array.offset}, which is not aligned or inside the one before")
-    if array.offset + array.size_bytes > len(payload):
+    if array.offset_bytes % ALIGNMENT or array.offset_bytes < previous_end:
+        raise corrupt(f"array {name!r} begins at {array.offset_bytes}, which is not aligned or inside the one before")
+    if array.offset_bytes + array.size_bytes > len(payload):
         raise corrupt(f"array {name!r} ends beyond the payload")
-    view: AnyArray = np.ndarray(shape, dtype, buffer=payload, offset=array.offset if array.size_bytes else 0)
+    view: AnyArray = np.ndarray(shape, dtype, buffer=payload, offset=array.offset_bytes if array.size_bytes else 0)
     if dtype.kind == "U" and view.size:
-        points: AnyArray = np.ndarray((array.size_bytes // 4,), "<u4", buffer=payload, offset=array.offset)
+        points: AnyArray = np.ndarray((array.size_bytes // 4,), "<u4", buffer=payload, offset=array.offset_bytes)
         if points.max() > _MAX_CODE_POINT:
             raise corrupt(f"array {name!r} holds something that is not text")
     return view

@@ -49,10 +49,10 @@ class FrameWriter:
         payload = self._memory.data[start : start + size]
         checksum, end = 0, 0
         for spec, array in segments:
-            payload[end : spec.offset] = bytes(spec.offset - end)
-            checksum = crc32c(payload[end : spec.offset], checksum)
-            end = spec.offset + spec.size_bytes
-            checksum = _place(array, spec.dtype, payload[spec.offset : end], checksum)
+            payload[end : spec.offset_bytes] = bytes(spec.offset_bytes - end)
+            checksum = crc32c(payload[end : spec.offset_bytes], checksum)
+            end = spec.offset_bytes + spec.size_bytes
+            checksum = _place(array, spec.dtype, payload[spec.offset_bytes : end], checksum)
         return self._finish(header, checksum, start, size)
 
     def encode_opaque(self, header: FrameHeader, data: memoryview) -> memoryview:
@@ -98,11 +98,11 @@ def _lay_out(header: FrameHeader, arrays: Mapping[str, AnyArray | Ragged]) -> tu
             name=name,
             dtype=dtype,
             shape=array.shape,
-            offset=align(end),
+            offset_bytes=align(end),
             size_bytes=array.nbytes,
             row_offsets=row_offsets,
         )
-        end = spec.offset + spec.size_bytes
+        end = spec.offset_bytes + spec.size_bytes
         segments.append((spec, array))
     if len({spec.name for spec, _ in segments}) != len(segments):
         raise invalid_field("arrays", f"no array may be called like another one with {_ROW_OFFSETS!r} behind it")

@@ -235,7 +235,7 @@ def _to_receipt(receipt: Receipt) -> pb.Receipt:
         sent_bytes=receipt.sent_bytes,
         balanced=receipt.balanced,
         end_cause=account_pb2.EndCause.Value(f"END_CAUSE_{receipt.end_cause or 'UNSPECIFIED'}"),
-        streaming_time=to_duration(timedelta(seconds=receipt.streaming_seconds)),
+        streaming_duration=to_duration(timedelta(seconds=receipt.streaming_seconds)),
         producers=map(_to_producer, receipt.producers),
         consumers=map(_to_consumer, receipt.consumers),
     )

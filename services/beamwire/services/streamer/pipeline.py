@@ -20,7 +20,7 @@ from beamwire.services.streamer.components import (
     Stage,
     StreamInfo,
 )
-from beamwire.services.streamer.config import StreamerConfig
+from beamwire.services.streamer.config import Part, StreamerConfig
 from beamwire.services.streamer.parallel import Ranks
 from beamwire.services.streamer.reading import Reader, Reading, Shaper
 from beamwire.services.streamer.stopping import Stop
@@ -73,7 +73,9 @@ class Pipeline:
         expected = self._reader.source.expected_event_count
         self.account = Account(expected=len(ranks.share.of(expected)))
         self._info = StreamInfo(ranks.share, fields, expected, self._attributes(), serializer.type)
-        self._handlers: list[Handler] = [part.component(part.parameters, credentials) for part in config.data_handlers]
+        self._handlers: list[Handler] = [
+            part.component(part.parameters, credentials) for part in _not_replaced(config.data_handlers)
+        ]
         self._progress = Progress(expected if ranks.share.rank == 0 else None, ranks.share.size)
 
     def run(self) -> Account:
@@ -215,6 +217,12 @@ def _through(stages: Sequence[Stage], batch: Batch) -> Iterator[Batch]:
         return
     for out in stages[0].push(batch):
         yield from _through(stages[1:], out)
+
+
+def _not_replaced(parts: Sequence[Part]) -> list[Part]:
+    """A handler may name another that takes its place where both are asked for."""
+    types = {part.type for part in parts}
+    return [part for part in parts if getattr(part.component, "replaced_by", "") not in types]
 
 
 def _agreed(found: Sequence[tuple[FieldSpec, ...]]) -> tuple[FieldSpec, ...]:

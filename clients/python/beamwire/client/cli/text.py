@@ -68,7 +68,7 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def receipt_rows(receipt: Receipt) -> list[Row]:
     """Return the account: what was selected, what came, what did not and why, and whether that balances."""
-    seconds = receipt.streaming_time.ToNanoseconds() / 1e9
+    seconds = receipt.streaming_duration.ToNanoseconds() / 1e9
     rate = f" at {receipt.delivered_event_count / seconds:.4g} events/s, {size(receipt.sent_bytes / seconds)}/s"
     return [
         ("selected", f"{receipt.selected_event_count} events"),

@@ -407,7 +407,7 @@ type Receipt struct {
 	// How the stream ended.
 	EndCause v1.EndCause `protobuf:"varint,7,opt,name=end_cause,json=endCause,proto3,enum=beamwire.common.v1.EndCause" json:"end_cause,omitempty"`
 	// From the first frame received to the last one delivered.
-	StreamingTime *durationpb.Duration `protobuf:"bytes,8,opt,name=streaming_time,json=streamingTime,proto3" json:"streaming_time,omitempty"`
+	StreamingDuration *durationpb.Duration `protobuf:"bytes,8,opt,name=streaming_duration,json=streamingDuration,proto3" json:"streaming_duration,omitempty"`
 	// What each producer says and the cache saw.
 	Producers []*v11.ProducerCounters `protobuf:"bytes,9,rep,name=producers,proto3" json:"producers,omitempty"`
 	// What each consumer took.
@@ -495,9 +495,9 @@ func (x *Receipt) GetEndCause() v1.EndCause {
 	return v1.EndCause(0)
 }
 
-func (x *Receipt) GetStreamingTime() *durationpb.Duration {
+func (x *Receipt) GetStreamingDuration() *durationpb.Duration {
 	if x != nil {
-		return x.StreamingTime
+		return x.StreamingDuration
 	}
 	return nil
 }
@@ -1159,7 +1159,7 @@ const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"held_bytes\x18\x06 \x01(\x03R\theldBytes\x12%\n" +
 	"\x0ecapacity_bytes\x18\a \x01(\x03R\rcapacityBytes\x128\n" +
 	"\x18connected_producer_count\x18\b \x01(\x05R\x16connectedProducerCount\x128\n" +
-	"\x18connected_consumer_count\x18\t \x01(\x05R\x16connectedConsumerCount\"\x82\x04\n" +
+	"\x18connected_consumer_count\x18\t \x01(\x05R\x16connectedConsumerCount\"\x8a\x04\n" +
 	"\aReceipt\x120\n" +
 	"\x14selected_event_count\x18\x01 \x01(\x03R\x12selectedEventCount\x122\n" +
 	"\x15delivered_event_count\x18\x02 \x01(\x03R\x13deliveredEventCount\x120\n" +
@@ -1169,8 +1169,8 @@ const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"\n" +
 	"sent_bytes\x18\x05 \x01(\x03R\tsentBytes\x12\x1a\n" +
 	"\bbalanced\x18\x06 \x01(\bR\bbalanced\x129\n" +
-	"\tend_cause\x18\a \x01(\x0e2\x1c.beamwire.common.v1.EndCauseR\bendCause\x12@\n" +
-	"\x0estreaming_time\x18\b \x01(\v2\x19.google.protobuf.DurationR\rstreamingTime\x12B\n" +
+	"\tend_cause\x18\a \x01(\x0e2\x1c.beamwire.common.v1.EndCauseR\bendCause\x12H\n" +
+	"\x12streaming_duration\x18\b \x01(\v2\x19.google.protobuf.DurationR\x11streamingDuration\x12B\n" +
 	"\tproducers\x18\t \x03(\v2$.beamwire.buffer.v1.ProducerCountersR\tproducers\x12B\n" +
 	"\tconsumers\x18\n" +
 	" \x03(\v2$.beamwire.buffer.v1.ConsumerCountersR\tconsumers\"\x98\v\n" +
@@ -1307,7 +1307,7 @@ var file_beamwire_request_v1_request_service_proto_depIdxs = []int32{
 	1,  // 4: beamwire.request.v1.StreamConfig.data_serializer:type_name -> beamwire.request.v1.Component
 	16, // 5: beamwire.request.v1.Receipt.losses:type_name -> beamwire.common.v1.Loss
 	17, // 6: beamwire.request.v1.Receipt.end_cause:type_name -> beamwire.common.v1.EndCause
-	18, // 7: beamwire.request.v1.Receipt.streaming_time:type_name -> google.protobuf.Duration
+	18, // 7: beamwire.request.v1.Receipt.streaming_duration:type_name -> google.protobuf.Duration
 	19, // 8: beamwire.request.v1.Receipt.producers:type_name -> beamwire.buffer.v1.ProducerCounters
 	20, // 9: beamwire.request.v1.Receipt.consumers:type_name -> beamwire.buffer.v1.ConsumerCounters
 	2,  // 10: beamwire.request.v1.Transfer.config:type_name -> beamwire.request.v1.StreamConfig

@@ -143,7 +143,7 @@ type Array struct {
 	// How the segment is encoded.
 	Codec Codec `protobuf:"varint,4,opt,name=codec,proto3,enum=beamwire.stream.v1.Codec" json:"codec,omitempty"`
 	// Where the segment begins, in bytes from the start of the payload; a multiple of 64.
-	Offset uint64 `protobuf:"varint,5,opt,name=offset,proto3" json:"offset,omitempty"`
+	OffsetBytes uint64 `protobuf:"varint,5,opt,name=offset_bytes,json=offsetBytes,proto3" json:"offset_bytes,omitempty"`
 	// The length of the segment in bytes.
 	SizeBytes uint64 `protobuf:"varint,6,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	// For a ragged array: the name of the array of row offsets (int64, events + 1 of them) that
@@ -211,9 +211,9 @@ func (x *Array) GetCodec() Codec {
 	return Codec_CODEC_UNSPECIFIED
 }
 
-func (x *Array) GetOffset() uint64 {
+func (x *Array) GetOffsetBytes() uint64 {
 	if x != nil {
-		return x.Offset
+		return x.OffsetBytes
 	}
 	return 0
 }
@@ -647,13 +647,13 @@ var File_beamwire_stream_v1_frame_proto protoreflect.FileDescriptor
 
 const file_beamwire_stream_v1_frame_proto_rawDesc = "" +
 	"\n" +
-	"\x1ebeamwire/stream/v1/frame.proto\x12\x12beamwire.stream.v1\x1a beamwire/common/v1/account.proto\"\xd0\x01\n" +
+	"\x1ebeamwire/stream/v1/frame.proto\x12\x12beamwire.stream.v1\x1a beamwire/common/v1/account.proto\"\xdb\x01\n" +
 	"\x05Array\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05dtype\x18\x02 \x01(\tR\x05dtype\x12\x14\n" +
 	"\x05shape\x18\x03 \x03(\x04R\x05shape\x12/\n" +
-	"\x05codec\x18\x04 \x01(\x0e2\x19.beamwire.stream.v1.CodecR\x05codec\x12\x16\n" +
-	"\x06offset\x18\x05 \x01(\x04R\x06offset\x12\x1d\n" +
+	"\x05codec\x18\x04 \x01(\x0e2\x19.beamwire.stream.v1.CodecR\x05codec\x12!\n" +
+	"\foffset_bytes\x18\x05 \x01(\x04R\voffsetBytes\x12\x1d\n" +
 	"\n" +
 	"size_bytes\x18\x06 \x01(\x04R\tsizeBytes\x12\x1f\n" +
 	"\vrow_offsets\x18\a \x01(\tR\n" +

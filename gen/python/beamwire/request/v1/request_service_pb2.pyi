@@ -203,7 +203,7 @@ class Receipt(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _builtins.int
     BALANCED_FIELD_NUMBER: _builtins.int
     END_CAUSE_FIELD_NUMBER: _builtins.int
-    STREAMING_TIME_FIELD_NUMBER: _builtins.int
+    STREAMING_DURATION_FIELD_NUMBER: _builtins.int
     PRODUCERS_FIELD_NUMBER: _builtins.int
     CONSUMERS_FIELD_NUMBER: _builtins.int
     selected_event_count: _builtins.int
@@ -223,7 +223,7 @@ class Receipt(_message.Message):
         """Events that did not come, by cause."""
 
     @_builtins.property
-    def streaming_time(self) -> _duration_pb2.Duration:
+    def streaming_duration(self) -> _duration_pb2.Duration:
         """From the first frame received to the last one delivered."""
 
     @_builtins.property
@@ -244,13 +244,13 @@ class Receipt(_message.Message):
         sent_bytes: _builtins.int = ...,
         balanced: _builtins.bool = ...,
         end_cause: _account_pb2.EndCause.ValueType = ...,
-        streaming_time: _duration_pb2.Duration | None = ...,
+        streaming_duration: _duration_pb2.Duration | None = ...,
         producers: _abc.Iterable[_buffer_service_pb2.ProducerCounters] | None = ...,
         consumers: _abc.Iterable[_buffer_service_pb2.ConsumerCounters] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["streaming_time", b"streaming_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["streaming_duration", b"streaming_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balanced", b"balanced", "consumers", b"consumers", "delivered_event_count", b"delivered_event_count", "end_cause", b"end_cause", "frame_count", b"frame_count", "losses", b"losses", "producers", b"producers", "selected_event_count", b"selected_event_count", "sent_bytes", b"sent_bytes", "streaming_time", b"streaming_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balanced", b"balanced", "consumers", b"consumers", "delivered_event_count", b"delivered_event_count", "end_cause", b"end_cause", "frame_count", b"frame_count", "losses", b"losses", "producers", b"producers", "selected_event_count", b"selected_event_count", "sent_bytes", b"sent_bytes", "streaming_duration", b"streaming_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

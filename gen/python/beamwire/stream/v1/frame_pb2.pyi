@@ -80,7 +80,7 @@ class Array(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
-    OFFSET_FIELD_NUMBER: _builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     ROW_OFFSETS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
@@ -89,7 +89,7 @@ class Array(_message.Message):
     """numpy's name of the element type with its byte order: `<f4`, `<u2`, `|u1`, `<U12`."""
     codec: Global___Codec.ValueType
     """How the segment is encoded."""
-    offset: _builtins.int
+    offset_bytes: _builtins.int
     """Where the segment begins, in bytes from the start of the payload; a multiple of 64."""
     size_bytes: _builtins.int
     """The length of the segment in bytes."""
@@ -108,13 +108,13 @@ class Array(_message.Message):
         dtype: _builtins.str = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         codec: Global___Codec.ValueType = ...,
-        offset: _builtins.int = ...,
+        offset_bytes: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         row_offsets: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "dtype", b"dtype", "name", b"name", "offset", b"offset", "row_offsets", b"row_offsets", "shape", b"shape", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "dtype", b"dtype", "name", b"name", "offset_bytes", b"offset_bytes", "row_offsets", b"row_offsets", "shape", b"shape", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -243,9 +243,9 @@ export declare type Receipt = Message<"beamwire.request.v1.Receipt"> & {
   /**
    * From the first frame received to the last one delivered.
    *
-   * @generated from field: google.protobuf.Duration streaming_time = 8;
+   * @generated from field: google.protobuf.Duration streaming_duration = 8;
    */
-  streamingTime?: Duration | undefined;
+  streamingDuration?: Duration | undefined;
 
   /**
    * What each producer says and the cache saw.

@@ -51,9 +51,9 @@ export declare type Array = Message<"beamwire.stream.v1.Array"> & {
   /**
    * Where the segment begins, in bytes from the start of the payload; a multiple of 64.
    *
-   * @generated from field: uint64 offset = 5;
+   * @generated from field: uint64 offset_bytes = 5;
    */
-  offset: bigint;
+  offsetBytes: bigint;
 
   /**
    * The length of the segment in bytes.
