@@ -150,7 +150,7 @@ def _contestants(directory: Path, transport: str) -> Iterator[dict[str, Target]]
 
 @contextmanager
 def _our_cache(directory: Path, transport: str, credentials: Path | None, end: Credentials | None) -> Iterator[int]:
-    directory.mkdir()
+    directory.mkdir(parents=True)
     members = [str(end.identity)] if end else []
     config = {"buffer": "bench", "transport": transport, "producers": members, "consumers": members}
     (directory / "cache.json").write_text(
@@ -184,9 +184,8 @@ def _other(kind: str, credentials: Path | None) -> Iterator[tuple[int, int]]:
 def _run(ends: ProcessPoolExecutor, target: Target, size: int, count: int, sequence: int) -> float:
     consuming = ends.submit(_consume, target, size, count)
     producing = ends.submit(_produce, target, size, count, sequence)
-    rate = consuming.result(TIMEOUT)
     producing.result(TIMEOUT)
-    return rate
+    return consuming.result(TIMEOUT)
 
 
 def _enter(together: Barrier) -> None:

@@ -52,7 +52,11 @@ def _relay_one(source: Connection, sink: Connection) -> None:
     sender.start()
     while True:
         block = free.get()
-        count = source._receive(block)  # the bytes as they come, messages or not
+        try:
+            count = source._receive(block)  # the bytes as they come, messages or not
+        except OSError:
+            # The end of a TLS connection that was just closed.
+            count = 0
         full.put(block[:count])
         if not count:
             break

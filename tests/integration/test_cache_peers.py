@@ -122,32 +122,34 @@ def produce(connect: ConnectString, credentials: Credentials | None) -> None:
         pass
 
 
-@pytest.mark.parametrize("side", [consume, produce])
-def test_a_stranger_is_refused_and_told_why(start_cache, facility, side):
+SIDES: tuple[Callable[[ConnectString, Credentials | None], None], ...] = (consume, produce)
+
+
+def test_a_stranger_is_refused_and_told_why(start_cache, facility):
     cache = start_cache()
     stranger = facility.member("user/mallory")
-    with pytest.raises(BeamwireError, match=f"{stranger.identity} may not {side.__name__}") as caught:
-        side(cache.connect, stranger)
-    assert caught.value.reason is Reason.ROLE_NOT_ALLOWED
-    status = cache.wait(lambda status: status.counters.refused_peer_count == 1)
-    assert f"{stranger.identity} at 127.0.0.1" in status.counters.last_refusal
-    assert f"may not {side.__name__}" in status.counters.last_refusal
+    for number, side in enumerate(SIDES, 1):
+        with pytest.raises(BeamwireError, match=f"{stranger.identity} may not {side.__name__}") as caught:
+            side(cache.connect, stranger)
+        assert caught.value.reason is Reason.ROLE_NOT_ALLOWED
+        status = cache.wait(lambda status, number=number: status.counters.refused_peer_count == number)
+        assert f"{stranger.identity} at 127.0.0.1" in status.counters.last_refusal
+        assert f"may not {side.__name__}" in status.counters.last_refusal
     assert (status.counters.producers, status.counters.consumers) == ((), ())
 
 
-@pytest.mark.parametrize("side", [consume, produce])
 @pytest.mark.parametrize(
     ("kind", "reason", "said"),
     [("expired", Reason.CERTIFICATE_EXPIRED, "expired"), ("foreign", Reason.CERTIFICATE_INVALID, "not valid")],
 )
-def test_a_bad_certificate_is_refused(start_cache, facility, side: Callable[..., None], kind, reason, said):
+def test_a_bad_certificate_is_refused(start_cache, facility, kind, reason, said):
     cache = start_cache()
-    with pytest.raises(BeamwireError) as caught:
-        side(cache.connect, getattr(facility, kind)("user/alice"))
-    assert caught.value.reason is reason
-    assert "refused our certificate" in str(caught.value)
-    status = cache.wait(lambda status: status.counters.refused_peer_count == 1)
-    assert said in status.counters.last_refusal
+    for number, side in enumerate(SIDES, 1):
+        with pytest.raises(BeamwireError, match="refused our certificate") as caught:
+            side(cache.connect, getattr(facility, kind)("user/alice"))
+        assert caught.value.reason is reason
+        status = cache.wait(lambda status, number=number: status.counters.refused_peer_count == number)
+        assert said in status.counters.last_refusal
 
 
 def test_nobody_enters_without_a_certificate(start_cache, facility):
@@ -181,16 +183,14 @@ def test_a_client_does_not_take_another_member_for_the_cache(start_cache, facili
     assert caught.value.reason is Reason.CERTIFICATE_INVALID
 
 
-@pytest.mark.parametrize(
-    "greeting", [b"\0SP\0\0\x10\0\0", b"GET / HT", b"\0SP\0\0\x51\0\1"], ids=["PAIR0", "HTTP", "reserved"]
-)
-def test_another_protocol_is_refused(start_cache, greeting):
+def test_other_protocols_are_refused(start_cache):
     cache = start_cache(transport="tcp")
-    with socket.create_connection(cache.connect.hosts[0]) as sock:
-        sock.sendall(greeting)
-        sock.settimeout(10)
-        assert sock.recv(8) == b""
-    cache.wait(lambda status: status.counters.refused_peer_count == 1)
+    for number, greeting in enumerate([b"\0SP\0\0\x10\0\0", b"GET / HT", b"\0SP\0\0\x51\0\1"], 1):
+        with socket.create_connection(cache.connect.hosts[0]) as sock:
+            sock.sendall(greeting)
+            sock.settimeout(10)
+            assert sock.recv(8) == b""
+        cache.wait(lambda status, number=number: status.counters.refused_peer_count == number)
 
 
 def test_dialing_gives_up_after_its_bound():

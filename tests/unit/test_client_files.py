@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -49,6 +50,11 @@ def batch(
     return Batch(decode(memoryview(bytes(message))[MESSAGE_LENGTH.size :]))
 
 
+def opened(path: Path) -> Any:
+    """A file to read; h5py's own types cannot tell a group from a dataset."""
+    return h5py.File(path)
+
+
 def ragged(*lengths: int) -> Ragged:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return Ragged(RNG.integers(0, 1000, (int(offsets[-1]), 2), np.uint16), offsets)
@@ -59,7 +65,7 @@ def images(count: int, size: int = 200) -> np.ndarray:
 
 
 def test_a_batch_shows_its_events() -> None:
-    arrays = {"img": images(3), "energy": np.array([1.0, 2.0, 3.0]), "hits": ragged(2, 0, 3)}
+    arrays: dict[str, Any] = {"img": images(3), "energy": np.array([1.0, 2.0, 3.0]), "hits": ragged(2, 0, 3)}
     shown = batch(arrays, [2**64 - 1, 5, 6], producer=3, sequence=9)
     assert len(shown) == 3
     assert (shown.producer, shown.sequence, shown.media_type) == (3, 9, "")
@@ -83,7 +89,7 @@ def test_a_batch_shows_its_events() -> None:
 
 
 def test_hdf5_holds_every_kind_of_field(tmp_path: Path) -> None:
-    first = {
+    first: dict[str, Any] = {
         "img": images(3),
         "counts": np.array([1, 2, 3], np.int32),
         "spectrum": RNG.random((3, 50)),
@@ -91,7 +97,7 @@ def test_hdf5_holds_every_kind_of_field(tmp_path: Path) -> None:
         "name": np.array(["a", "bcd", "é"]),
         "lit": np.array([True, False, True]),
     }
-    second = {
+    second: dict[str, Any] = {
         "img": images(2),
         "counts": np.array([4, 5], np.int32),
         "spectrum": RNG.random((2, 50)),
@@ -107,7 +113,7 @@ def test_hdf5_holds_every_kind_of_field(tmp_path: Path) -> None:
     paths = writer.finish({"transfer": "transfers/x", "receipt": '{"balanced":true}'})
     assert paths == [tmp_path / "deep" / "x.h5"]
     assert list((tmp_path / "deep").iterdir()) == paths
-    with h5py.File(paths[0]) as file:
+    with opened(paths[0]) as file:
         data = file["entry/data"]
         assert data["event_id"][:].tolist() == [1, 2, 3, 2**63, 5]
         assert data["producer"][:].tolist() == [0, 0, 0, 4, 4]
@@ -129,7 +135,7 @@ def test_hdf5_shows_the_detector_first_and_chunks_by_event(tmp_path: Path) -> No
     writer = Hdf5Writer(tmp_path / "x.h5")
     writer.write(batch({"a": np.zeros(3), "img": images(3), "wave": np.zeros((3, 100_000))}))
     (path,) = writer.finish({})
-    with h5py.File(path) as file:
+    with opened(path) as file:
         assert file.attrs["NX_class"] == "NXroot"
         assert file.attrs["default"] == "entry"
         assert file["entry"].attrs["NX_class"] == "NXentry"
@@ -147,7 +153,7 @@ def test_a_field_named_as_ours_is_kept_beside(tmp_path: Path) -> None:
     writer = Hdf5Writer(tmp_path / "x.h5")
     writer.write(batch({"event_id": np.array([7.5, 8.5, 9.5])}))
     (path,) = writer.finish({})
-    with h5py.File(path) as file:
+    with opened(path) as file:
         assert file["entry/data/event_id"][:].tolist() == [10, 11, 12]
         assert file["entry/data/event_id_"][:].tolist() == [7.5, 8.5, 9.5]
 
@@ -160,7 +166,7 @@ def test_no_events_make_a_file_with_the_fields_and_no_rows(tmp_path: Path) -> No
     ]
     writer.begin(StreamHeader(fields=fields))
     (path,) = writer.finish({})
-    with h5py.File(path) as file:
+    with opened(path) as file:
         assert file["entry/data/img"].shape == (0, 20, 30)
         assert file["entry/data/img"].attrs["units"] == "keV"
         assert file["entry/data/hits/values"].shape == (0, 2)
@@ -211,7 +217,7 @@ def test_a_part_of_another_writer_is_not_touched_unless_asked(tmp_path: Path) ->
 
 
 def test_npz_has_one_file_per_frame_and_comes_back(tmp_path: Path) -> None:
-    arrays = {"img": images(3), "hits": ragged(1, 0, 2)}
+    arrays: dict[str, Any] = {"img": images(3), "hits": ragged(1, 0, 2)}
     writer = Writer(Format.NPZ, Target(tmp_path, "run_", "abc"))
     writer.write(batch(arrays, [7, 8, 9], producer=1, sequence=4))
     (path,) = writer.finish({})
@@ -248,7 +254,7 @@ def test_what_came_of_a_failed_stream_keeps_its_part_name(tmp_path: Path) -> Non
     (path,) = writer.keep({"incomplete": "the streamer died"})
     writer.discard()
     assert path == tmp_path / "abc.h5.part"
-    with h5py.File(path) as file:
+    with opened(path) as file:
         assert file["entry"].attrs["incomplete"] == "the streamer died"
         assert file["entry/data/a"][:].tolist() == [0, 1, 2]
     nothing = Writer(Format.HDF5, Target(tmp_path, "", "other"))
@@ -270,7 +276,7 @@ def test_writers_of_several_consumers_work_side_by_side(tmp_path: Path) -> None:
         thread.join()
     for number, writer in enumerate(writers):
         (path,) = writer.finish({})
-        with h5py.File(path) as file:
+        with opened(path) as file:
             assert file["entry/data/img"].shape == (60, 64, 64)
             assert set(np.unique(file["entry/data/img"][:])) == {number}
 

@@ -4,7 +4,16 @@ import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from beamwire.client.cli.progress import Meter
-from beamwire.client.cli.text import aligned, columns, duration, receipt_rows, size, time_of, transfer_text
+from beamwire.client.cli.text import (
+    aligned,
+    columns,
+    dry_run_text,
+    duration,
+    receipt_rows,
+    size,
+    time_of,
+    transfer_text,
+)
 from beamwire.common.v1.account_pb2 import END_CAUSE_DONE, LOSS_CAUSE_CONSUMER_CONNECTION, LOSS_CAUSE_VETOED, Loss
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.rpc.status import to_status
@@ -21,6 +30,7 @@ def test_rates_are_those_of_the_last_seconds() -> None:
     meter.snapshot(0.0, transfer(), events=0, bytes_=0)
     slow = meter.snapshot(10.0, transfer(), events=100, bytes_=1000)
     assert (slow.event_rate, slow.byte_rate) == (10.0, 100.0)
+    fast = slow
     for second in range(11, 21):
         fast = meter.snapshot(float(second), transfer(), events=100 + 50 * (second - 10), bytes_=1000)
     assert fast.event_rate == 50.0
@@ -117,3 +127,12 @@ def test_a_failed_transfer_is_described_with_its_error() -> None:
     assert "Psana2EventSource(deep={a: [1]}, rate=5)" in text
     assert "error (PRODUCER_FAILED)\n  exit code 1\n  Traceback: no detector" in text
     assert "beamwire logs abc" in text
+
+
+def test_a_dry_run_says_what_would_be_done() -> None:
+    config = StreamConfig(event_source=Component(type="InternalEventSource"), max_event_count=10)
+    checked = Transfer(name="transfers/never", config=config, counters=TransferCounters(expected_event_count=10))
+    text = dry_run_text(checked)
+    assert text.startswith("the request is valid\n")
+    assert "would send   10 events" in text
+    assert "never" not in text, "it does not exist"

@@ -1,8 +1,10 @@
 """Requests: LCLStreamer's YAML and plain mappings become the Transfer that the service takes, or all their faults."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from google.protobuf.json_format import MessageToDict
 
 from beamwire.buffer.v1.buffer_service_pb2 import DELIVERY_PUSH, OVERFLOW_POLICY_BLOCK, TRANSPORT_TCP
 from beamwire.client.request import parse_request, parse_seconds
@@ -51,6 +53,10 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
+def plain(component: Component) -> dict[str, Any]:
+    return MessageToDict(component.parameters)
+
+
 def problems(request: object) -> dict[str, str]:
     with pytest.raises(BeamwireError) as caught:
         parse_request(request)  # type: ignore[arg-type]
@@ -66,12 +72,12 @@ def test_a_file_of_lclstreamer_becomes_a_transfer(tmp_path: Path) -> None:
     assert config.max_event_count == 100
     assert config.event_source == Component(type="Psana2EventSource")
     assert set(config.data_sources) == {"timestamp", "detector_data"}
-    assert list(config.data_sources["detector_data"].parameters["psana_fields"]) == ["calib", "raw"]
+    assert plain(config.data_sources["detector_data"])["psana_fields"] == ["calib", "raw"]
     (stage,) = config.processing_pipeline
     assert stage.type == "PeaknetPreprocessingPipeline"
     assert stage.parameters["batch_size"] == 16
     assert stage.parameters["add_channel_dim"] is True
-    serializer = config.data_serializer.parameters
+    serializer = plain(config.data_serializer)
     assert serializer["compression"] is None
     assert serializer["fields"]["detector_data"] == "/data/data"
 

@@ -62,9 +62,9 @@ def test_what_is_wrong_is_said(text, said):
 
 @given(st.text(max_size=80).map(lambda tail: f"beamwire://{tail}") | st.text(max_size=80))
 def test_any_text_is_parsed_or_refused(text):
+    reason = None
     try:
         parsed = ConnectString.parse(text)
     except BeamwireError as error:
-        assert error.reason is Reason.INVALID_FIELD
-    else:
-        assert ConnectString.parse(str(parsed)) == parsed
+        reason = error.reason
+    assert reason is Reason.INVALID_FIELD or (reason is None and ConnectString.parse(str(parsed)) == parsed)

@@ -66,6 +66,17 @@ def refusal(message: bytes | bytearray) -> str:
     return caught.value.message
 
 
+def read_or_refuse(message: bytes) -> Frame | None:
+    """The frame, or None if it is corrupt; any other error is a failure."""
+    frame, reason = None, Reason.FRAME_CORRUPT
+    try:
+        frame = decode(received(message))
+    except BeamwireError as error:
+        reason = error.reason
+    assert reason is Reason.FRAME_CORRUPT
+    return frame
+
+
 @st.composite
 def batches(draw) -> tuple[int, dict[str, np.ndarray | Ragged]]:
     events = draw(st.integers(0, 5))
@@ -115,8 +126,6 @@ def test_arrays_that_are_not_contiguous_are_written_in_order():
 def test_views_are_not_copies():
     message = received(message_of(data_header(1), {"x": np.zeros((1, 1000))}))
     frame = decode(message)
-    frame.arrays["x"][0, 0] = 1.0
-    assert any(message)
     assert np.shares_memory(frame.arrays["x"], np.frombuffer(message, np.uint8))
 
 
@@ -277,22 +286,13 @@ def test_whatever_the_header_says_decoding_ends_well_or_as_corrupt(data):
         arrays=data.draw(st.lists(array, max_size=3)),
     )
     message = by_hand(header, data.draw(st.binary(max_size=200)))
-    try:
-        frame = decode(received(message))
-    except BeamwireError as error:
-        assert error.reason is Reason.FRAME_CORRUPT
-    else:
-        for view in frame.arrays.values():
-            view.tolist()
+    frame = read_or_refuse(message)
+    for view in frame.arrays.values() if frame else ():
+        view.tolist()
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300), st.booleans())
 def test_any_bytes_are_refused(junk, with_prefix):
     prefix = PREFIX.pack(MAGIC, VERSION, 0, len(junk), crc32c(junk)) if with_prefix else b""
-    try:
-        decode(received(prefix + junk))
-    except BeamwireError as error:
-        assert error.reason is Reason.FRAME_CORRUPT
-    else:
-        assert with_prefix
+    assert read_or_refuse(prefix + junk) is None or with_prefix

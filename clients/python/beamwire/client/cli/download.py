@@ -93,6 +93,8 @@ def download(
 
 def report(cli: Cli, done: Download) -> None:
     """Print the receipt, and where the files are."""
+    if done.receipt and done.receipt.delivered_event_count and not done.counters.events:
+        cli.say("the transfer had ended, or others took its events: nothing was left to read")
     if cli.json:
         document = {
             "transfer": done.transfer.name if done.transfer else "",

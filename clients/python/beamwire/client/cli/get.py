@@ -10,7 +10,7 @@ import click
 
 from beamwire.client.cli.context import Cli, Command, pass_cli
 from beamwire.client.cli.download import Output, download, report, stem_of
-from beamwire.client.cli.text import transfer_text
+from beamwire.client.cli.text import dry_run_text
 from beamwire.client.files.writer import Format
 from beamwire.client.request import ParsedRequest, parse_request
 from beamwire.mesh.errors import invalid_field
@@ -70,7 +70,7 @@ def get(
     with cli.client() as client:
         if dry_run:
             checked = client.create_transfer(parsed, validate_only=True)
-            cli.answer(f"the request is valid\n\n{transfer_text(checked)}", checked)
+            cli.answer(dry_run_text(checked), checked)
             return
         transfer_id = new_id()
         done = download(cli, client, parsed, where, stem=transfer_id, consumers=consumers, transfer_id=transfer_id)

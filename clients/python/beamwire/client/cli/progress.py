@@ -41,7 +41,7 @@ class Snapshot:
             parts.append(f"{duration(self.eta_seconds)} left")
         if self.lost_events:
             parts.append(f"{self.lost_events} lost")
-        return f"{short_name(self.transfer)} {self.state}: " + ", ".join(parts)
+        return f"{short_name(self.transfer) or 'stream'} {self.state}: " + ", ".join(parts)
 
 
 class Meter:

@@ -95,6 +95,13 @@ def transfer_text(transfer: Transfer) -> str:
     return "\n\n".join(parts)
 
 
+def dry_run_text(transfer: Transfer) -> str:
+    """Return what would be done for a request that was only checked."""
+    expected = transfer.counters.expected_event_count
+    rows = [*_request(transfer), ("would send", f"{expected} events" if expected else "as many events as there are")]
+    return "the request is valid\n" + aligned(rows, "  ")
+
+
 def transfer_row(transfer: Transfer) -> list[str]:
     """Return a transfer as one row of a list."""
     events = transfer.receipt.delivered_event_count if transfer.HasField("receipt") else 0

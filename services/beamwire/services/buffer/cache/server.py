@@ -22,7 +22,7 @@ from beamwire.services.buffer.control import CONTROL_SOCKET
 
 _WATCH_PERIOD: Final = 0.1
 _SEAL_GRACE: Final = 10.0
-_STOP_GRACE: Final = 8.0
+_STOP_GRACE: Final = 7.0
 _LINE_LIMIT: Final = 64 * 1024
 
 
