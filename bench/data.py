@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.synchronize import Barrier
@@ -63,7 +63,6 @@ _together: Barrier
 class Target:
     """Where a contestant listens: producers and consumers may have ports of their own."""
 
-    transport: str
     producer_port: int
     consumer_port: int
     credentials: Path | None
@@ -72,6 +71,9 @@ class Target:
         """The connect string for one side."""
         port = self.producer_port if protocol == PUSH else self.consumer_port
         return ConnectString((("127.0.0.1", port),), "bench", 1, "tcp" if self.credentials is None else "tls+tcp")
+
+
+Contestant = Callable[[], AbstractContextManager[Target]]
 
 
 def run() -> list[dict[str, Any]]:
@@ -103,9 +105,10 @@ def _measure(congestion: str) -> list[dict[str, Any]]:
                 for label, size in SIZES.items():
                     rates: dict[str, list[float]] = {name: [] for name in targets}
                     for _ in range(RUNS):
-                        for name, target in targets.items():
+                        for name, contestant in targets.items():
                             count = max(VOLUME[transport, name] * MEGABYTE // size, 6)
-                            rates[name].append(_run(ends, target, size, count, sequence))
+                            with contestant() as target:
+                                rates[name].append(_run(ends, target, size, count, sequence))
                             sequence += count
                     rows += _rows(f"push, {transport}, {label}, {congestion}", transport, label, rates)
     return rows
@@ -132,20 +135,23 @@ def _row(case: str, ours: list[float], baseline: str, theirs: list[float], goal:
 
 
 @contextmanager
-def _contestants(directory: Path, transport: str) -> Iterator[dict[str, Target]]:
-    """Start our cache and its baselines; they live until all sizes are measured."""
+def _contestants(directory: Path, transport: str) -> Iterator[dict[str, Contestant]]:
+    """Our cache and its baselines. They live until all is measured, only that of pynng does not last so long.
+
+    The process of a pynng listener dies without a word after some TLS connections have come and gone.
+    """
     facility = Facility(directory / "members")
     cache = facility.member("cache/bench").directory if transport == "tls+tcp" else None
     end = facility.member("user/bench") if transport == "tls+tcp" else None
     place = end.directory if end else None
     with ExitStack() as running:
-        targets = {}
-        port = running.enter_context(_our_cache(directory / "cache", transport, cache, end))
-        targets["ours"] = Target(transport, port, port, place)
-        for kind in ("relay", "pynng"):
-            ports = running.enter_context(_other(kind, cache))
-            targets[kind] = Target(transport, *ports, place)
-        yield targets
+        ours = running.enter_context(_our_cache(directory / "cache", transport, cache, end))
+        relay = running.enter_context(_other("relay", cache, place))
+        yield {
+            "ours": lambda: nullcontext(Target(ours, ours, place)),
+            "relay": lambda: nullcontext(relay),
+            "pynng": partial(_other, "pynng", cache, place),
+        }
 
 
 @contextmanager
@@ -170,13 +176,13 @@ async def _port(directory: Path) -> int:
 
 
 @contextmanager
-def _other(kind: str, credentials: Path | None) -> Iterator[tuple[int, int]]:
+def _other(kind: str, credentials: Path | None, place: Path | None) -> Iterator[Target]:
     command = [sys.executable, "-m", "bench.relays", kind, str(credentials or "")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             first, second = map(int, process.stdout.readline().split())
-            yield first, second
+            yield Target(first, second, place)
         finally:
             process.kill()
 

@@ -141,9 +141,8 @@ def verify(files: Sequence[Path], detector: str) -> None:
     seen: Counter[int] = Counter()
     for path in files:
         with h5py.File(path, "r") as file:
-            timestamps: npt.NDArray[Any] = file["entry/data/timestamp"][()]
-            images = file["entry/data/detector_data"]
-            for row, timestamp in enumerate(timestamps):
+            images = dataset(file, "entry/data/detector_data")
+            for row, timestamp in enumerate(dataset(file, "entry/data/timestamp")):
                 event = place[int(timestamp)]
                 expected = known.image(event, SHAPE, np.uint16, detector)
                 if not np.array_equal(np.squeeze(images[row]), expected):
@@ -152,6 +151,14 @@ def verify(files: Sequence[Path], detector: str) -> None:
     if set(seen) != set(range(EVENTS)) or seen.total() != EVENTS:
         raise SystemExit(f"{len(seen)} of {EVENTS} events arrived, {seen.total()} times altogether")
     say(f"verified: each of {EVENTS} events arrived exactly once and bit for bit, in {len(files)} files")
+
+
+def dataset(file: h5py.File, name: str) -> npt.NDArray[Any]:
+    """Return the values of a dataset."""
+    found = file[name]
+    assert isinstance(found, h5py.Dataset)
+    values: npt.NDArray[Any] = found[()]
+    return values
 
 
 def wait_for(address: str, serving: subprocess.Popen[bytes]) -> None:

@@ -100,7 +100,10 @@ def start_cache(tmp_path: Path, facility: Facility) -> Iterator[StartCache]:
         host, port = status.address.split(":")
         transport = "tls+tcp" if secure else "tcp"
         cache = CacheProcess(
-            directory, process, ConnectString(((host, int(port)),), buffer, 1, transport), user if secure else None
+            directory,
+            process,
+            ConnectString.parse(f"beamwire://{host}:{port}/buffers/{buffer}?epoch=1&transport={transport}"),
+            user if secure else None,
         )
         caches[-1] = cache
         return cache

@@ -222,9 +222,9 @@ def test_a_producer_comes_back_and_what_was_missed_is_counted(start_cache):
     assert balanced(status)
 
 
-def data(sequence: int, **fields: int) -> FrameHeader:
+def data(sequence: int, producer: int = 0, epoch: int = 1) -> FrameHeader:
     return FrameHeader(
-        **{"epoch": 1, **fields}, sequence=sequence, kind=FRAME_KIND_DATA, event_count=1, event_ids=[sequence]
+        epoch=epoch, producer=producer, sequence=sequence, kind=FRAME_KIND_DATA, event_count=1, event_ids=[sequence]
     )
 
 

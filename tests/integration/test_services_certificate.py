@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from google.protobuf.duration_pb2 import Duration
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
@@ -74,7 +75,7 @@ async def test_two_with_one_token_make_one_member(certificates, tmp_path: Path):
         (pb.CreateJoinTokenRequest(identity="spiffe://facility.test/wizard/alice"), "identity"),
         (pb.CreateJoinTokenRequest(identity="alice"), "identity"),
         (pb.CreateJoinTokenRequest(), "identity"),
-        (pb.CreateJoinTokenRequest(identity="spiffe://facility.test/user/a", ttl=timedelta(days=2)), "ttl"),
+        (pb.CreateJoinTokenRequest(identity="spiffe://facility.test/user/a", ttl=Duration(seconds=2 * 86400)), "ttl"),
     ],
 )
 async def test_tokens_that_cannot_be_are_refused(certificates, request_, field):

@@ -246,13 +246,15 @@ def _if_ended(transfer):
 
 
 def test_cancel_leaves_nothing_behind(own_facility):
+    shared_memory = set(Path("/dev/shm").glob("mpich*"))
     with connect(config_dir=own_facility.config_dir) as client:
-        with client.stream(synthetic(100_000, rate=200)) as stream:
+        with client.stream({**synthetic(100_000, rate=200), "processes": 2}) as stream:
             for _ in stream:
                 break
         transfer = wait_until(lambda: _if_ended(client.get_transfer(stream.transfer.name)), what="the end")
         assert transfer.State.Name(transfer.state) == "STATE_CANCELLED"
         assert client.cancel_transfer(transfer.name).etag == transfer.etag
+    assert set(Path("/dev/shm").glob("mpich*")) <= shared_memory
     wait_until(lambda: not leftovers(own_facility), what="the end of all jobs and caches")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 from crc32c import crc32c
@@ -20,6 +22,7 @@ from beamwire.stream.v1.frame_pb2 import (
     FRAME_KIND_HEADER,
     Array,
     FrameHeader,
+    FrameKind,
     StreamEnd,
     StreamHeader,
 )
@@ -44,7 +47,7 @@ def message_of(header: FrameHeader, arrays=None) -> bytearray:
     return bytearray(FrameWriter().encode(header, arrays)[MESSAGE_LENGTH.size :])
 
 
-def received(message: bytes | bytearray) -> memoryview:
+def received(message: bytes | bytearray | memoryview) -> memoryview:
     """The message in memory as a consumer has it: aligned."""
     memory = POOL.acquire(max(len(message), 1)).data[: len(message)]
     memory[:] = message
@@ -201,7 +204,7 @@ def with_array(**fields) -> bytes:
         (PREFIX.pack(MAGIC, VERSION, 0, 4, 1) + bytes(48), "checksum of its header"),
         (PREFIX.pack(MAGIC, VERSION, 0, 4, crc32c(b"\xff" * 4)) + b"\xff" * 48, "cannot be parsed"),
         (by_hand(FrameHeader()), "its kind is 0"),
-        (by_hand(FrameHeader(kind=77)), "its kind is 77"),
+        (by_hand(FrameHeader(kind=cast("FrameKind.ValueType", 77))), "its kind is 77"),
         (by_hand(FrameHeader(kind=FRAME_KIND_DATA, event_count=1)), "0 event ids for 1 events"),
         (by_hand(FrameHeader(kind=FRAME_KIND_HEADER)), "describe the stream"),
         (by_hand(FrameHeader(kind=FRAME_KIND_DATA, end=StreamEnd())), "how it ended"),

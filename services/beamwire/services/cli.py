@@ -129,7 +129,7 @@ def serve(services: tuple[ServiceName, ...], directory: Path, config: Path | Non
 
     layout, settings = load_facility(config.parent if config else directory)
     names: Sequence[ServiceName] = services or SERVICE_NAMES
-    telemetry.setup_logging("facility" if len(names) > 1 else names[0])
+    telemetry.setup_logging("facility" if len(names) > 1 else "".join(names))
 
     def ready(address: str) -> None:
         click.echo(f"beamwired: {', '.join(names)} of {settings.trust_domain} at {address}", err=True)

@@ -154,7 +154,7 @@ def _check_header(header: FrameHeader) -> None:
         raise corrupt("exactly the frames of kind END say how it ended")
     if header.media_type and header.arrays:
         raise corrupt("it has both arrays and a media type")
-    if len({array.name for array in header.arrays}) != len(header.arrays):
+    if len(header.arrays) > 1 and len({array.name for array in header.arrays}) != len(header.arrays):
         raise corrupt("two of its arrays have the same name")
 
 

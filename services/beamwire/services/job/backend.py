@@ -117,10 +117,12 @@ class LocalBackend:
 def command(spec: JobSpec) -> list[str]:
     """Return the command line of a job. With MPI, `executable` is a module and runs under mpi4py.
 
-    `python -m mpi4py` makes one failing rank abort the whole job, where plain Python would leave the others waiting.
+    One process needs no MPI. `python -m mpi4py` makes one failing rank abort the whole job, where plain Python would leave the others waiting.
     """
     if not spec.mpi:
         return [spec.executable, *spec.arguments]
+    if spec.process_count == 1:
+        return [sys.executable, "-m", spec.executable, *spec.arguments]
     launcher = mpiexec()
     assert launcher is not None, "check() refuses MPI without mpiexec"
     ranks = str(spec.process_count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from beamwire.services.streamer.components import Share
@@ -63,6 +64,8 @@ class Mpi:
 
         self._world: Any = MPI.COMM_WORLD
         self.share = Share(self._world.Get_rank(), self._world.Get_size())
+        self._world.Barrier()
+        _unlink_shared_memory()
 
     def broadcast(self, value: T | None) -> T:
         """What rank 0 has."""
@@ -78,6 +81,17 @@ class Mpi:
         """Ends the MPI job: a rank that is gone would leave the others waiting."""
         if self.share.size > 1:
             self._world.Abort(code)
+
+
+def _unlink_shared_memory() -> None:
+    """Removes the names of MPICH's shared memory, which every rank has mapped by now.
+
+    MPICH removes them when it finalizes, so that a job that is killed would leave them in /dev/shm for ever.
+    """
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = Path(line.split(maxsplit=5)[-1])
+        if path.name.startswith("mpich_shm_"):
+            path.unlink(missing_ok=True)
 
 
 def ranks(environment: Mapping[str, str] = os.environ) -> Ranks:

@@ -222,7 +222,7 @@ type JobSpec struct {
 	Resources *Resources `protobuf:"bytes,6,opt,name=resources,proto3" json:"resources,omitempty"`
 	// The backend to run on. Default `local`.
 	Backend string `protobuf:"bytes,7,opt,name=backend,proto3" json:"backend,omitempty"`
-	// Run under `mpiexec`, with `resources.process_count` ranks.
+	// Run under `mpiexec`, with `resources.process_count` ranks; one rank is run without it.
 	Mpi bool `protobuf:"varint,8,opt,name=mpi,proto3" json:"mpi,omitempty"`
 	// What the program reads from standard input.
 	Stdin []byte `protobuf:"bytes,9,opt,name=stdin,proto3" json:"stdin,omitempty"`

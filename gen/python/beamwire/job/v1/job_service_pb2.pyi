@@ -120,7 +120,7 @@ class JobSpec(_message.Message):
     backend: _builtins.str
     """The backend to run on. Default `local`."""
     mpi: _builtins.bool
-    """Run under `mpiexec`, with `resources.process_count` ranks."""
+    """Run under `mpiexec`, with `resources.process_count` ranks; one rank is run without it."""
     stdin: _builtins.bytes
     """What the program reads from standard input."""
     enroll: _builtins.bool

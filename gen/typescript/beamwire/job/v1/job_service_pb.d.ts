@@ -97,7 +97,7 @@ export declare type JobSpec = Message<"beamwire.job.v1.JobSpec"> & {
   backend: string;
 
   /**
-   * Run under `mpiexec`, with `resources.process_count` ranks.
+   * Run under `mpiexec`, with `resources.process_count` ranks; one rank is run without it.
    *
    * @generated from field: bool mpi = 8;
    */

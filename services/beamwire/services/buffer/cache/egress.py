@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Final
 
 from beamwire.mesh import telemetry
 from beamwire.mesh.stream.sockets import Connection
 from beamwire.mesh.stream.writer import MESSAGE_LENGTH
 from beamwire.services.buffer.cache.hangups import Hangups
-from beamwire.services.buffer.cache.relay import Relay, Sink, Step
+from beamwire.services.buffer.cache.peers import Sink, Step
+from beamwire.services.buffer.cache.relay import Relay
 from beamwire.services.buffer.cache.ring import Slot
 
 # A consumer may have frames before it that take long; one whose host is gone is noticed by keepalive.
@@ -54,13 +55,7 @@ class Egress:
 
     def _send(self, sink: Sink, slots: list[Slot]) -> None:
         try:
-            with ExitStack() as spans:
-                for slot in slots:
-                    if slot.traceparent:
-                        attributes = {telemetry.ATTR_CONSUMER: sink.number, telemetry.ATTR_EVENTS: slot.events}
-                        spans.enter_context(
-                            telemetry.span(telemetry.SPAN_CACHE_RELAY, parent=slot.traceparent, attributes=attributes)
-                        )
+            with _traced(sink, slots):
                 self._connection.send(self._relay.wire(slots))
         except BaseException:
             self._relay.cut(slots)
@@ -70,3 +65,15 @@ class Egress:
     def _tell(self, sink: Sink, message: bytes) -> None:
         self._connection.send(message)
         self._relay.told(sink, len(message) - MESSAGE_LENGTH.size)
+
+
+def _traced(sink: Sink, slots: list[Slot]) -> AbstractContextManager[object]:
+    """A span for each of the frames that is traced."""
+    traced = [slot for slot in slots if slot.traceparent]
+    if not traced:
+        return nullcontext()
+    spans = ExitStack()
+    for slot in traced:
+        attributes = {telemetry.ATTR_CONSUMER: sink.number, telemetry.ATTR_EVENTS: slot.events}
+        spans.enter_context(telemetry.span(telemetry.SPAN_CACHE_RELAY, parent=slot.traceparent, attributes=attributes))
+    return spans

@@ -5,7 +5,8 @@ from __future__ import annotations
 from beamwire.mesh.errors import BeamwireError
 from beamwire.mesh.stream.frame import parse_header
 from beamwire.mesh.stream.sockets import Connection
-from beamwire.services.buffer.cache.relay import RefusedError, Relay, SealedError
+from beamwire.services.buffer.cache.peers import RefusedError, SealedError
+from beamwire.services.buffer.cache.relay import Relay
 from beamwire.services.buffer.cache.ring import Slot
 from beamwire.stream.v1.frame_pb2 import FRAME_KIND_END, FRAME_KIND_HEADER, FrameHeader
 

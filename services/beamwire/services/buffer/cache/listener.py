@@ -15,7 +15,8 @@ from beamwire.mesh.stream.sockets import PULL, PUSH, Connection, PlainConnection
 from beamwire.services.buffer.cache.egress import Egress
 from beamwire.services.buffer.cache.hangups import Hangups
 from beamwire.services.buffer.cache.ingest import Ingest
-from beamwire.services.buffer.cache.relay import RefusedError, Relay
+from beamwire.services.buffer.cache.peers import RefusedError
+from beamwire.services.buffer.cache.relay import Relay
 
 MOST_PEERS: Final = 1024
 _HANDSHAKE_TIMEOUT: Final = 10.0

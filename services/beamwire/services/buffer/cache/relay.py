@@ -9,8 +9,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Final
 
 from beamwire.common.v1 import account_pb2
@@ -19,6 +17,7 @@ from beamwire.mesh.stream.writer import MESSAGE_LENGTH
 from beamwire.services.buffer.cache.account import Account, ProducerAccount
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.ending import Seal, end_message, ending
+from beamwire.services.buffer.cache.peers import RefusedError, SealedError, Sink, Source, Step
 from beamwire.services.buffer.cache.ring import Ring, Slot
 from beamwire.services.buffer.cache.status import to_status
 from beamwire.services.buffer.control import CacheState, CacheStatus
@@ -26,42 +25,6 @@ from beamwire.stream.v1.frame_pb2 import FRAME_KIND_DATA, FrameHeader, StreamEnd
 
 # Frames up to this size together go out in one call.
 _GREEDY_BYTES: Final = 64 * 1024
-
-
-class RefusedError(Exception):
-    """A peer is turned away; the message says why."""
-
-
-class SealedError(Exception):
-    """No more frames are taken."""
-
-
-class Step(Enum):
-    """What a consumer's thread does next, other than sending frames."""
-
-    HEADER = auto()
-    END = auto()
-    LEAVE = auto()
-
-
-@dataclass(eq=False, slots=True)
-class Source:
-    """A producer number: its last sequence, its END, and its connection while it has one."""
-
-    identity: str
-    connection: Connection | None
-    last_sequence: int = 0
-    end: StreamEnd | None = None
-
-
-@dataclass(eq=False, slots=True)
-class Sink:
-    """A consumer connection while it lasts."""
-
-    number: int
-    connection: Connection
-    greeted: bool = False
-    hung_up: bool = False
 
 
 class Relay:
@@ -103,6 +66,8 @@ class Relay:
         """A place for a message; waits for it, the longest waiting first. SealedError if the stream is sealed."""
         ticket = object()
         with self._lock:
+            if not self._waiting and self._seal is None and (slot := self._ring.reserve(length)) is not None:
+                return slot
             self._waiting.append(ticket)
             try:
                 while True:
@@ -160,7 +125,7 @@ class Relay:
             slot.events = header.event_count
             slot.traceparent = header.traceparent
             self._account.received(header.producer, frames=slot.frames, events=slot.events, size=slot.length)
-            self._times = (self._times[0] or time.time(), time.time())
+            self._note_time()
             self._queue.append(slot)
             self._frames.notify()
         self._on_change(False)
@@ -376,15 +341,21 @@ class Relay:
         self._release(slots)
         self._frames.notify_all()
 
+    def _note_time(self) -> None:
+        now = time.time()
+        self._times = (self._times[0] or now, now)
+
     def _release(self, slots: list[Slot]) -> None:
         for slot in slots:
             self._ring.release(slot)
-        self._room.notify_all()
+        if self._waiting:
+            self._room.notify_all()
 
 
 def _totals(slots: list[Slot]) -> dict[str, int]:
-    return {
-        "frames": sum(slot.frames for slot in slots),
-        "events": sum(slot.events for slot in slots),
-        "size": sum(slot.length for slot in slots),
-    }
+    frames = events = size = 0
+    for slot in slots:
+        frames += slot.frames
+        events += slot.events
+        size += slot.length
+    return {"frames": frames, "events": events, "size": size}
