@@ -23,7 +23,8 @@ class PooledMemory(np.ndarray[Any, np.dtype[np.uint8]]):
 
 def allocate(size: int) -> mmap.mmap:
     """Private zeroed memory of `size` bytes, page-aligned."""
-    memory = mmap.mmap(-1, size)
+    # Python would share it, and shared memory gets no huge pages.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if size >= _HUGE_PAGE:
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)

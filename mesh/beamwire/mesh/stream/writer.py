@@ -25,8 +25,6 @@ from beamwire.stream.v1.frame_pb2 import Array, FrameHeader
 
 # SP says before each message how long it is.
 MESSAGE_LENGTH: Final = struct.Struct(">Q")
-# What is copied is still in the processor's cache when its checksum is taken.
-_CHUNK: Final = 256 * 1024
 _ANY_CHECKSUM: Final = 0xFFFFFFFF
 _ROW_OFFSETS: Final = ".row_offsets"
 
@@ -133,6 +131,7 @@ def _check_rows(name: str, values: AnyArray, offsets: AnyArray, events: int) -> 
 
 
 def _place(array: AnyArray, dtype: str, target: memoryview, checksum: int) -> int:
+    """Copy and return the checksum of all so far."""
     if array.flags.c_contiguous and array.dtype.str == dtype and array.size:
         return _place_bytes(array.reshape(-1).view(np.uint8).data, target, checksum)
     if array.size:
@@ -141,12 +140,8 @@ def _place(array: AnyArray, dtype: str, target: memoryview, checksum: int) -> in
 
 
 def _place_bytes(source: memoryview, target: memoryview, checksum: int) -> int:
-    """Copy and return the checksum of all so far."""
-    into = np.frombuffer(target, np.uint8) if len(target) else np.empty(0, np.uint8)
-    data = np.frombuffer(source, np.uint8) if len(source) else np.empty(0, np.uint8)
-    for start in range(0, len(data), _CHUNK):
+    if len(source):
         # numpy copies without holding the interpreter's lock; a memoryview does not.
-        piece = into[start : start + _CHUNK]
-        np.copyto(piece, data[start : start + _CHUNK])
-        checksum = crc32c(piece.data, checksum)
-    return checksum
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+    # Of the source: a large copy goes past the processor's cache, so the target would have to be fetched again.
+    return crc32c(source, checksum)

@@ -115,9 +115,9 @@ class LocalBackend:
 
 
 def command(spec: JobSpec) -> list[str]:
-    """Return the command line of a job. With MPI, `executable` is a module and runs under mpi4py.
+    """Return the command line of a job. With MPI, `executable` is a module, and one process needs no MPI.
 
-    One process needs no MPI. `python -m mpi4py` makes one failing rank abort the whole job, where plain Python would leave the others waiting.
+    `python -m mpi4py` makes one failing rank abort the whole job, where plain Python would leave the others waiting.
     """
     if not spec.mpi:
         return [spec.executable, *spec.arguments]

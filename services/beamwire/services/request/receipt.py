@@ -17,10 +17,7 @@ def receipt_of(account: BufferAccount, end_cause: str) -> Receipt:
     only if no event went missing in between. A producer that never said END vouches for nothing beyond what arrived.
     """
     selected = sum(p.selected_event_count if p.ended else p.received_event_count for p in account.producers)
-    losses: Counter[str] = Counter(account.losses)
-    for producer in account.producers:
-        losses.update(producer.skipped)
-    losses = +losses
+    losses = lost_events(account)
     delivered = account.delivered_event_count
     return Receipt(
         selected_event_count=selected,
@@ -34,6 +31,14 @@ def receipt_of(account: BufferAccount, end_cause: str) -> Receipt:
         producers=account.producers,
         consumers=account.consumers,
     )
+
+
+def lost_events(account: BufferAccount) -> Counter[str]:
+    """Return the events that did not come, by cause: lost at the cache, or skipped by the streamer."""
+    losses: Counter[str] = Counter(account.losses)
+    for producer in account.producers:
+        losses.update(producer.skipped)
+    return +losses
 
 
 def unwanted_losses(receipt: Receipt) -> dict[str, int]:

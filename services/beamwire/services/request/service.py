@@ -31,6 +31,7 @@ from beamwire.services.request.model import (
     TransferRecord,
     TransferState,
 )
+from beamwire.services.request.receipt import lost_events
 
 FILTER_KEYS = {"state": "state", "owner": "owner", "labels.*": "labels.*"}
 DEFAULT_LEASE = timedelta(days=1)
@@ -214,6 +215,7 @@ def _to_message(record: TransferRecord) -> pb.Transfer:
             capacity_bytes=record.capacity_bytes,
             connected_producer_count=sum(p.connected for p in account.producers),
             connected_consumer_count=sum(c.connected for c in account.consumers),
+            lost_event_count=sum(lost_events(account).values()),
         ),
         error=to_status(record.error.to_error()) if record.error else None,
         receipt=_to_receipt(record.receipt) if record.receipt else None,

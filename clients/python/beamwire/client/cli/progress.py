@@ -74,5 +74,5 @@ class Meter:
             byte_rate=(bytes_ - first_bytes) / span if span > 0 else 0.0,
             fill=counters.held_bytes / counters.capacity_bytes if counters.capacity_bytes else None,
             eta_seconds=left / event_rate if expected and event_rate else None,
-            lost_events=lost_events(transfer.receipt),
+            lost_events=max(counters.lost_event_count, lost_events(transfer.receipt)),
         )

@@ -291,8 +291,10 @@ type TransferCounters struct {
 	ConnectedProducerCount int32 `protobuf:"varint,8,opt,name=connected_producer_count,json=connectedProducerCount,proto3" json:"connected_producer_count,omitempty"`
 	// Consumers connected now.
 	ConnectedConsumerCount int32 `protobuf:"varint,9,opt,name=connected_consumer_count,json=connectedConsumerCount,proto3" json:"connected_consumer_count,omitempty"`
-	unknownFields          protoimpl.UnknownFields
-	sizeCache              protoimpl.SizeCache
+	// Events selected that will not come, as far as is known: the receipt has the causes.
+	LostEventCount int64 `protobuf:"varint,10,opt,name=lost_event_count,json=lostEventCount,proto3" json:"lost_event_count,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *TransferCounters) Reset() {
@@ -384,6 +386,13 @@ func (x *TransferCounters) GetConnectedProducerCount() int32 {
 func (x *TransferCounters) GetConnectedConsumerCount() int32 {
 	if x != nil {
 		return x.ConnectedConsumerCount
+	}
+	return 0
+}
+
+func (x *TransferCounters) GetLostEventCount() int64 {
+	if x != nil {
+		return x.LostEventCount
 	}
 	return 0
 }
@@ -1147,7 +1156,7 @@ const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"\x0fmax_event_count\x18\a \x01(\x03B\x04\xe2A\x01\x01R\rmaxEventCount\x1a^\n" +
 	"\x10DataSourcesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x124\n" +
-	"\x05value\x18\x02 \x01(\v2\x1e.beamwire.request.v1.ComponentR\x05value:\x028\x01\"\xa0\x03\n" +
+	"\x05value\x18\x02 \x01(\v2\x1e.beamwire.request.v1.ComponentR\x05value:\x028\x01\"\xca\x03\n" +
 	"\x10TransferCounters\x120\n" +
 	"\x14expected_event_count\x18\x01 \x01(\x03R\x12expectedEventCount\x120\n" +
 	"\x14received_event_count\x18\x02 \x01(\x03R\x12receivedEventCount\x12%\n" +
@@ -1159,7 +1168,9 @@ const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"held_bytes\x18\x06 \x01(\x03R\theldBytes\x12%\n" +
 	"\x0ecapacity_bytes\x18\a \x01(\x03R\rcapacityBytes\x128\n" +
 	"\x18connected_producer_count\x18\b \x01(\x05R\x16connectedProducerCount\x128\n" +
-	"\x18connected_consumer_count\x18\t \x01(\x05R\x16connectedConsumerCount\"\x8a\x04\n" +
+	"\x18connected_consumer_count\x18\t \x01(\x05R\x16connectedConsumerCount\x12(\n" +
+	"\x10lost_event_count\x18\n" +
+	" \x01(\x03R\x0elostEventCount\"\x8a\x04\n" +
 	"\aReceipt\x120\n" +
 	"\x14selected_event_count\x18\x01 \x01(\x03R\x12selectedEventCount\x122\n" +
 	"\x15delivered_event_count\x18\x02 \x01(\x03R\x13deliveredEventCount\x120\n" +

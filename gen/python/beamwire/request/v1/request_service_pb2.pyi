@@ -149,6 +149,7 @@ class TransferCounters(_message.Message):
     CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
     CONNECTED_PRODUCER_COUNT_FIELD_NUMBER: _builtins.int
     CONNECTED_CONSUMER_COUNT_FIELD_NUMBER: _builtins.int
+    LOST_EVENT_COUNT_FIELD_NUMBER: _builtins.int
     expected_event_count: _builtins.int
     """Events that the streamer will select altogether, if known; 0 if not."""
     received_event_count: _builtins.int
@@ -167,6 +168,8 @@ class TransferCounters(_message.Message):
     """Producers connected now."""
     connected_consumer_count: _builtins.int
     """Consumers connected now."""
+    lost_event_count: _builtins.int
+    """Events selected that will not come, as far as is known: the receipt has the causes."""
     def __init__(
         self,
         *,
@@ -179,10 +182,11 @@ class TransferCounters(_message.Message):
         capacity_bytes: _builtins.int = ...,
         connected_producer_count: _builtins.int = ...,
         connected_consumer_count: _builtins.int = ...,
+        lost_event_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "connected_consumer_count", b"connected_consumer_count", "connected_producer_count", b"connected_producer_count", "expected_event_count", b"expected_event_count", "held_bytes", b"held_bytes", "received_bytes", b"received_bytes", "received_event_count", b"received_event_count", "sent_bytes", b"sent_bytes", "sent_event_count", b"sent_event_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "connected_consumer_count", b"connected_consumer_count", "connected_producer_count", b"connected_producer_count", "expected_event_count", b"expected_event_count", "held_bytes", b"held_bytes", "lost_event_count", b"lost_event_count", "received_bytes", b"received_bytes", "received_event_count", b"received_event_count", "sent_bytes", b"sent_bytes", "sent_event_count", b"sent_event_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

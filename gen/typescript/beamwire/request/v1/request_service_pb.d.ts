@@ -176,6 +176,13 @@ export declare type TransferCounters = Message<"beamwire.request.v1.TransferCoun
    * @generated from field: int32 connected_consumer_count = 9;
    */
   connectedConsumerCount: number;
+
+  /**
+   * Events selected that will not come, as far as is known: the receipt has the causes.
+   *
+   * @generated from field: int64 lost_event_count = 10;
+   */
+  lostEventCount: bigint;
 };
 
 /**

@@ -24,7 +24,7 @@ from beamwire.services.buffer.control import CacheState, CacheStatus
 from beamwire.stream.v1.frame_pb2 import FRAME_KIND_DATA, FrameHeader, StreamEnd
 
 # Frames up to this size together go out in one call.
-_GREEDY_BYTES: Final = 64 * 1024
+_GREEDY_BYTES: Final = 256 * 1024
 
 
 class Relay:
