@@ -159,14 +159,29 @@ def test_a_killed_cache_is_seen_on_both_sides(start_cache):
     assert at_producer.value.reason is Reason.CACHE_FAILED
 
 
-def test_a_killed_cache_is_seen_by_a_producer_that_ends(start_cache):
-    cache = start_cache(transport="tcp", capacity_frames=1)
-    out = Producer(cache.connect, None, HEADER)
+@pytest.mark.parametrize("transport", ["tls+tcp", "tcp"])
+def test_a_killed_cache_is_seen_by_a_producer_that_ends(start_cache, transport):
+    cache = start_cache(transport=transport, capacity_frames=1)
+    out = Producer(cache.connect, cache.user, HEADER)
     send(out, 3)
     with ThreadPoolExecutor(1) as pool:
         ending = pool.submit(out.end)
         cache.wait(lambda status: status.counters.held_frame_count == 1)
         cache.process.kill()
+        with pytest.raises(BeamwireError) as caught:
+            ending.result(WAIT)
+    assert caught.value.reason is Reason.CACHE_FAILED
+
+
+@pytest.mark.parametrize("transport", ["tls+tcp", "tcp"])
+def test_a_producer_whose_end_was_not_taken_is_told(start_cache, transport):
+    cache = start_cache(transport=transport, capacity_frames=1)
+    out = Producer(cache.connect, cache.user, HEADER)
+    send(out, 3)
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(out.end)
+        cache.wait(lambda status: status.counters.held_frame_count == 1)
+        cache.seal("CANCELLED", "by alice")
         with pytest.raises(BeamwireError) as caught:
             ending.result(WAIT)
     assert caught.value.reason is Reason.CACHE_FAILED
@@ -236,7 +251,8 @@ def deliver(cache, headers: list[FrameHeader]) -> None:
         for header in headers:
             connection.send(FrameWriter().encode(header))
         connection.finish()
-    except ConnectionError:
+    except OSError:
+        # It was turned away before it had said everything.
         pass
     finally:
         connection.close()

@@ -13,6 +13,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc.experimental.session_cache import ssl_session_cache_lru
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
@@ -32,11 +33,13 @@ class Servicer:
 
     def __init__(self) -> None:
         self.calls = 0
+        self.sessions_reused: list[bytes] = []
         self.answer: Callable[[], Awaitable[None]] | None = None
         self.ended = asyncio.Event()
 
-    async def GetTrustBundle(self, request: pb.GetTrustBundleRequest, context: object) -> pb.TrustBundle:  # noqa: N802
+    async def GetTrustBundle(self, request: pb.GetTrustBundleRequest, context: Any) -> pb.TrustBundle:  # noqa: N802
         self.calls += 1
+        self.sessions_reused += context.auth_context()["ssl_session_reused"]
         if self.answer is not None:
             await self.answer()
         return pb.TrustBundle(name=request.name)
@@ -146,6 +149,39 @@ async def test_a_certificate_that_ends_during_a_connection_ends_its_calls(
         error = await refusal(stub.GetTrustBundle(REQUEST))
     assert error.reason is Reason.CERTIFICATE_EXPIRED
     assert error.metadata == {"check": "time"}
+
+
+async def test_a_resumed_session_does_not_outlive_its_certificate(served: Served, facility: Facility) -> None:
+    alice = facility.member("user/alice", lifetime=timedelta(seconds=3))
+    options = [("grpc.ssl_session_cache", ssl_session_cache_lru(1)), ("grpc.use_local_subchannel_pool", 1)]
+
+    address = served.address.replace("127.0.0.1", "localhost")  # sessions are kept by name
+
+    async def call() -> None:
+        async with grpc.aio.secure_channel(address, alice.channel_credentials(), options) as channel:
+            await pb_grpc.CertificateServiceStub(channel).GetTrustBundle(REQUEST, timeout=5)
+
+    await call()
+    await call()
+    assert served.servicer.sessions_reused == [b"false", b"true"]
+    await asyncio.sleep((alice.not_after - utcnow()).total_seconds() + 0.1)
+    with pytest.raises(grpc.aio.AioRpcError, match="ended") as caught:
+        await call()
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert served.servicer.calls == 2
+
+
+async def test_many_members_may_connect_at_once(served: Served) -> None:
+    """A server that gave gRPC new credentials at every handshake was killed by this."""
+
+    async def connect_often(credentials: Credentials) -> None:
+        for _ in range(20):
+            async with served.stub(credentials) as stub:
+                await stub.GetTrustBundle(REQUEST)
+
+    alice = served.facility.member("user/alice")
+    await asyncio.gather(*(connect_often(alice) for _ in range(16)))
+    assert served.servicer.calls == 320
 
 
 async def test_a_call_ends_at_its_deadline(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

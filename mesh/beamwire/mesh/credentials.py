@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from cryptography import x509
@@ -113,6 +113,11 @@ class _State:
                 Reason.CERTIFICATE_INVALID, f"{directory}: {CHAIN_FILE} does not belong to {KEY_FILE}; enrol again"
             )
         return cls(key, chain, bundle, identity, leaf.not_valid_after_utc, verifier)
+
+    def server_configuration(self) -> grpc.ServerCertificateConfiguration:
+        return grpc.ssl_server_certificate_configuration(
+            [(self.key_pem, self.chain_pem)], root_certificates=self.bundle_pem
+        )
 
 
 @contextmanager
@@ -222,21 +227,25 @@ class Credentials:
         )
 
     def server_credentials(self, *, require_client: bool = True) -> grpc.ServerCredentials:
-        """What a gRPC server shows and believes.
+        """What a gRPC server shows and believes at one port. A renewal counts from the next handshake on.
 
-        Every handshake is given a new configuration, made of what is then on disk. If the fetcher returned None or the
-        credentials were static, a client could resume a session after its certificate has ended.
+        gRPC is given a new configuration only after a change: while it replaces one, a second handshake at the same
+        time may use memory that is already free (grpc/grpc#36693), and a new one for every handshake soon kills the
+        process. In return a client can resume a TLS session after its certificate has ended, so a server must check
+        the time at every call.
         """
-        return grpc.dynamic_ssl_server_credentials(
-            self._server_configuration(),
-            self._server_configuration,
-            require_client_authentication=require_client,
-        )
+        served = self._fresh()
 
-    def _server_configuration(self) -> grpc.ServerCertificateConfiguration:
-        state = self._fresh()
-        return grpc.ssl_server_certificate_configuration(
-            [(state.key_pem, state.chain_pem)], root_certificates=state.bundle_pem
+        def renewed() -> Any:
+            nonlocal served
+            state = self._fresh()
+            if state is served:
+                return None  # which the stubs of grpcio do not know
+            served = state
+            return state.server_configuration()
+
+        return grpc.dynamic_ssl_server_credentials(
+            served.server_configuration(), renewed, require_client_authentication=require_client
         )
 
     def client_context(self) -> ssl.SSLContext:

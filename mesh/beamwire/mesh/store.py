@@ -1,13 +1,15 @@
 """The durable store: one SQLite file per service, its records, and the watch that tells of every change.
 
-An answer means fsynced (WAL with synchronous=FULL). One process owns a file, through one writing connection; what
-readers see on top of the disk are versions that `publish` made, counters mostly, which no crash needs to keep.
+An answer means fsynced (WAL with synchronous=FULL). One process owns a file, through one writing connection, so the
+records it read or wrote last are also kept in memory; so are versions that `publish` made, counters mostly, which no
+crash needs to keep.
 """
 
 import asyncio
 import builtins
 import fcntl
 import os
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -24,6 +26,9 @@ from beamwire.mesh.tables import metadata, resources
 from beamwire.mesh.watching import Watcher
 
 T = TypeVar("T")
+
+KNOWN_RECORDS = 4096
+"""Records of one Store that are kept in memory; the least recently used one makes room."""
 
 _Row = Row[*tuple[Any, ...]]
 _Select = Select[*tuple[Any, ...]]
@@ -121,7 +126,8 @@ class Store(Generic[R]):
         self.db = db
         self.record_type = record_type
         self.kind = record_type.__name__
-        self._live: dict[str, R] = {}
+        self._known: OrderedDict[str, R] = OrderedDict()
+        self._deletions = 0
         self._watchers: dict[str, set[Watcher[R]]] = {}
 
     async def insert(self, record: R) -> R:
@@ -130,8 +136,19 @@ class Store(Generic[R]):
 
     async def get(self, name: str) -> R | None:
         """The newest version, published ones included; None if there is no such record."""
+        known = self._known.get(name)
+        if known is not None:
+            self._known.move_to_end(name)
+            return known
+        deletions = self._deletions
         row = await self.db.carry_out(self._one(name))
-        return None if row is None else self._newest(row)
+        if row is None:
+            return None
+        record = self._newest(row)
+        # What was deleted while it was being read must not come back.
+        if deletions == self._deletions:
+            self._remember(record)
+        return record
 
     async def update(self, record: R) -> R:
         """Stores a changed record as the next revision.
@@ -163,7 +180,9 @@ class Store(Generic[R]):
 
         A version made from an outdated revision is ignored. State is not a volatile part: use `update` for it.
         """
-        self._live[record.name] = record
+        known = self._known.get(record.name)
+        if known is None or record.revision >= known.revision:
+            self._remember(record)
         self._tell(record, urgent=False)
 
     async def delete(self, name: str) -> bool:
@@ -229,6 +248,7 @@ class Store(Generic[R]):
             raise BeamwireError(
                 Reason.RESOURCE_EXISTS, f"{record.name} exists already", metadata={"name": record.name}
             ) from None
+        self._remember(stored)
         self._tell(stored, urgent=True)
         return stored
 
@@ -245,7 +265,7 @@ class Store(Generic[R]):
             )
             if changed.rowcount == 0:
                 raise _conflict(record, (await connection.execute(select(resources.c.revision).where(one))).scalar())
-        self._live.pop(record.name, None)
+        self._remember(stored)
         self._tell(stored, urgent=True)
         return stored
 
@@ -254,7 +274,8 @@ class Store(Generic[R]):
             result = await connection.execute(
                 delete(resources).where(resources.c.kind == self.kind, resources.c.name == name)
             )
-        self._live.pop(name, None)
+        self._known.pop(name, None)
+        self._deletions += 1
         if result.rowcount:
             for watcher in self._watchers.pop(name, set()):
                 watcher.end()
@@ -263,10 +284,13 @@ class Store(Generic[R]):
     async def _one(self, name: str) -> _Row | None:
         async with self.db.read() as connection:
             found = await connection.execute(self._select().where(resources.c.name == name))
-            row: _Row | None = found.one_or_none()
-        if row is None:
-            self._live.pop(name, None)
-        return row
+            return found.one_or_none()
+
+    def _remember(self, record: R) -> None:
+        self._known[record.name] = record
+        self._known.move_to_end(record.name)
+        if len(self._known) > KNOWN_RECORDS:
+            self._known.popitem(last=False)
 
     async def _records(self, query: _Select) -> builtins.list[R]:
         async def rows() -> Collection[_Row]:
@@ -281,9 +305,9 @@ class Store(Generic[R]):
         return select(columns.name, columns.revision, columns.document).where(columns.kind == self.kind)
 
     def _newest(self, row: _Row) -> R:
-        live = self._live.get(row.name)
-        if live is not None and live.revision == row.revision:
-            return live
+        known = self._known.get(row.name)
+        if known is not None and known.revision >= row.revision:
+            return known
         return self.record_type.model_validate_json(row.document)
 
     def _stored(self, record: R, **changes: object) -> tuple[R, str]:

@@ -129,6 +129,11 @@ class Connection(ABC):
         with suppress(OSError):
             socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
+    def stop_receiving(self) -> None:
+        """End a `receive` that waits in another thread; the peer is told nothing before the connection is closed."""
+        with suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RD)
+
     def close(self) -> None:
         """Close the socket; not while another thread uses it."""
         self._socket.close()

@@ -23,10 +23,13 @@ class Ingest:
 
     def run(self) -> None:
         """Return when the producer has closed in good order or the stream was sealed."""
+        # A producer that waits behind its END must not take the death of this process for its confirmation.
+        self._connection.abort_on_close(True)
         try:
             while (length := self._connection.receive_length()) is not None:
                 self._relay.check_length(length)
                 self._take(length)
+            self._connection.abort_on_close(False)
             self._connection.finish()
         except SealedError:
             return

@@ -270,7 +270,7 @@ class Relay:
             self._seal = Seal(cause, detail, forced=not done)
             for source in self._sources.values():
                 if source.connection is not None and source.end is None:
-                    source.connection.interrupt()
+                    source.connection.stop_receiving()
             if not (done if deliver is None else deliver):
                 self._drop()
             self._room.notify_all()

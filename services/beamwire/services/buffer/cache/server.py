@@ -85,6 +85,8 @@ class CacheServer:
 
     def _changed_in_thread(self, urgent: bool) -> None:
         # Threads move thousands of frames per second: they wake the loop only if it does not know yet.
+        if self._loop.is_closed():
+            return
         if urgent or (self._watchers and not self._told):
             self._told = True
             self._loop.call_soon_threadsafe(self._changed, urgent)
