@@ -49,6 +49,10 @@ class Servicer:
         self.trace_id = telemetry.trace_id_of(telemetry.current_traceparent())
         return pb.JoinToken(token=f"{current_caller()} {self.calls}", identity=request.identity)
 
+    async def RenewCertificate(self, request: object, context: object) -> pb.Certificate:  # noqa: N802
+        self.calls += 1
+        return pb.Certificate(granted_by=f"{current_caller()} {self.calls}")
+
     async def EnrollMember(self, request: pb.EnrollMemberRequest, context: object) -> pb.Certificate:  # noqa: N802
         return pb.Certificate(granted_by=str(current_caller()))
 
@@ -328,20 +332,20 @@ async def test_the_trace_of_the_caller_goes_on_at_the_server(served: Served) -> 
 
 
 async def test_repeating_a_request_repeats_the_answer(served: Served) -> None:
-    request = pb.CreateJoinTokenRequest(identity="x", request_id=str(uuid.uuid4()))
-    other = pb.CreateJoinTokenRequest(identity="y", request_id=request.request_id)
+    request = pb.RenewCertificateRequest(csr_pem="x", request_id=str(uuid.uuid4()))
+    other = pb.RenewCertificateRequest(csr_pem="y", request_id=request.request_id)
     async with served.as_member("operator/root") as stub:
-        first, again = await stub.CreateJoinToken(request), await stub.CreateJoinToken(request)
+        first, again = await stub.RenewCertificate(request), await stub.RenewCertificate(request)
         assert first == again
         assert served.servicer.calls == 1
-        assert (await refusal(stub.CreateJoinToken(other))).reason is Reason.REQUEST_ID_REUSED
+        assert (await refusal(stub.RenewCertificate(other))).reason is Reason.REQUEST_ID_REUSED
     async with served.as_member("service/job") as stub:
-        assert (await stub.CreateJoinToken(request)).token == "spiffe://facility.test/service/job 2"
+        assert (await stub.RenewCertificate(request)).granted_by == "spiffe://facility.test/service/job 2"
 
 
 async def test_a_request_id_is_a_uuid(served: Served) -> None:
     async with served.as_member("operator/root") as stub:
-        error = await refusal(stub.CreateJoinToken(pb.CreateJoinTokenRequest(identity="x", request_id="1")))
+        error = await refusal(stub.RenewCertificate(pb.RenewCertificateRequest(csr_pem="x", request_id="1")))
     assert [v.field for v in error.violations] == ["request_id"]
 
 

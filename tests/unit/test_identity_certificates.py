@@ -106,7 +106,7 @@ def test_servers_and_clients_are_told_apart_by_role_not_by_extensions(authority:
     issued, chain = issue(authority, SpiffeId(DOMAIN, "service/request"), ["localhost", "127.0.0.1", "::1"])
     assert issued.server_names == ("localhost", "127.0.0.1", "::1")
     names = chain[0].extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    assert names.get_values_for_type(x509.DNSName) == ["localhost"]
+    assert names.get_values_for_type(x509.DNSName) == ["localhost", "services.facility.test"]
     assert [str(a) for a in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1", "::1"]
     assert verifier.verify(chain[0], chain[1:]).path == "service/request"
 

@@ -18,7 +18,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from beamwire.mesh.credentials import PRIVATE, PUBLIC, key_pem, load_key, write_file
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.identity import Clock, SpiffeId, utcnow
+from beamwire.mesh.identity import Clock, Role, SpiffeId, services_name, utcnow
 
 _BACKDATE: Final = timedelta(minutes=5)
 _ROOT_LIFETIME: Final = timedelta(days=3650)
@@ -111,8 +111,8 @@ class Authority:
     ) -> IssuedCertificate:
         """A certificate for the key in a signing request; nothing else is taken from the request.
 
-        It ends with the issuing authority at the latest. INVALID_FIELD if the request, a name or the identity is not
-        acceptable.
+        A service also gets the name by which clients know services. The certificate ends with the issuing authority at
+        the latest. INVALID_FIELD if the request, a name or the identity is not acceptable.
         """
         if identity.trust_domain != self.trust_domain:
             raise invalid_field("identity", f"{identity} is outside the trust domain {self.trust_domain}")
@@ -121,7 +121,11 @@ class Authority:
         now = self._clock()
         parent = self._issuing.certificate
         not_after = min(now + lifetime, parent.not_valid_after_utc).replace(microsecond=0)
-        names = [identity.uri, *(_general_name(name) for name in server_names)]
+        reserved = services_name(self.trust_domain)
+        if reserved in server_names and identity.role is not Role.SERVICE:
+            raise invalid_field("server_names", f"{reserved} is for the services of the facility only")
+        own_name = (reserved,) if identity.role is Role.SERVICE else ()
+        names = [identity.uri, *(_general_name(name) for name in dict.fromkeys((*server_names, *own_name)))]
         leaf = (
             _builder(identity.path[-64:], parent.subject, public_key, now - _BACKDATE, not_after)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import serialization
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
 from beamwire.mesh.credentials import PUBLIC, Credentials, new_key_and_csr, write_file
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Verifier
+from beamwire.mesh.identity import Verifier, services_name
 from beamwire.mesh.rpc.status import error_from_rpc
 
 MEMBER_FILE: Final = "member.json"
@@ -82,9 +82,9 @@ def enroll(token: JoinToken, directory: Path, *, timeout: float = 30) -> Credent
     request = certificate_service_pb2.EnrollMemberRequest(
         secret=token.secret, csr_pem=csr_pem.decode(), request_id=str(uuid.uuid4())
     )
-    with grpc.secure_channel(
-        token.enroll_address, grpc.ssl_channel_credentials(root_certificates=token.roots_pem)
-    ) as channel:
+    roots = grpc.ssl_channel_credentials(root_certificates=token.roots_pem)
+    options = [("grpc.ssl_target_name_override", services_name(token.trust_domain))]
+    with grpc.secure_channel(token.enroll_address, roots, options) as channel:
         stub = certificate_service_pb2_grpc.CertificateServiceStub(channel)
         try:
             certificate = stub.EnrollMember(request, timeout=timeout)

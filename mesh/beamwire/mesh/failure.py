@@ -15,12 +15,23 @@ class Failure(BaseModel, frozen=True):
     metadata: dict[str, str] = {}
 
     @classmethod
-    def of(cls, error: BeamwireError | OSError) -> Failure:
-        """Keep what is worth keeping of an error; what the system refused (a full disk, say) is LAUNCH_FAILED."""
-        if isinstance(error, OSError):
-            return cls(reason=Reason.LAUNCH_FAILED.name, message=str(error))
-        return cls(reason=error.reason.name, message=error.message, metadata=dict(error.metadata))
+    def of(cls, error: Exception) -> Failure:
+        """Keep what is worth keeping of an error."""
+        known = as_error(error)
+        return cls(reason=known.reason.name, message=known.message, metadata=dict(known.metadata))
 
     def to_error(self) -> BeamwireError:
         """Return the error that was kept."""
         return BeamwireError(Reason[self.reason], self.message, metadata=self.metadata)
+
+
+def as_error(error: Exception) -> BeamwireError:
+    """Return what an exception means to somebody outside.
+
+    What the system refused (a full disk, say) is LAUNCH_FAILED; anything unforeseen is INTERNAL and tells nothing.
+    """
+    if isinstance(error, BeamwireError):
+        return error
+    if isinstance(error, OSError):
+        return BeamwireError(Reason.LAUNCH_FAILED, str(error))
+    return BeamwireError(Reason.INTERNAL, "the service has a fault; its log has the details")

@@ -86,6 +86,14 @@ def _refuse(check: str, message: str, reason: Reason = Reason.CERTIFICATE_INVALI
     return BeamwireError(reason, message, metadata={"check": check})
 
 
+def services_name(trust_domain: str) -> str:
+    """The DNS name on the certificates of a facility's services and on no other: by it a client knows a service.
+
+    A host name would not do, because the caches of a facility share the services' hosts.
+    """
+    return f"services.{trust_domain}"
+
+
 def spiffe_id_of(certificate: x509.Certificate) -> SpiffeId:
     """The id on a certificate, which proves nothing yet; CERTIFICATE_INVALID unless it has exactly one URI SAN."""
     try:

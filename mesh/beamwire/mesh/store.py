@@ -27,6 +27,9 @@ from beamwire.mesh.watching import Watcher
 
 T = TypeVar("T")
 
+CLOSING_SECONDS = 10.0
+"""How long `Database.close` waits for changes that were begun."""
+
 KNOWN_RECORDS = 4096
 """Records of one Store that are kept in memory; the least recently used one makes room."""
 
@@ -133,6 +136,16 @@ class Store(Generic[R]):
     async def insert(self, record: R) -> R:
         """Stores a new record as revision 1; RESOURCE_EXISTS if the name is taken."""
         return await self.db.carry_out(self._insert(record))
+
+    async def add(self, record: R, contents: Callable[[R], object]) -> R:
+        """Stores a new record, or returns the one of that name if both have the same contents; else RESOURCE_EXISTS."""
+        try:
+            return await self.insert(record)
+        except BeamwireError:
+            existing = await self.get(record.name)
+            if existing is None or contents(existing) != contents(record):
+                raise
+            return existing
 
     async def get(self, name: str) -> R | None:
         """The newest version, published ones included; None if there is no such record."""

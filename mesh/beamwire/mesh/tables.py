@@ -10,7 +10,7 @@ resources = Table(
     Column("name", Text, primary_key=True),
     Column("kind", Text, nullable=False, index=True),
     Column("owner", Text, nullable=False, index=True),
-    Column("state", Text, nullable=False),
+    Column("state", Text, nullable=False, index=True),
     Column("create_time", Text, nullable=False, index=True),
     Column("revision", Integer, nullable=False),
     Column("document", JSON, nullable=False),

@@ -14,6 +14,9 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds before work that failed is begun again."""
+
 OnFailure = Callable[[str, Exception], None]
 
 
@@ -75,6 +78,20 @@ class TaskRunner:
         task.add_done_callback(ended)
         return task
 
+    def keep(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Tracks `work()`, begun again after a pause as often as it fails; nothing if it runs already.
+
+        For what must be brought to its end whatever happens, and can be taken up where it was.
+        """
+        if name not in self._tracked:
+            self.track(name, _until_done(name, work))
+
+    async def wait(self, name: str) -> None:
+        """Waits for the end of a tracked task; nothing if there is none."""
+        task = self._tracked.get(name)
+        if task is not None:
+            await asyncio.wait([task])
+
     def tracked(self) -> list[str]:
         """The names of the tracked tasks that run."""
         return list(self._tracked)
@@ -109,6 +126,19 @@ def stop_on_signals() -> Iterator[asyncio.Event]:
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
+
+
+async def _until_done(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    pause = FIRST_PAUSE
+    while True:
+        try:
+            await work()
+        except Exception:
+            log.exception("%s failed; it is tried again in %g s", name, pause)
+        else:
+            return
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 async def _contained(name: str, coro: Coroutine[Any, Any, None], on_failure: OnFailure | None) -> None:

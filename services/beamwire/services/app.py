@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
+from typing import Any
 
 import grpc
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from beamwire.buffer.v1 import buffer_service_pb2_grpc
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
@@ -16,7 +19,7 @@ from beamwire.job.v1 import job_service_pb2_grpc
 from beamwire.mesh import telemetry
 from beamwire.mesh.authority import Authority
 from beamwire.mesh.credentials import Credentials
-from beamwire.mesh.errors import invalid_field
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.idempotency import Idempotency
 from beamwire.mesh.pages import Pager
 from beamwire.mesh.rpc.channel import connect
@@ -42,9 +45,10 @@ from beamwire.services.request.model import TransferRecord
 from beamwire.services.request.preflight import StreamerCheck
 from beamwire.services.request.service import RequestService
 
-log = logging.getLogger(__name__)
-
 TOKEN_TTL = timedelta(minutes=10)
+# How long a job or a buffer waits for a Certificate service that is away.
+MINT_PATIENCE = 300.0
+RENEWAL_PERIOD = 600.0
 STOP_GRACE = 5.0
 
 
@@ -60,6 +64,7 @@ class _Parts:
     services: list[Service] = field(default_factory=list)
     idempotency: dict[str, Idempotency] = field(default_factory=dict)
     resume: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    start: dict[str, Callable[[], Coroutine[Any, Any, None]]] = field(default_factory=dict)
 
     def credentials(self, name: str) -> Credentials:
         return Credentials.load(self.layout.member(f"service/{name}"))
@@ -92,7 +97,19 @@ class Minter:
         request = certificate_service_pb2.CreateJoinTokenRequest(
             identity=identity, ttl=to_duration(TOKEN_TTL), server_names=server_names
         )
-        return (await self._stub.CreateJoinToken(request)).token
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception(_unreachable),
+            wait=wait_random_exponential(0.1, max=3),
+            stop=stop_after_delay(MINT_PATIENCE),
+            reraise=True,
+        ):
+            with attempt:
+                return (await self._stub.CreateJoinToken(request)).token
+        raise AssertionError("a retry either returns or raises")
+
+
+def _unreachable(error: BaseException) -> bool:
+    return isinstance(error, BeamwireError) and error.reason in (Reason.SERVICE_UNAVAILABLE, Reason.TIMED_OUT)
 
 
 async def _add_certificate(parts: _Parts) -> None:
@@ -102,6 +119,7 @@ async def _add_certificate(parts: _Parts) -> None:
     lifetimes = Lifetimes(parts.settings.certificates.by_role())
     registrar = Registrar(authority, Store(database, TokenRecord), ledger, lifetimes)
     await renew_services(parts.layout, registrar, parts.settings)
+    parts.start["renewal"] = partial(_renew, parts, registrar)
     service = CertificateService(
         registrar, ledger, parts.pager, parts.settings.addresses(), parts.settings.enroll_address
     )
@@ -118,6 +136,9 @@ async def _add_buffer(parts: _Parts) -> None:
         advertise=data.advertise,
         allow_plain_tcp=data.allow_plain_tcp,
         capacity_bytes=data.capacity_bytes,
+        active_buffers=parts.settings.limits.active_buffers,
+        # A transfer's buffer outlives the transfer's lease by a little.
+        lease=parts.settings.limits.lease + timedelta(hours=1),
         trace_dir=_trace_dir(parts),
         otlp_endpoint=parts.settings.telemetry.otlp_endpoint,
     )
@@ -154,6 +175,13 @@ async def _add_request(parts: _Parts) -> None:
     service = RequestService(transfers, store, parts.pager)
     parts.add("RequestService", request_service_pb2_grpc.add_RequestServiceServicer_to_server, service, database)
     parts.resume.append(transfers.resume)
+
+
+async def _renew(parts: _Parts, registrar: Registrar) -> None:
+    """Renew the services' certificates in time; each process reads its own again by itself."""
+    while True:
+        await asyncio.sleep(min(RENEWAL_PERIOD, parts.settings.certificates.service.total_seconds() / 20))
+        await renew_services(parts.layout, registrar, parts.settings)
 
 
 def _trace_dir(parts: _Parts) -> str:
@@ -207,14 +235,17 @@ async def serve(
                 await add(parts)
         # Entered after the databases and channels, and so left before them: tasks end while what they use is there.
         await stack.enter_async_context(runner)
+        for task, work in parts.start.items():
+            runner.start(task, work)
+        # Before the first call is answered, so that no call finds a resource that lacks its driver.
+        for resume in parts.resume:
+            await resume()
         credentials = parts.credentials(identity.removeprefix("service/"))
         server = Server(credentials, address=address, services=parts.services, idempotency=parts.idempotency)
         await server.start()
         stack.push_async_callback(server.stop, STOP_GRACE)
         if "certificate" in names:
             await _listen_for_members(parts, credentials)
-        for resume in parts.resume:
-            await resume()
         ready(address)
         await runner.run_until_signal()
 

@@ -182,6 +182,8 @@ def token(identity: str, directory: Path, ttl: int, server_names: tuple[str, ...
         return
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
+        # The mode counts only for a file that is made here.
+        os.fchmod(descriptor, 0o600)
         file.write(minted + "\n")
     click.echo(f"wrote a token for {whole} to {output}; use it with: beamwire enroll --token-file {output}", err=True)
 

@@ -73,6 +73,7 @@ class Limits(Section):
     """What one owner may have."""
 
     active_transfers: int = Field(default=16, gt=0)
+    active_buffers: int = Field(default=16, gt=0, description="besides those of transfers")
     processes: int = Field(default=64, gt=0, description="MPI ranks of one streamer")
     lease: timedelta = Field(default=timedelta(days=7), description="how long a transfer may take")
 

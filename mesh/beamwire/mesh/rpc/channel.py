@@ -12,6 +12,7 @@ import grpc
 from beamwire.mesh import telemetry
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity import services_name
 from beamwire.mesh.rpc.status import error_from_rpc
 
 DEADLINE: Final = 15.0
@@ -42,7 +43,7 @@ def service_config() -> dict[str, Any]:
 
 
 def connect(address: str, credentials: Credentials, *, server_name: str | None = None) -> grpc.aio.Channel:
-    """A channel to `host:port`; `server_name` is the name to expect on the certificate if it is not the host.
+    """A channel to `host:port`, to a service of the caller's own facility unless `server_name` says what to expect.
 
     Failed calls raise BeamwireError. Unary calls end after 15 s unless the call says otherwise; streams have no
     deadline, and end within 8 s of the connection's death. Calls made after a renewal of the credentials use the new
@@ -60,8 +61,8 @@ def connect(address: str, credentials: Credentials, *, server_name: str | None =
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ]
-    if server_name is not None:
-        options.append(("grpc.ssl_target_name_override", server_name))
+    expected = server_name or services_name(credentials.identity.trust_domain)
+    options.append(("grpc.ssl_target_name_override", expected))
     return _RenewingChannel(address, credentials, options)
 
 

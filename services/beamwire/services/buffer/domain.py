@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 from beamwire.mesh import telemetry
@@ -22,7 +25,12 @@ from beamwire.mesh.tasks import TaskRunner
 from beamwire.services.buffer.control import CacheControl, CacheStatus
 from beamwire.services.buffer.model import BUFFER_STATES, BufferRecord, BufferSpec, BufferState, Seal
 
+log = logging.getLogger(__name__)
+
 START_TIMEOUT = 30.0
+# A cache that was there answers at once, or not at all.
+TELL_TIMEOUT = 8.0
+EXPIRE_TIMEOUT = 30.0
 # How long the cache still answers latecomers with END after the stream has ended.
 LINGER = 3.0
 LOG_TAIL_LINES = 10
@@ -42,6 +50,8 @@ class Placement:
         advertise: the name or address that peers dial.
         allow_plain_tcp: whether the operator admits buffers without TLS (on a loopback address only).
         capacity_bytes: the largest ring one buffer may have.
+        active_buffers: how many buffers one user may hold, besides those of transfers.
+        lease: how long a buffer may live.
         trace_dir: where their traces go, or "".
         otlp_endpoint: where else, or "".
     """
@@ -50,8 +60,15 @@ class Placement:
     advertise: str = "127.0.0.1"
     allow_plain_tcp: bool = False
     capacity_bytes: int = 8 * 1024**3
+    active_buffers: int = 16
+    lease: timedelta = timedelta(days=8)
     trace_dir: str = ""
     otlp_endpoint: str = ""
+
+    @property
+    def plain_tcp(self) -> bool:
+        """Whether buffers without TLS are admitted: the operator says so, and nobody else can reach them."""
+        return self.allow_plain_tcp and _is_loopback(self.host)
 
 
 class Buffers:
@@ -81,6 +98,7 @@ class Buffers:
         self._placement = placement
         self._mint = mint
         self._runner = runner
+        self._admission = asyncio.Lock()
 
     def check(self, spec: BufferSpec) -> None:
         """Raise BeamwireError naming what is wrong with a specification, or what this release does not do."""
@@ -90,62 +108,87 @@ class Buffers:
         for field in ("capacity_frames", "producer_count"):
             if getattr(spec, field) < 1:
                 raise invalid_field(f"buffer.spec.{field}", "must be at least 1")
-        if spec.lease <= 0:
-            raise invalid_field("buffer.spec.lease", "must be positive")
+        if not 0 < spec.lease <= self._placement.lease.total_seconds():
+            raise invalid_field("buffer.spec.lease", f"must be positive and at most {self._placement.lease}")
         for field, supported in UNSUPPORTED.items():
             if getattr(spec, field) not in supported:
                 raise BeamwireError(
                     Reason.UNSUPPORTED,
                     f"buffer.spec.{field}: {getattr(spec, field)} is not in this release; use {' or '.join(supported)}",
                 )
-        if spec.transport == "TCP" and not self._placement.allow_plain_tcp:
-            raise invalid_field("buffer.spec.transport", "this facility does not allow plain TCP; use TLS_TCP")
+        if spec.transport == "TCP" and not self._placement.plain_tcp:
+            raise invalid_field("buffer.spec.transport", "this facility does not allow plain TCP here; use TLS_TCP")
 
     async def create(self, name: str, owner: str, transfer: str, spec: BufferSpec) -> BufferRecord:
         """Store a buffer and begin to drive it; a buffer of that name with the same contents is returned as it is."""
         self.check(spec)
-        existing = await self._store.get(name)
-        if existing is not None:
-            if (existing.spec, existing.owner) == (spec, owner):
-                return existing
-            raise BeamwireError(Reason.RESOURCE_EXISTS, f"{name} exists and is another buffer; choose another id")
         now = datetime.now(UTC)
-        record = await self._store.insert(
-            BufferRecord(
-                name=name,
-                owner=owner,
-                state=BufferState.STARTING,
-                create_time=now,
-                update_time=now,
-                spec=spec,
-                transfer=transfer,
-                expire_time=now + timedelta(seconds=spec.lease),
-                traceparent=telemetry.current_traceparent(),
-            )
+        record = BufferRecord(
+            name=name,
+            owner=owner,
+            state=BufferState.STARTING,
+            create_time=now,
+            update_time=now,
+            spec=spec,
+            transfer=transfer,
+            expire_time=now + timedelta(seconds=spec.lease),
+            traceparent=telemetry.current_traceparent(),
         )
-        self._runner.track(name, self._drive(name))
+        async with self._admission:
+            if not transfer:
+                await self._admit(owner)
+            record = await self._store.add(record, lambda r: (r.spec, r.owner, r.transfer))
+        self._keep(record)
         return record
 
     async def resume(self) -> None:
         """Take up every buffer that had not ended when the service stopped, and stop caches that outlived their end."""
         unfinished = await self._store.unfinished(BUFFER_STATES.terminal)
         for record in unfinished:
-            self._runner.track(record.name, self._drive(record.name))
+            self._keep(record)
         driven = {record.name for record in unfinished}
         for directory in sorted(self._directory.glob("*")):
             if f"buffers/{directory.name}" not in driven:
-                await self._discard(directory)
+                self._runner.keep(f"discarding {directory.name}", partial(self._discard, directory))
+
+    def _keep(self, record: BufferRecord) -> None:
+        if not _ended(record):
+            self._runner.keep(record.name, lambda: self._drive(record.name))
+
+    async def _admit(self, owner: str) -> None:
+        """Bound what a user may hold besides the buffers of transfers, which have a limit of their own."""
+        active = await self._store.unfinished(BUFFER_STATES.terminal)
+        limit = self._placement.active_buffers
+        if sum(record.owner == owner and not record.transfer for record in active) >= limit:
+            raise BeamwireError(
+                Reason.LIMIT_REACHED,
+                f"{owner} has {limit} buffers that have not ended, the limit here; delete one or wait for one to end",
+                quota="active_buffers",
+                retry_after=10.0,
+            )
 
     async def seal(self, name: str, seal: Seal) -> BufferRecord:
-        """Say that no more frames will come. The word is stored before it is passed on to the cache."""
-        record = await self._store.change(name, lambda r: {} if r.seal or _ended(r) else {"seal": seal})
-        if record.seal is not None and record.state in (BufferState.READY, BufferState.DRAINING):
-            async with await CacheControl.connect(self.directory_of(name), START_TIMEOUT) as control:
-                await control.seal(record.seal.cause, record.seal.detail)
+        """Say that no more frames will come. The word is stored before it is passed on to the cache.
+
+        DONE may still give way to a worse cause: who waits in vain for consumers must be able to end it.
+        """
+        record = await self._store.change(name, lambda r: {"seal": seal} if _supersedes(seal, r) else {})
+        if record.state in (BufferState.READY, BufferState.DRAINING):
+            await self._tell(record)
         return record
+
+    async def _tell(self, record: BufferRecord) -> None:
+        """Pass the stored word on to the cache."""
+        if record.seal is not None:
+            async with await CacheControl.connect(self.directory_of(record.name), TELL_TIMEOUT) as control:
+                await control.seal(record.seal.cause, record.seal.detail)
 
     async def delete(self, name: str) -> None:
         """Stop the cache if it runs, and forget the buffer."""
+        # To the end even if the caller hangs up: between the lines the buffer has no driver.
+        await self._store.db.carry_out(self._delete(name))
+
+    async def _delete(self, name: str) -> None:
         await self._runner.cancel(name)
         await self._discard(self.directory_of(name))
         await self._store.delete(name)
@@ -167,7 +210,9 @@ class Buffers:
             except TimeoutError:
                 await self._expire(name, directory, process)
             await asyncio.sleep(LINGER)
-        except (BeamwireError, OSError) as error:
+        except Exception as error:
+            if not isinstance(error, BeamwireError | OSError):
+                log.exception("%s met a fault", name)
             failure = Failure.of(error)
             await self._store.change(name, lambda r: {**_to(r, BufferState.FAILED), "error": failure})
         await self._discard(directory)
@@ -241,9 +286,7 @@ class Buffers:
 
     async def _follow(self, name: str, directory: Path) -> None:
         async with await CacheControl.connect(directory, START_TIMEOUT) as control:
-            record = await self._get(name)
-            if record.seal is not None:
-                await control.seal(record.seal.cause, record.seal.detail)
+            await self._tell(await self._get(name))
             async for status in control.watch():
                 await self._note(name, status)
                 if status.state == "ENDED":
@@ -260,7 +303,8 @@ class Buffers:
         transport = TRANSPORTS[record.spec.transport]
         buffer_id = name.removeprefix("buffers/")
         connect = ConnectString(hosts=((host, int(port)),), buffer=buffer_id, epoch=record.epoch, transport=transport)
-        await self._store.change(
+        was_starting = record.state == BufferState.STARTING
+        record = await self._store.change(
             name,
             lambda r: {
                 **_to(r, BufferState(status.state)),
@@ -269,11 +313,20 @@ class Buffers:
                 "end_cause": status.end_cause,
             },
         )
+        if was_starting:
+            # Who sealed the buffer before it was seen to be ready left the telling to this line.
+            await self._tell(record)
 
     async def _expire(self, name: str, directory: Path, process: Process) -> None:
         """The lease ended: tell the consumers, then follow the cache to its end."""
         await self.seal(name, Seal(cause="EXPIRED", detail="the lease of the buffer ended"))
-        await self._watch(name, directory, process)
+        try:
+            async with asyncio.timeout(EXPIRE_TIMEOUT):
+                await self._watch(name, directory, process)
+        except TimeoutError:
+            raise BeamwireError(
+                Reason.LEASE_EXPIRED, f"the lease of {name} ended, and its cache did not within {EXPIRE_TIMEOUT:g} s"
+            ) from None
 
     def _death(self, name: str, directory: Path, died: asyncio.Task[object]) -> BeamwireError:
         stderr = directory / "stderr"
@@ -299,8 +352,21 @@ class Buffers:
         return record
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 def _ended(record: BufferRecord) -> bool:
     return BUFFER_STATES.is_terminal(BufferState(record.state))
+
+
+def _supersedes(seal: Seal, record: BufferRecord) -> bool:
+    if _ended(record):
+        return False
+    return record.seal is None or (record.seal.cause == "DONE" and seal.cause != "DONE")
 
 
 def _to(record: BufferRecord, state: BufferState) -> dict[str, object]:

@@ -11,7 +11,7 @@ from beamwire.common.v1 import account_pb2
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.identity import Role, SpiffeId
 from beamwire.mesh.listing import list_page
-from beamwire.mesh.names import check_id, new_id, parse_name
+from beamwire.mesh.names import RESERVED, check_id, new_id, parse_name
 from beamwire.mesh.pages import Pager
 from beamwire.mesh.rpc.access import check_owner, current_caller
 from beamwire.mesh.rpc.convert import from_duration, to_duration, to_timestamp
@@ -41,14 +41,15 @@ class BufferService(pb_grpc.BufferServiceServicer):
                 raise BeamwireError(Reason.NOT_OWNER, "only a service may create a buffer for somebody else")
             owner = str(SpiffeId.parse(request.buffer.owner))
         spec = _to_spec(request.buffer.spec, owner)
-        buffer_id = (
-            check_id("buffer_id", request.buffer_id) if request.buffer_id else new_id(request.request_id or None)
-        )
+        reserved = caller.role is Role.SERVICE
+        chosen = request.buffer_id or new_id(request.request_id or None)
+        buffer_id = check_id("buffer_id", chosen, reserved=reserved)
         name = f"buffers/{buffer_id}"
         if request.validate_only:
             self._buffers.check(spec)
             return pb.Buffer(name=name, owner=owner, spec=_from_spec(spec))
-        transfer = f"transfers/{buffer_id}" if caller.role is Role.SERVICE else ""
+        made_for = buffer_id.removeprefix(RESERVED)
+        transfer = f"transfers/{made_for}" if made_for != buffer_id else ""
         return _to_message(await self._buffers.create(name, owner, transfer, spec))
 
     async def GetBuffer(self, request: pb.GetBufferRequest, context: object) -> pb.Buffer:
@@ -64,7 +65,9 @@ class BufferService(pb_grpc.BufferServiceServicer):
         self, request: pb.WatchBufferRequest, context: object
     ) -> AsyncIterator[pb.WatchBufferResponse]:
         """Send the buffer after every change until it has ended."""
-        await self._visible(request.name)
+        record = await self._visible(request.name)
+        if BUFFER_STATES.is_terminal(BufferState(record.state)) and record.etag == request.etag:
+            return
         async for record in self._store.watch(request.name, etag=request.etag):
             yield pb.WatchBufferResponse(buffer=_to_message(record))
             if BUFFER_STATES.is_terminal(BufferState(record.state)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from asyncio import timeout
 from collections.abc import Awaitable, Callable, Mapping
@@ -16,6 +17,8 @@ from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
 from beamwire.services.job.backend import Backend, Outcome, Run
 from beamwire.services.job.model import JOB_STATES, JobRecord, JobSpec, JobState, Transition
+
+log = logging.getLogger(__name__)
 
 LOG_TAIL_LINES = 20
 LOG_TAIL_BYTES = 4096
@@ -78,6 +81,9 @@ class Jobs:
             raise invalid_field("job.spec.resources.process_count", "must be at least 1")
         if spec.process_count > 1 and not spec.mpi:
             raise invalid_field("job.spec.resources.process_count", "several processes need mpi = true")
+        for field, seconds in (("resources.duration", spec.duration), ("grace", spec.grace)):
+            if seconds is not None and seconds <= 0:
+                raise invalid_field(f"job.spec.{field}", "must be positive")
         if spec.directory and not Path(spec.directory).is_dir():
             raise invalid_field("job.spec.directory", f"{spec.directory!r} is not a directory on this host")
         self._backends[spec.backend].check(spec)
@@ -85,49 +91,48 @@ class Jobs:
     async def create(self, name: str, owner: str, identity: str, spec: JobSpec) -> JobRecord:
         """Store a job and begin to drive it; a job of that name with the same contents is returned as it is."""
         self.check(spec)
-        existing = await self._store.get(name)
-        if existing is not None:
-            if (existing.spec, existing.owner) == (spec, owner):
-                return existing
-            raise BeamwireError(Reason.RESOURCE_EXISTS, f"{name} exists and is another job; choose another id")
         now = datetime.now(UTC)
-        record = await self._store.insert(
-            JobRecord(
-                name=name,
-                owner=owner,
-                state=JobState.NEW,
-                create_time=now,
-                update_time=now,
-                spec=spec,
-                transitions=(Transition(state=JobState.NEW, time=now),),
-                identity=identity,
-                traceparent=telemetry.current_traceparent(),
-            )
+        record = JobRecord(
+            name=name,
+            owner=owner,
+            state=JobState.NEW,
+            create_time=now,
+            update_time=now,
+            spec=spec,
+            transitions=(Transition(state=JobState.NEW, time=now),),
+            identity=identity,
+            traceparent=telemetry.current_traceparent(),
         )
-        self._runner.track(name, self._drive(name))
+        record = await self._store.add(record, lambda r: (r.spec, r.owner))
+        self._keep(record)
         return record
 
     async def resume(self) -> None:
         """Take up every job that had not ended when the service stopped."""
         for record in await self._store.unfinished(JOB_STATES.terminal):
-            self._runner.track(record.name, self._drive(record.name))
+            self._keep(record)
 
     async def cancel(self, name: str) -> JobRecord:
         """Ask for the end of a job; the driver brings it about. One that has ended stays as it is."""
-        record = await self._store.change(name, lambda r: {} if _ended(r) else {"cancel_requested": True})
-        if _ended(record):
-            return record
-        run = await self._backends[record.spec.backend].find(self.directory_of(name))
+        record = await self._store.change(
+            name, lambda r: {} if _ended(r) or r.cancel_requested else {"cancel_requested": True}
+        )
+        run = None if _ended(record) else await self._backends[record.spec.backend].find(self.directory_of(name))
         if run is not None:
-            await run.cancel()
+            # Ending it takes up to its grace time, which no caller has to wait for.
+            self._runner.keep(f"cancelling {name}", run.cancel)
         return record
+
+    def _keep(self, record: JobRecord) -> None:
+        if not _ended(record):
+            self._runner.keep(record.name, lambda: self._drive(record.name))
 
     async def delete(self, name: str) -> None:
         """Cancel a job if it runs, wait for its end, and forget it with its directory."""
         await self.cancel(name)
-        async for record in self._store.watch(name):
-            if _ended(record):
-                break
+        await self._runner.wait(name)
+        if not _ended(await self._get(name)):
+            raise BeamwireError(Reason.DRAINING, f"{name} is not deleted yet: the service is stopping; call again")
         await self._store.delete(name)
         shutil.rmtree(self.directory_of(name), ignore_errors=True)
 
@@ -151,8 +156,11 @@ class Jobs:
                     await self._enter(name, JobState.CANCELED, "cancelled before it was started")
                     return
                 outcome, limited = await self._finished(record, run)
-            except (BeamwireError, OSError) as error:
-                await self._enter(name, JobState.FAILED, str(error), error=Failure.of(error))
+            except Exception as error:
+                if not isinstance(error, BeamwireError | OSError):
+                    log.exception("%s met a fault", name)
+                failure = Failure.of(error)
+                await self._enter(name, JobState.FAILED, failure.message, error=failure)
                 return
             await self._conclude(name, outcome, limited)
 
@@ -186,15 +194,25 @@ class Jobs:
     async def _finished(self, record: JobRecord, run: Run) -> tuple[Outcome, bool]:
         """Wait for the end; returns how it ended and whether the time limit ended it."""
         try:
-            async with timeout(record.spec.duration):
+            async with timeout(self._time_left(await self._get(record.name))):
                 return await run.wait(), False
         except TimeoutError:
             await run.cancel()
             return await run.wait(), True
 
+    def _time_left(self, record: JobRecord) -> float | None:
+        """Return the seconds that a running job may still run, counted from when it began; None without a limit."""
+        if record.spec.duration is None:
+            return None
+        began = next(step.time for step in reversed(record.transitions) if step.state is JobState.ACTIVE)
+        return record.spec.duration - (datetime.now(UTC) - began).total_seconds()
+
     async def _conclude(self, name: str, outcome: Outcome, limited: bool) -> None:
         record = await self._get(name)
         code = outcome.exit_code
+        # Nobody runs under this identity any more.
+        (self.directory_of(name) / "join-token").unlink(missing_ok=True)
+        shutil.rmtree(self.directory_of(name) / "credentials", ignore_errors=True)
         if record.cancel_requested:
             await self._enter(name, JobState.CANCELED, "cancelled", exit_code=code)
         elif limited:

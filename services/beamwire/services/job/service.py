@@ -41,7 +41,8 @@ class JobService(pb_grpc.JobServiceServicer):
     async def CreateJob(self, request: pb.CreateJobRequest, context: object) -> pb.Job:
         """Store a job and start it."""
         spec = _to_spec(request.job.spec)
-        job_id = check_id("job_id", request.job_id) if request.job_id else new_id(request.request_id or None)
+        chosen = request.job_id or new_id(request.request_id or None)
+        job_id = check_id("job_id", chosen, reserved=current_caller().role is Role.SERVICE)
         identity = SpiffeId(self._trust_domain, f"{Role.JOB}/{job_id}")
         if request.validate_only:
             self._jobs.check(spec)
@@ -60,7 +61,9 @@ class JobService(pb_grpc.JobServiceServicer):
 
     async def WatchJob(self, request: pb.WatchJobRequest, context: object) -> AsyncIterator[pb.WatchJobResponse]:
         """Send the job after every change until it has ended."""
-        await self._visible(request.name)
+        record = await self._visible(request.name)
+        if JOB_STATES.is_terminal(JobState(record.state)) and record.etag == request.etag:
+            return
         async for record in self._store.watch(request.name, etag=request.etag):
             yield pb.WatchJobResponse(job=_to_message(record))
             if JOB_STATES.is_terminal(JobState(record.state)):

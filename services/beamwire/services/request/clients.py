@@ -31,11 +31,16 @@ STREAMER = "beamwire.services.streamer"
 
 T = TypeVar("T")
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds between attempts
-TRANSIENT = frozenset({Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.REQUEST_IN_FLIGHT})
+TRANSIENT = frozenset({Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.REQUEST_IN_FLIGHT, Reason.TIMED_OUT})
 
 
 def _transient(error: BaseException) -> bool:
-    return isinstance(error, BeamwireError) and error.reason in TRANSIENT
+    if not isinstance(error, BeamwireError):
+        return False
+    # A service that dies in the middle of a handshake looks as if it refused the certificate.
+    cause = error.__cause__
+    broken = isinstance(cause, grpc.aio.AioRpcError) and cause.code() is grpc.StatusCode.UNAVAILABLE
+    return broken or error.reason in TRANSIENT
 
 
 async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
@@ -82,8 +87,18 @@ class BufferClient:
         self._stub = buffer_grpc.BufferServiceStub(channel)
         self._trust_domain = trust_domain
 
+    async def check(self, record: TransferRecord) -> None:
+        """Have the transfer's buffer checked without creating it."""
+        request = self._request(record)
+        request.validate_only = True
+        await self._stub.CreateBuffer(request)
+
     async def create(self, record: TransferRecord) -> None:
         """Create the transfer's buffer: its streamer may produce, its owner may consume."""
+        request = self._request(record)
+        await _patiently(lambda: self._stub.CreateBuffer(request))
+
+    def _request(self, record: TransferRecord) -> buffer_pb.CreateBufferRequest:
         buffer_id = record.buffer.removeprefix("buffers/")
         spec = json_format.ParseDict(record.buffer_options, buffer_pb.BufferSpec())
         del spec.producers[:]
@@ -95,12 +110,11 @@ class BufferClient:
         lease = to_duration(timedelta(seconds=record.lease + 60))
         if lease:
             spec.lease.CopyFrom(lease)
-        request = buffer_pb.CreateBufferRequest(
+        return buffer_pb.CreateBufferRequest(
             buffer=buffer_pb.Buffer(spec=spec, owner=record.owner),
             buffer_id=buffer_id,
             request_id=_request_id(record.name, "create-buffer"),
         )
-        await _patiently(lambda: self._stub.CreateBuffer(request))
 
     async def watch(self, name: str) -> AsyncIterator[BufferView]:
         """Follow a buffer until it has ended."""
@@ -132,7 +146,10 @@ class JobClient:
             display_name=f"streamer of {record.name}",
             executable=STREAMER,
             arguments=["run", "--config", "-"],
-            resources=job_pb.Resources(process_count=record.process_count),
+            # The saga ends the job with the lease; this ends it even if the saga cannot.
+            resources=job_pb.Resources(
+                process_count=record.process_count, duration=to_duration(timedelta(seconds=record.lease + 120))
+            ),
             mpi=True,
             stdin=json.dumps(config).encode(),
             enroll=True,

@@ -7,21 +7,25 @@ the saga up where it was: ids of buffer and job are the transfer's own, and crea
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import suppress
+import logging
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pydantic import JsonValue
 
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.failure import Failure
+from beamwire.mesh.failure import Failure, as_error
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
 from beamwire.services.request.model import TRANSFER_STATES, BufferAccount, TransferRecord, TransferState
 from beamwire.services.request.receipt import receipt_of, unwanted_losses
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 # After the streamer has ended well, its last frames are on their way to the cache for a moment.
 SETTLE_TIMEOUT = 15.0
@@ -69,6 +73,10 @@ class JobView:
 
 class BufferPort(Protocol):
     """The Buffer service, as far as a transfer needs it. Waits out an unreachable service."""
+
+    async def check(self, record: TransferRecord) -> None:
+        """Raise BeamwireError with the field at fault if the transfer's buffer could not be created."""
+        ...
 
     async def create(self, record: TransferRecord) -> None:
         """Create the transfer's buffer, or find it created."""
@@ -143,6 +151,7 @@ class Transfers:
         self._preflight = preflight
         self._runner = runner
         self._limits = limits
+        self._admission = asyncio.Lock()
 
     async def check(self, record: TransferRecord) -> Fitness:
         """Return what the request would give; raise BeamwireError naming the field that is wrong."""
@@ -150,6 +159,7 @@ class Transfers:
             raise invalid_field("transfer.process_count", f"must be from 1 to {self._limits.processes}")
         if not 0 < record.lease <= self._limits.lease.total_seconds():
             raise invalid_field("transfer.lease", f"must be positive and at most {self._limits.lease}")
+        await self._buffers.check(record)
         return await self._preflight.check(record.config)
 
     async def create(self, record: TransferRecord) -> TransferRecord:
@@ -159,27 +169,36 @@ class Transfers:
             if _contents(existing) == _contents(record):
                 return existing
             raise BeamwireError(Reason.RESOURCE_EXISTS, f"{record.name} exists and is another transfer")
-        fitness = await self.check(record)
         await self._admit(record.owner)
+        fitness = await self.check(record)
         found = {"expected_event_count": fitness.expected_event_count}
-        record = await self._store.insert(record.model_copy(update=found))
-        self._runner.track(record.name, self._drive(record.name))
+        async with self._admission:
+            await self._admit(record.owner)
+            record = await self._store.insert(record.model_copy(update=found))
+        self._keep(record.name)
         return record
 
     async def resume(self) -> None:
         """Take up every transfer that had not ended when the service stopped."""
         for record in await self._store.unfinished(TRANSFER_STATES.terminal):
-            self._runner.track(record.name, self._drive(record.name))
+            self._keep(record.name)
 
     async def cancel(self, name: str) -> TransferRecord:
         """End a transfer early; one that has ended stays as it is."""
+        # To the end even if the caller hangs up: between the lines the transfer has no driver.
+        return await self._store.db.carry_out(self._cancel(name))
+
+    async def _cancel(self, name: str) -> TransferRecord:
         await self._runner.cancel(name)
         record = await self._store.change(
             name, lambda r: {} if _ended(r) or r.state == TransferState.CANCELLING else _to(r, TransferState.CANCELLING)
         )
         if not _ended(record):
-            self._runner.track(name, self._drive(name))
+            self._keep(name)
         return record
+
+    def _keep(self, name: str) -> None:
+        self._runner.keep(name, lambda: self._drive(name))
 
     async def _admit(self, owner: str) -> None:
         active = await self._store.unfinished(TRANSFER_STATES.terminal)
@@ -199,14 +218,26 @@ class Transfers:
             if record.state == TransferState.CANCELLING:
                 await self._end_early(name, TransferState.CANCELLED, "CANCELLED", None)
                 return
-            try:
-                async with asyncio.timeout((record.expire_time - datetime.now(UTC)).total_seconds()):
-                    await self._advance(name)
-            except TimeoutError:
-                error = BeamwireError(Reason.LEASE_EXPIRED, f"the lease of {name} ended; ask for a longer one")
-                await self._end_early(name, TransferState.EXPIRED, "EXPIRED", error)
-            except BeamwireError as error:
-                await self._end_early(name, TransferState.FAILED, "FAILED", error)
+            error, state, cause = await self._attempt(record)
+            if error is not None:
+                await self._end_early(name, state, cause, error)
+
+    async def _attempt(self, record: TransferRecord) -> tuple[BeamwireError | None, TransferState, str]:
+        """Bring a transfer to its good end; returns what kept it from that, if something did."""
+        try:
+            async with asyncio.timeout((record.expire_time - datetime.now(UTC)).total_seconds()) as lease:
+                await self._advance(record.name)
+        except TimeoutError as error:
+            if lease.expired():
+                expired = BeamwireError(Reason.LEASE_EXPIRED, f"the lease of {record.name} ended; ask for a longer one")
+                return expired, TransferState.EXPIRED, "EXPIRED"
+            return as_error(error), TransferState.FAILED, "FAILED"
+        except BeamwireError as error:
+            return error, TransferState.FAILED, "FAILED"
+        except Exception as error:
+            log.exception("%s met a fault", record.name)
+            return as_error(error), TransferState.FAILED, "FAILED"
+        return None, TransferState.SUCCEEDED, "DONE"
 
     async def _advance(self, name: str) -> None:
         record = await self._get(name)
@@ -242,7 +273,10 @@ class Transfers:
             await asyncio.wait({buffer, job}, return_when=asyncio.FIRST_COMPLETED)
             if buffer.done():
                 _raise_if_failed(buffer.result())
-            ended = await asyncio.wait_for(job, ENDING_TIMEOUT) if buffer.done() else await job
+                await asyncio.wait({job}, timeout=ENDING_TIMEOUT)
+                if not job.done():
+                    raise BeamwireError(Reason.PRODUCER_FAILED, "the streamer did not end after its stream had ended")
+            ended = await job
             if ended.state != "COMPLETED":
                 raise _error(ended.error, Reason.PRODUCER_FAILED, "the streamer was cancelled from outside")
             if (await self._get(name)).state == TransferState.STREAMING:
@@ -301,43 +335,48 @@ class Transfers:
     async def _end_early(self, name: str, state: TransferState, cause: str, error: BeamwireError | None) -> None:
         """Tell the consumers, stop the streamer, wait for both to end, and keep the account."""
         record = await self._get(name)
-        if error is not None and error.reason is Reason.ILLEGAL_STATE:
-            raise error
         detail = error.message if error else "the transfer was cancelled"
-        view: BufferView | None = None
-        with suppress(TimeoutError):
-            async with asyncio.timeout(ENDING_TIMEOUT):
-                view = await self._stop_both(record, cause, detail)
+        view, _ = await asyncio.gather(
+            _ending(self._stop_buffer(record, cause, detail), record.buffer),
+            _ending(self._stop_job(record), record.job),
+        )
         changes: dict[str, object] = {"receipt": receipt_of(view.account, view.end_cause)} if view else {}
         if error is not None:
             changes["error"] = Failure.of(error)
         await self._store.change(name, lambda r: {**_to(r, state), **changes})
 
-    async def _stop_both(self, record: TransferRecord, cause: str, detail: str) -> BufferView | None:
-        view: BufferView | None = None
-        try:
-            await self._buffers.seal(record.buffer, cause, detail)
-        except BeamwireError as missing:
-            if missing.reason is not Reason.RESOURCE_NOT_FOUND:
-                raise
-        else:
-            async for view in self._buffers.watch(record.buffer):
-                if view.ended:
-                    break
-        try:
-            await self._jobs.cancel(record.job)
-        except BeamwireError as missing:
-            if missing.reason is not Reason.RESOURCE_NOT_FOUND:
-                raise
-        else:
-            await self._job_end(record.job)
-        return view
+    async def _stop_buffer(self, record: TransferRecord, cause: str, detail: str) -> BufferView | None:
+        await self._buffers.seal(record.buffer, cause, detail)
+        async for view in self._buffers.watch(record.buffer):
+            if view.ended:
+                return view
+        return None
+
+    async def _stop_job(self, record: TransferRecord) -> None:
+        await self._jobs.cancel(record.job)
+        await self._job_end(record.job)
 
     async def _get(self, name: str) -> TransferRecord:
         record = await self._store.get(name)
         if record is None:
             raise BeamwireError(Reason.RESOURCE_NOT_FOUND, f"{name} does not exist")
         return record
+
+
+async def _ending(stop: Coroutine[Any, Any, T], name: str) -> T | None:
+    """Return what stopping something gave; None if it never was, or did not end within a bound, which is logged.
+
+    What one part does must not keep the other from being stopped, nor the transfer from ending.
+    """
+    try:
+        async with asyncio.timeout(ENDING_TIMEOUT):
+            return await stop
+    except BeamwireError as error:
+        if error.reason is not Reason.RESOURCE_NOT_FOUND:
+            log.exception("%s could not be stopped", name)
+    except Exception:
+        log.exception("%s could not be stopped", name)
+    return None
 
 
 def _contents(record: TransferRecord) -> tuple[object, ...]:

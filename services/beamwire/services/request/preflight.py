@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,10 +26,15 @@ class StreamerCheck:
 
     def __init__(self, *, timeout: float = 30.0, command: tuple[str, ...] = COMMAND) -> None:
         self._timeout = timeout
+        self._room = asyncio.Semaphore(os.cpu_count() or 1)
         self._command = command
 
     async def check(self, config: Mapping[str, JsonValue]) -> Fitness:
-        """Return what the dataset holds; see Preflight.check."""
+        """Return what the dataset holds; see Preflight.check. Only a few run at a time; the others wait."""
+        async with self._room:
+            return await self._run(config)
+
+    async def _run(self, config: Mapping[str, JsonValue]) -> Fitness:
         process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,

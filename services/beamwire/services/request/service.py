@@ -14,7 +14,7 @@ from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, invalid_field
 from beamwire.mesh.identity import SpiffeId
 from beamwire.mesh.listing import list_page
-from beamwire.mesh.names import check_id, new_id, parse_name
+from beamwire.mesh.names import check_id, id_of_part, new_id, parse_name
 from beamwire.mesh.pages import Pager
 from beamwire.mesh.rpc.access import check_owner, current_caller
 from beamwire.mesh.rpc.convert import from_duration, to_duration, to_timestamp
@@ -35,6 +35,8 @@ from beamwire.services.request.receipt import lost_events
 
 FILTER_KEYS = {"state": "state", "owner": "owner", "labels.*": "labels.*"}
 DEFAULT_LEASE = timedelta(days=1)
+# Beyond what any facility allows, and small enough to be added to a date.
+LONGEST_LEASE = timedelta(days=10_000)
 
 
 class RequestService(pb_grpc.RequestServiceServicer):
@@ -66,7 +68,9 @@ class RequestService(pb_grpc.RequestServiceServicer):
         self, request: pb.WatchTransferRequest, context: object
     ) -> AsyncIterator[pb.WatchTransferResponse]:
         """Send the transfer after every change until it has ended."""
-        await self._visible(request.name)
+        record = await self._visible(request.name)
+        if TRANSFER_STATES.is_terminal(TransferState(record.state)) and record.etag == request.etag:
+            return
         async for record in self._store.watch(request.name, etag=request.etag):
             yield pb.WatchTransferResponse(transfer=_to_message(record))
             if TRANSFER_STATES.is_terminal(TransferState(record.state)):
@@ -86,13 +90,13 @@ class RequestService(pb_grpc.RequestServiceServicer):
 
 
 def _to_record(request: pb.CreateTransferRequest) -> TransferRecord:
-    """Return the transfer that a request asks for, with the ids that its buffer and its job will have: its own."""
+    """Return the transfer that a request asks for, with the ids that its buffer and its job will have."""
     transfer = request.transfer
-    transfer_id = (
-        check_id("transfer_id", request.transfer_id) if request.transfer_id else new_id(request.request_id or None)
-    )
+    transfer_id = check_id("transfer_id", request.transfer_id or new_id(request.request_id or None))
     now = datetime.now(UTC)
     lease = from_duration(transfer.lease) if transfer.HasField("lease") else DEFAULT_LEASE
+    if abs(lease) > LONGEST_LEASE:
+        raise invalid_field("transfer.lease", "is longer than any lease can be")
     traceparent = telemetry.current_traceparent()
     return TransferRecord(
         name=f"transfers/{transfer_id}",
@@ -105,8 +109,8 @@ def _to_record(request: pb.CreateTransferRequest) -> TransferRecord:
         process_count=transfer.process_count or 1,
         lease=lease.total_seconds(),
         labels=dict(transfer.labels),
-        buffer=f"buffers/{transfer_id}",
-        job=f"jobs/{transfer_id}",
+        buffer=f"buffers/{id_of_part(transfer_id)}",
+        job=f"jobs/{id_of_part(transfer_id)}",
         traceparent=traceparent,
         expire_time=now + lease,
     )
@@ -135,7 +139,11 @@ def _to_component(component: pb.Component) -> dict[str, JsonValue]:
 
 def _plain(parameters: struct_pb2.Struct) -> dict[str, JsonValue]:
     """Return a Struct as JSON; whole numbers, which a Struct holds as doubles, as integers again."""
-    return {name: _whole(value) for name, value in json_format.MessageToDict(parameters).items()}
+    try:
+        plain = json_format.MessageToDict(parameters)
+    except json_format.SerializeToJsonError as error:
+        raise invalid_field("transfer.config", f"a parameter cannot be written as JSON: {error}") from error
+    return {name: _whole(value) for name, value in plain.items()}
 
 
 def _whole(value: JsonValue) -> JsonValue:

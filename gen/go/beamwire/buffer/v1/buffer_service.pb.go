@@ -974,7 +974,7 @@ type CreateBufferRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What to create.
 	Buffer *Buffer `protobuf:"bytes,1,opt,name=buffer,proto3" json:"buffer,omitempty"`
-	// The id it shall have: 1 to 63 of a-z, 0-9 and `-`, beginning with a letter. Made up if empty.
+	// The id it shall have: 1 to 60 of a-z, 0-9 and `-`, beginning with a letter and not with `of-`. Made up if empty.
 	BufferId string `protobuf:"bytes,2,opt,name=buffer_id,json=bufferId,proto3" json:"buffer_id,omitempty"`
 	// A UUID4 that makes repeating the call harmless.
 	RequestId string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`

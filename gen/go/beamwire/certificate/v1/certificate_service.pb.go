@@ -330,9 +330,7 @@ type CreateJoinTokenRequest struct {
 	// How long the token may be used. Default 10 minutes, at most one day.
 	Ttl *durationpb.Duration `protobuf:"bytes,2,opt,name=ttl,proto3" json:"ttl,omitempty"`
 	// The DNS names and IP addresses that the member may ask for.
-	ServerNames []string `protobuf:"bytes,3,rep,name=server_names,json=serverNames,proto3" json:"server_names,omitempty"`
-	// A UUID4 that makes repeating the call harmless.
-	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	ServerNames   []string `protobuf:"bytes,3,rep,name=server_names,json=serverNames,proto3" json:"server_names,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -386,13 +384,6 @@ func (x *CreateJoinTokenRequest) GetServerNames() []string {
 		return x.ServerNames
 	}
 	return nil
-}
-
-func (x *CreateJoinTokenRequest) GetRequestId() string {
-	if x != nil {
-		return x.RequestId
-	}
-	return ""
 }
 
 // Asks for a certificate in exchange for a join token.
@@ -758,13 +749,11 @@ const file_beamwire_certificate_v1_certificate_service_proto_rawDesc = "" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x1a\n" +
 	"\bidentity\x18\x02 \x01(\tR\bidentity\x12;\n" +
 	"\vexpire_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"expireTime\"\xbb\x01\n" +
+	"expireTime\"\x96\x01\n" +
 	"\x16CreateJoinTokenRequest\x12 \n" +
 	"\bidentity\x18\x01 \x01(\tB\x04\xe2A\x01\x02R\bidentity\x121\n" +
 	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\x03ttl\x12'\n" +
-	"\fserver_names\x18\x03 \x03(\tB\x04\xe2A\x01\x01R\vserverNames\x12#\n" +
-	"\n" +
-	"request_id\x18\x04 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"w\n" +
+	"\fserver_names\x18\x03 \x03(\tB\x04\xe2A\x01\x01R\vserverNames\"w\n" +
 	"\x13EnrollMemberRequest\x12\x1c\n" +
 	"\x06secret\x18\x01 \x01(\tB\x04\xe2A\x01\x02R\x06secret\x12\x1d\n" +
 	"\acsr_pem\x18\x02 \x01(\tB\x04\xe2A\x01\x02R\x06csrPem\x12#\n" +

@@ -747,7 +747,7 @@ type CreateTransferRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// What to create.
 	Transfer *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3" json:"transfer,omitempty"`
-	// The id it shall have: 1 to 63 of a-z, 0-9 and `-`, beginning with a letter. Made up if empty.
+	// The id it shall have: 1 to 60 of a-z, 0-9 and `-`, beginning with a letter and not with `of-`. Made up if empty.
 	TransferId string `protobuf:"bytes,2,opt,name=transfer_id,json=transferId,proto3" json:"transfer_id,omitempty"`
 	// A UUID4 that makes repeating the call harmless.
 	RequestId string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`

@@ -177,18 +177,18 @@ class CreateJoinTokenRequest(_message.Message):
     IDENTITY_FIELD_NUMBER: _builtins.int
     TTL_FIELD_NUMBER: _builtins.int
     SERVER_NAMES_FIELD_NUMBER: _builtins.int
-    REQUEST_ID_FIELD_NUMBER: _builtins.int
     identity: _builtins.str
     """The SPIFFE id to enrol as."""
-    request_id: _builtins.str
-    """A UUID4 that makes repeating the call harmless."""
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
         """How long the token may be used. Default 10 minutes, at most one day."""
 
     @_builtins.property
     def server_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The DNS names and IP addresses that the member may ask for."""
+        """The DNS names and IP addresses that the member may ask for.
+        There is no request_id: repeating the call mints another token, which is harmless, while an answer kept for
+        the sake of repeating would be a secret on the disk.
+        """
 
     def __init__(
         self,
@@ -196,11 +196,10 @@ class CreateJoinTokenRequest(_message.Message):
         identity: _builtins.str = ...,
         ttl: _duration_pb2.Duration | None = ...,
         server_names: _abc.Iterable[_builtins.str] | None = ...,
-        request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "request_id", b"request_id", "server_names", b"server_names", "ttl", b"ttl"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "server_names", b"server_names", "ttl", b"ttl"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

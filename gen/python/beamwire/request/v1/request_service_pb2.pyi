@@ -464,7 +464,7 @@ class CreateTransferRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     transfer_id: _builtins.str
-    """The id it shall have: 1 to 63 of a-z, 0-9 and `-`, beginning with a letter. Made up if empty."""
+    """The id it shall have: 1 to 60 of a-z, 0-9 and `-`, beginning with a letter and not with `of-`. Made up if empty."""
     request_id: _builtins.str
     """A UUID4 that makes repeating the call harmless."""
     validate_only: _builtins.bool

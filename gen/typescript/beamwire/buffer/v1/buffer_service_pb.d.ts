@@ -554,7 +554,7 @@ export declare type CreateBufferRequest = Message<"beamwire.buffer.v1.CreateBuff
   buffer?: Buffer | undefined;
 
   /**
-   * The id it shall have: 1 to 63 of a-z, 0-9 and `-`, beginning with a letter. Made up if empty.
+   * The id it shall have: 1 to 60 of a-z, 0-9 and `-`, beginning with a letter and not with `of-`. Made up if empty.
    *
    * @generated from field: string buffer_id = 2;
    */

@@ -214,16 +214,12 @@ export declare type CreateJoinTokenRequest = Message<"beamwire.certificate.v1.Cr
   /**
    * The DNS names and IP addresses that the member may ask for.
    *
+   * There is no request_id: repeating the call mints another token, which is harmless, while an answer kept for
+   * the sake of repeating would be a secret on the disk.
+   *
    * @generated from field: repeated string server_names = 3;
    */
   serverNames: string[];
-
-  /**
-   * A UUID4 that makes repeating the call harmless.
-   *
-   * @generated from field: string request_id = 4;
-   */
-  requestId: string;
 };
 
 /**
