@@ -124,10 +124,15 @@ def _listing(files: list[Path]) -> str:
 
 
 def _write_all(part: Part, writer: Writer) -> None:
-    for number, batch in enumerate(part):
-        if number == 0:
+    begun = False
+    for batch in part:
+        if not begun:
             writer.begin(part.header)
+            begun = True
         writer.write(batch)
+    if not begun:
+        # Other consumers took everything: the file says what it would hold, with no rows.
+        writer.begin(part.header)
 
 
 def _watch(futures: list[Future[None]], stream: Stream, display: Display) -> None:
