@@ -74,7 +74,8 @@ def nothing_left_behind() -> Iterator[None]:
 
 def _is_ours(thread: threading.Thread) -> bool:
     # The threads of gRPC and of event loops' executors live as long as the process.
-    return thread.is_alive() and not thread.daemon and not thread.name.startswith("asyncio_")
+    named_by_us = thread.name.startswith(("consumer-", "beamwire"))
+    return thread.is_alive() and (named_by_us or not thread.daemon) and not thread.name.startswith("asyncio_")
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -71,7 +71,7 @@ def collector() -> Iterator[tuple[Collector, int]]:
     servicer = Collector()
     with futures.ThreadPoolExecutor(2) as pool:
         server = grpc.server(pool)
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, server)  # type: ignore[no-untyped-call]
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(servicer, server)
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
         yield servicer, port

@@ -74,6 +74,10 @@ class BeamwireError(Exception):
         self.retry_after = retry_after
         self.quota = quota
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions are pickled with their arguments, of which this one has two: it must survive a process pool.
+        return type(self), (self.reason, self.message), self.__dict__
+
     def __repr__(self) -> str:
         return f"BeamwireError({self.reason.name}, {self.message!r})"
 

@@ -224,8 +224,9 @@ class Transfers:
 
     async def _attempt(self, record: TransferRecord) -> tuple[BeamwireError | None, TransferState, str]:
         """Bring a transfer to its good end; returns what kept it from that, if something did."""
+        lease = asyncio.timeout((record.expire_time - datetime.now(UTC)).total_seconds())
         try:
-            async with asyncio.timeout((record.expire_time - datetime.now(UTC)).total_seconds()) as lease:
+            async with lease:
                 await self._advance(record.name)
         except TimeoutError as error:
             if lease.expired():
