@@ -88,6 +88,12 @@ def test_layouts() -> None:
     assert time_of(Timestamp(seconds=1_700_000_000)) == "2023-11-14 22:13:20 UTC"
 
 
+def test_a_receipt_of_one_frame_has_no_rate() -> None:
+    rows = dict(receipt_rows(Receipt(selected_event_count=10, delivered_event_count=10, frame_count=1, balanced=True)))
+    assert rows["delivered"] == "10 events in 1 frames"
+    assert "/s" not in rows["time"]
+
+
 def test_a_receipt_names_each_loss() -> None:
     account = Receipt(
         selected_event_count=100,

@@ -364,6 +364,15 @@ def _same(text: str) -> str:
     return text
 
 
+def is_open(path: Path) -> bool:
+    """Whether a process has the file open as its own."""
+    try:
+        os.close(_own(path))
+    except BeamwireError:
+        return True
+    return False
+
+
 def _own(path: Path) -> int:
     """Locks the file for this process, until the returned descriptor is closed or the process dies."""
     fd = os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)

@@ -49,7 +49,7 @@ TOKEN_TTL = timedelta(minutes=10)
 # How long a job or a buffer waits for a Certificate service that is away.
 MINT_PATIENCE = 300.0
 RENEWAL_PERIOD = 600.0
-STOP_GRACE = 5.0
+STOP_GRACE = 2.0
 
 
 @dataclass
@@ -211,8 +211,11 @@ async def serve(
     names: Sequence[ServiceName] = SERVICE_NAMES,
     *,
     ready: Callable[[str], None] = lambda _address: None,
+    stopping: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve some services of a facility until SIGTERM or SIGINT; `ready` is told the address once calls are answered.
+    """Serve some services of a facility until SIGTERM or SIGINT.
+
+    `ready` is told the address once calls are answered, `stopping` is called when the end begins.
 
     Jobs and caches that run when the process ends go on, and are taken up again by the next that serves.
 
@@ -248,6 +251,7 @@ async def serve(
             await _listen_for_members(parts, credentials)
         ready(address)
         await runner.run_until_signal()
+        stopping()
 
 
 async def _listen_for_members(parts: _Parts, credentials: Credentials) -> None:

@@ -14,8 +14,9 @@ import click
 from click.shell_completion import get_completion_class
 
 from beamwire.mesh import telemetry
-from beamwire.mesh.errors import BeamwireError
+from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.store import is_open
 from beamwire.services.config import (
     FILE_NAME,
     SERVICE_NAMES,
@@ -134,10 +135,13 @@ def serve(services: tuple[ServiceName, ...], directory: Path, config: Path | Non
     def ready(address: str) -> None:
         click.echo(f"beamwired: {', '.join(names)} of {settings.trust_domain} at {address}", err=True)
 
-    asyncio.run(serve_services(layout, settings, names, ready=ready))
+    def stopping() -> None:
+        click.echo("beamwired: stopping", err=True)
+
+    asyncio.run(serve_services(layout, settings, names, ready=ready, stopping=stopping))
     still = sum(_running(layout))
     if still:
-        click.echo(f"beamwired: {still} jobs and caches go on; `beamwired clean` would end them", err=True)
+        click.echo(f"beamwired: still running: {_count(still)}; `beamwired clean` would end them", err=True)
 
 
 @main.command()
@@ -179,6 +183,7 @@ def token(identity: str, directory: Path, ttl: int, server_names: tuple[str, ...
     minted = asyncio.run(_mint(layout, settings, whole, timedelta(seconds=ttl), server_names))
     if output is None:
         click.echo(minted)
+        click.echo("hand it over; the member runs: beamwire enroll --token-file FILE, with it in FILE", err=True)
         return
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
@@ -193,8 +198,13 @@ def token(identity: str, directory: Path, ttl: int, server_names: tuple[str, ...
 def clean(directory: Path) -> None:
     """End every job and cache that a facility which is no longer served has left running."""
     layout, _ = load_facility(directory)
-    ended = asyncio.run(_clean(layout))
-    click.echo(f"ended {ended} processes")
+    for name in ("buffer", "job"):
+        if is_open(layout.database(name)):
+            raise BeamwireError(
+                Reason.ILLEGAL_STATE,
+                f"the {name} service of {layout.directory} is being served, and what it runs is in use; stop it first",
+            )
+    click.echo(f"ended {_count(asyncio.run(_clean(layout)))}")
 
 
 @main.command()
@@ -232,6 +242,10 @@ async def _clean(layout: Layout) -> int:
             await process.terminate()
             ended += 1
     return ended
+
+
+def _count(processes: int) -> str:
+    return f"{processes} job or cache" if processes == 1 else f"{processes} jobs and caches"
 
 
 def _running(layout: Layout) -> list[bool]:

@@ -64,7 +64,14 @@ _REASONS: Final[dict[grpc.StatusCode, Reason]] = {
 }
 
 # How gRPC and BoringSSL speak of a TLS handshake that one side refused.
-_HANDSHAKE_WORDS: Final = ("handshake", "verify_failed", "in peer certificate", "ssl_error", "tlsv1 alert")
+_HANDSHAKE_WORDS: Final = (
+    "handshake",
+    "verify_failed",
+    "hostname verification",
+    "in peer certificate",
+    "ssl_error",
+    "tlsv1 alert",
+)
 
 
 def _pack(detail: message.Message) -> any_pb2.Any:

@@ -45,7 +45,8 @@ class ConnectString:
         if unknown:
             raise _invalid(text, f"{sorted(unknown)[0]!r} is no option; the options are epoch and transport")
         hosts = tuple(_parse_host(text, host) for host in url.netloc.split(","))
-        return cls(hosts, check_id(_FIELD, buffer, reserved=True), _parse_epoch(text, options), _parse_transport(text, options))
+        buffer = check_id(_FIELD, buffer, reserved=True)
+        return cls(hosts, buffer, _parse_epoch(text, options), _parse_transport(text, options))
 
     def __str__(self) -> str:
         hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.hosts)

@@ -209,13 +209,21 @@ class Buffers:
                     await self._watch(name, directory, process)
             except TimeoutError:
                 await self._expire(name, directory, process)
-            await asyncio.sleep(LINGER)
+            await self._linger(directory)
         except Exception as error:
             if not isinstance(error, BeamwireError | OSError):
                 log.exception("%s met a fault", name)
             failure = Failure.of(error)
             await self._store.change(name, lambda r: {**_to(r, BufferState.FAILED), "error": failure})
         await self._discard(directory)
+
+    async def _linger(self, directory: Path) -> None:
+        """Leave the cache to latecomers for a while, but do not leave it behind when the service stops."""
+        try:
+            await asyncio.sleep(LINGER)
+        except asyncio.CancelledError:
+            await self._discard(directory)
+            raise
 
     async def _started(self, record: BufferRecord, directory: Path) -> Process:
         """Return the cache process: the one that was started before, or one started now."""

@@ -101,7 +101,8 @@ class LocalBackend:
         process = await launch(
             command(spec),
             directory=directory,
-            env={**inherited, **spec.environment, **environment},
+            # A launcher that is killed leaves its temporary files: here they go with the job.
+            env={**inherited, "TMPDIR": str(directory), **spec.environment, **environment},
             cwd=Path(spec.directory) if spec.directory else directory,
             stdin=spec.stdin or None,
             grace=spec.grace,

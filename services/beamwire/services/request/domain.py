@@ -166,16 +166,15 @@ class Transfers:
         """Check and store a transfer and begin to drive it; one of that name with the same contents is returned."""
         existing = await self._store.get(record.name)
         if existing is not None:
-            if _contents(existing) == _contents(record):
-                return existing
-            raise BeamwireError(Reason.RESOURCE_EXISTS, f"{record.name} exists and is another transfer")
+            return await self._store.add(record, _contents)
         await self._admit(record.owner)
         fitness = await self.check(record)
         found = {"expected_event_count": fitness.expected_event_count}
         async with self._admission:
             await self._admit(record.owner)
-            record = await self._store.insert(record.model_copy(update=found))
-        self._keep(record.name)
+            record = await self._store.add(record.model_copy(update=found), _contents)
+        if not _ended(record):
+            self._keep(record.name)
         return record
 
     async def resume(self) -> None:

@@ -69,7 +69,10 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def receipt_rows(receipt: Receipt) -> list[Row]:
     """Return the account: what was selected, what came, what did not and why, and whether that balances."""
     seconds = receipt.streaming_duration.ToNanoseconds() / 1e9
-    rate = f" at {receipt.delivered_event_count / seconds:.4g} events/s, {size(receipt.sent_bytes / seconds)}/s"
+    rate = ""
+    # A stream of one frame takes no time that could be measured.
+    if seconds > 0:
+        rate = f" at {receipt.delivered_event_count / seconds:.4g} events/s, {size(receipt.sent_bytes / seconds)}/s"
     return [
         ("selected", f"{receipt.selected_event_count} events"),
         ("delivered", f"{receipt.delivered_event_count} events in {receipt.frame_count} frames"),
@@ -77,7 +80,7 @@ def receipt_rows(receipt: Receipt) -> list[Row]:
         ("balanced", "yes" if receipt.balanced else "NO"),
         ("ended", EndCause.Name(receipt.end_cause).removeprefix("END_CAUSE_").lower()),
         ("sent", size(receipt.sent_bytes)),
-        ("time", duration(seconds) + (rate if seconds else "")),
+        ("time", duration(seconds) + rate),
     ]
 
 
