@@ -38,10 +38,13 @@ from psana.dgramedit import DgramEdit
 """
 
 
-def pip(*arguments: str) -> bool:
-    """Runs pip with these arguments; says whether it succeeded."""
-    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
-    return subprocess.run(command, check=False).returncode == 0
+def pip_error(*arguments: str) -> str:
+    """What `pip install` with these arguments complains about; empty if it works."""
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode == 0:
+        return ""
+    return done.stdout.strip() or f"pip ended with code {done.returncode}"
 
 
 def psana_error() -> str:
@@ -58,11 +61,13 @@ def main() -> int:
     if not psana_error():
         print("psana is installed already.")
         return 0
-    if not pip("psana>=4.3"):
+    print("Installing psana, which reads LCLS-II runs, and what it needs; this takes a minute or two.", flush=True)
+    if first := pip_error("psana>=4.3"):
         print("psana could not be installed with all it asks for; most likely pykerberos could not be compiled.")
-        print("Installing it without pykerberos: reading runs works, calls to the experiment logbook do not.")
-        if not pip(*DEPENDENCIES) or not pip("--no-deps", *WITHOUT_DEPENDENCIES):
-            print("That failed too. Install by hand, then run this again:")
+        print("Installing it without pykerberos: reading runs works, calls to the experiment logbook do not.", flush=True)
+        if second := pip_error(*DEPENDENCIES) or pip_error("--no-deps", *WITHOUT_DEPENDENCIES):
+            print(f"{first}\n\nThat failed too:\n{second}\n")
+            print("Install by hand, then run this again:")
             print(f"    {sys.executable} -m pip install {' '.join(DEPENDENCIES)}")
             print(f"    {sys.executable} -m pip install --no-deps {' '.join(WITHOUT_DEPENDENCIES)}")
             return 1

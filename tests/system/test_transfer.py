@@ -326,7 +326,7 @@ def test_one_trace_joins_every_stage(own_facility, tmp_path):
 
     roots = [s for s in spans if not s["parent_span_id"]]
     assert [s["name"] for s in roots] == ["beamwire.client.transfer"]
-    for name in ("beamwire.transfer.provision", "beamwire.job.run", "beamwire.streamer.run", "beamwire.cache.run"):
+    for name in ("beamwire.transfer.run", "beamwire.job.run", "beamwire.streamer.run", "beamwire.cache.run"):
         assert ancestors(named(name)[0])[-1] == "beamwire.client.transfer"
     assert len(named("beamwire.streamer.run")) == 2
     for name in ("beamwire.cache.relay", "beamwire.frame.receive"):

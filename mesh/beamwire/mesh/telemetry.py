@@ -28,9 +28,8 @@ from opentelemetry.util.types import AttributeValue
 from beamwire.mesh.errors import BeamwireError, Reason
 
 SPAN_CLIENT_TRANSFER: Final = "beamwire.client.transfer"
-SPAN_RPC_CLIENT: Final = "beamwire.rpc.client"
 SPAN_RPC_SERVER: Final = "beamwire.rpc.server"
-SPAN_TRANSFER_PROVISION: Final = "beamwire.transfer.provision"
+SPAN_TRANSFER_RUN: Final = "beamwire.transfer.run"
 SPAN_JOB_RUN: Final = "beamwire.job.run"
 SPAN_STREAMER_RUN: Final = "beamwire.streamer.run"
 SPAN_FRAME_SEND: Final = "beamwire.frame.send"
@@ -49,10 +48,8 @@ ATTR_PRODUCER: Final = "beamwire.producer"
 ATTR_CONSUMER: Final = "beamwire.consumer"
 ATTR_SEQUENCE: Final = "beamwire.sequence"
 ATTR_EVENTS: Final = "beamwire.events"
-ATTR_BYTES: Final = "beamwire.bytes"
 ATTR_REASON: Final = "beamwire.reason"
 ATTR_RPC_METHOD: Final = "rpc.method"
-ATTR_RPC_STATUS: Final = "rpc.grpc.status_code"
 
 LOG_TIME: Final = "time"
 LOG_LEVEL: Final = "level"

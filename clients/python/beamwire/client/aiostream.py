@@ -11,6 +11,7 @@ from beamwire.client.batch import Batch
 from beamwire.client.session import Counters, Reader, Session
 from beamwire.client.source import Source
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.stream.frame import Frame
 from beamwire.request.v1.request_service_pb2 import Receipt, Transfer
 from beamwire.stream.v1.frame_pb2 import Field
 
@@ -32,6 +33,8 @@ class AsyncStream:
         self._entered = False
         # A thread of its own: one that waits for a frame must not keep others from the loop's executor.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="beamwire stream")
+        self._coming: asyncio.Future[Frame | None] | None = None
+        self._turn = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
         try:
@@ -53,6 +56,11 @@ class AsyncStream:
         return self
 
     async def __anext__(self) -> Batch:
+        """Return the next batch. Whoever is cancelled while waiting loses nothing: the next call returns it."""
+        async with self._turn:
+            return await self._next()
+
+    async def _next(self) -> Batch:
         if self._session.concluded:
             raise StopAsyncIteration
         if self._reader is None:
@@ -60,14 +68,23 @@ class AsyncStream:
         if self._reader is None:
             raise StopAsyncIteration
         try:
-            frame = await asyncio.get_running_loop().run_in_executor(self._thread, self._reader.next_frame)
+            frame = await self._frame(self._reader)
         except BeamwireError as error:
             await self._session.conclude(error)
             raise StopAsyncIteration from None
         if frame is None:
             await self._session.conclude(None)
             raise StopAsyncIteration
+        self._coming = None
         return Batch(frame)
+
+    async def _frame(self, reader: Reader) -> Frame | None:
+        """Wait for the frame that is coming, or how the stream ended, which stays for the next call."""
+        if self._coming is None:
+            self._coming = asyncio.get_running_loop().run_in_executor(self._thread, reader.next_frame)
+        # Unlike an await of the future itself, this does not cancel it when it is cancelled.
+        await asyncio.wait([self._coming])
+        return self._coming.result()
 
     @property
     def transfer(self) -> Transfer | None:
@@ -81,7 +98,7 @@ class AsyncStream:
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """What each batch holds: names, types, shapes, units; empty until the first batch has come."""
+        """What each batch holds: names, types, shapes, units; empty until the first batch or the end has come."""
         header = self._session.header
         return tuple(header.fields) if header is not None else ()
 
@@ -95,3 +112,7 @@ class AsyncStream:
             await self._session.close(cause)
         finally:
             self._thread.shutdown()
+            if self._coming is not None:
+                await asyncio.wait([self._coming])
+                # Marked as seen: whoever leaves does not want it.
+                self._coming.exception()

@@ -78,9 +78,15 @@ class Reader:
 
     @property
     def header(self) -> StreamHeader | None:
-        """What the stream is, once a frame has come."""
-        # The consumer would wait for it; after the first frame it has it.
-        return self._consumer.stream if self._consumer.counters.frames else None
+        """What the stream is, once a frame or the end has come; None before, and if no producer has ever said so."""
+        # The consumer would wait for it; after the first frame it has it, and after the end it knows if there is one.
+        if not self.ended and not self._consumer.counters.frames:
+            return None
+        try:
+            return self._consumer.stream
+        except BeamwireError:
+            # It repeats how the stream ended, which `next_frame` has raised.
+            return None
 
     @property
     def counters(self) -> Counters:
@@ -121,7 +127,7 @@ class Session:
 
     @property
     def header(self) -> StreamHeader | None:
-        """What the stream says that it is, once a frame has come."""
+        """What the stream says that it is, once a frame or the end has come."""
         return next((reader.header for reader in self._readers if reader.header is not None), None)
 
     @property
@@ -177,10 +183,11 @@ class Session:
         self.concluded = True
         if transfer.state != Transfer.STATE_SUCCEEDED:
             raise failure_of(transfer) from error
-        # A consumer that came after the end was refused, and missed nothing.
-        if error is not None and self.counters.frames:
+        if error is None:
+            self._check_count(transfer.receipt)
+        elif self.counters.frames:
             raise error
-        self._check_count(transfer.receipt)
+        # Else it came after the end and was refused: others have taken everything, and it missed nothing.
 
     async def close(self, cause: BaseException | None = None) -> None:
         """Let go of everything; cancel the transfer if it was created here and has not ended."""

@@ -93,12 +93,12 @@ class Stream:
 
     @property
     def header(self) -> StreamHeader | None:
-        """What the stream says that it is; None until the first batch has come."""
+        """What the stream says that it is; None until the first batch or the end has come."""
         return self._session.header
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """What each batch holds: names, types, shapes, units; empty until the first batch has come."""
+        """What each batch holds: names, types, shapes, units; empty until the first batch or the end has come."""
         return tuple(self.header.fields) if self.header is not None else ()
 
     @property
@@ -138,7 +138,7 @@ class Part:
 
     @property
     def header(self) -> StreamHeader | None:
-        """What the stream says that it is; None until the first batch has come."""
+        """What the stream says that it is; None until the first batch or the end has come."""
         return self._reader.header
 
     @property

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import Message
+from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 
 from beamwire.mesh import telemetry
@@ -112,6 +113,7 @@ class Chain(grpc.aio.ServerInterceptor):
             caller = access.ANONYMOUS
         else:
             caller = access.identify(context.auth_context(), self._credentials.verifier)
+        trace.get_current_span().set_attribute(telemetry.ATTR_CALLER, str(caller))
         access.admit(method, caller)
 
     def _idempotent(self, method: str, handler: UnaryHandler) -> UnaryHandler:
@@ -153,7 +155,12 @@ def _span(method: str, context: Context) -> Any:
     parent = next(
         (v for k, v in context.invocation_metadata() or () if k == "traceparent" and isinstance(v, str)), None
     )
-    return telemetry.span(method.removeprefix("/"), parent=parent, kind=SpanKind.SERVER)
+    return telemetry.span(
+        telemetry.SPAN_RPC_SERVER,
+        parent=parent,
+        attributes={telemetry.ATTR_RPC_METHOD: method.removeprefix("/")},
+        kind=SpanKind.SERVER,
+    )
 
 
 async def _write(answers: AsyncGenerator[Message, None] | Awaitable[None], context: Context) -> None:
@@ -175,7 +182,9 @@ class _Faults:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, BeamwireError):
+            trace.get_current_span().set_attribute(telemetry.ATTR_REASON, error.reason.name)
         if not isinstance(error, Exception) or isinstance(error, BeamwireError | grpc.aio.AbortError):
             return
         _log.error("%s failed", self._method, exc_info=error)

@@ -1,11 +1,14 @@
-"""Times between Python and protobuf."""
+"""Times and losses between Python and protobuf."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
+
+from beamwire.common.v1 import account_pb2
 
 
 def to_timestamp(time: datetime | None) -> Timestamp | None:
@@ -34,3 +37,16 @@ def to_duration(length: timedelta | None) -> Duration | None:
 def from_duration(message: Duration) -> timedelta:
     """Return a length of time."""
     return message.ToTimedelta()
+
+
+def to_losses(losses: Mapping[str, int]) -> list[account_pb2.Loss]:
+    """Return events by cause, a LossCause without its prefix, as protobuf."""
+    return [
+        account_pb2.Loss(cause=account_pb2.LossCause.Value(f"LOSS_CAUSE_{cause}"), event_count=count)
+        for cause, count in sorted(losses.items())
+    ]
+
+
+def from_losses(losses: Iterable[account_pb2.Loss]) -> dict[str, int]:
+    """Return events by cause, a LossCause without its prefix."""
+    return {account_pb2.LossCause.Name(x.cause).removeprefix("LOSS_CAUSE_"): x.event_count for x in losses}

@@ -14,7 +14,7 @@ from beamwire.mesh.listing import list_page
 from beamwire.mesh.names import RESERVED, check_id, new_id, parse_name
 from beamwire.mesh.pages import Pager
 from beamwire.mesh.rpc.access import check_owner, current_caller
-from beamwire.mesh.rpc.convert import from_duration, to_duration, to_timestamp
+from beamwire.mesh.rpc.convert import from_duration, to_duration, to_losses, to_timestamp
 from beamwire.mesh.rpc.status import to_status
 from beamwire.mesh.store import Store
 from beamwire.services.buffer.control import ConsumerStatus, Counters, ProducerStatus
@@ -151,13 +151,6 @@ def _to_message(record: BufferRecord) -> pb.Buffer:
     )
 
 
-def _to_losses(losses: dict[str, int]) -> list[account_pb2.Loss]:
-    return [
-        account_pb2.Loss(cause=account_pb2.LossCause.Value(f"LOSS_CAUSE_{cause}"), event_count=count)
-        for cause, count in sorted(losses.items())
-    ]
-
-
 def _to_counters(record: BufferRecord, counters: Counters) -> pb.BufferCounters:
     plain = counters.model_dump(exclude={"losses", "producers", "consumers"})
     return pb.BufferCounters(
@@ -165,14 +158,14 @@ def _to_counters(record: BufferRecord, counters: Counters) -> pb.BufferCounters:
         read_time=to_timestamp(datetime.now(UTC)),
         first_frame_time=to_timestamp(record.first_frame_time),
         last_frame_time=to_timestamp(record.last_frame_time),
-        losses=_to_losses(counters.losses),
+        losses=to_losses(counters.losses),
         producers=map(_to_producer, counters.producers),
         consumers=map(_to_consumer, counters.consumers),
     )
 
 
 def _to_producer(producer: ProducerStatus) -> pb.ProducerCounters:
-    return pb.ProducerCounters(**producer.model_dump(exclude={"skipped"}), skipped=_to_losses(producer.skipped))
+    return pb.ProducerCounters(**producer.model_dump(exclude={"skipped"}), skipped=to_losses(producer.skipped))
 
 
 def _to_consumer(consumer: ConsumerStatus) -> pb.ConsumerCounters:

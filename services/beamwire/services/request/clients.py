@@ -22,7 +22,7 @@ from beamwire.job.v1 import job_service_pb2_grpc as job_grpc
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.failure import Failure
 from beamwire.mesh.identity import Role, SpiffeId
-from beamwire.mesh.rpc.convert import to_duration
+from beamwire.mesh.rpc.convert import from_losses, to_duration
 from beamwire.mesh.rpc.status import from_status
 from beamwire.services.request.domain import BufferView, JobView
 from beamwire.services.request.model import BufferAccount, ConsumerAccount, ProducerAccount, TransferRecord
@@ -175,10 +175,6 @@ class JobClient:
         await _patiently(lambda: self._stub.CancelJob(job_pb.CancelJobRequest(name=name)))
 
 
-def _losses(losses: list[account_pb2.Loss]) -> dict[str, int]:
-    return {account_pb2.LossCause.Name(x.cause).removeprefix("LOSS_CAUSE_"): x.event_count for x in losses}
-
-
 def _plain(
     message: buffer_pb.ProducerCounters | buffer_pb.ConsumerCounters | buffer_pb.BufferCounters,
 ) -> dict[str, object]:
@@ -191,9 +187,9 @@ def _buffer_view(buffer: buffer_pb.Buffer) -> BufferView:
     account = BufferAccount.model_validate(
         {
             **_plain(counters),
-            "losses": _losses(list(counters.losses)),
+            "losses": from_losses(counters.losses),
             "producers": [
-                ProducerAccount.model_validate({**_plain(p), "skipped": _losses(list(p.skipped))})
+                ProducerAccount.model_validate({**_plain(p), "skipped": from_losses(p.skipped)})
                 for p in counters.producers
             ],
             "consumers": [ConsumerAccount.model_validate(_plain(c)) for c in counters.consumers],

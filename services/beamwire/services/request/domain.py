@@ -213,7 +213,8 @@ class Transfers:
     async def _drive(self, name: str) -> None:
         """Bring one transfer from the state it is in to its end."""
         record = await self._get(name)
-        with telemetry.span(telemetry.SPAN_TRANSFER_PROVISION, parent=record.traceparent):
+        attributes = {telemetry.ATTR_TRANSFER: name}
+        with telemetry.span(telemetry.SPAN_TRANSFER_RUN, parent=record.traceparent, attributes=attributes):
             if record.state == TransferState.CANCELLING:
                 await self._end_early(name, TransferState.CANCELLED, "CANCELLED", None)
                 return

@@ -17,7 +17,7 @@ from beamwire.mesh.listing import list_page
 from beamwire.mesh.names import check_id, id_of_part, new_id, parse_name
 from beamwire.mesh.pages import Pager
 from beamwire.mesh.rpc.access import check_owner, current_caller
-from beamwire.mesh.rpc.convert import from_duration, to_duration, to_timestamp
+from beamwire.mesh.rpc.convert import from_duration, to_duration, to_losses, to_timestamp
 from beamwire.mesh.rpc.status import to_status
 from beamwire.mesh.store import Store
 from beamwire.request.v1 import request_service_pb2 as pb
@@ -240,7 +240,7 @@ def _to_receipt(receipt: Receipt) -> pb.Receipt:
     return pb.Receipt(
         selected_event_count=receipt.selected_event_count,
         delivered_event_count=receipt.delivered_event_count,
-        losses=_to_losses(receipt.losses),
+        losses=to_losses(receipt.losses),
         frame_count=receipt.frame_count,
         sent_bytes=receipt.sent_bytes,
         balanced=receipt.balanced,
@@ -251,16 +251,9 @@ def _to_receipt(receipt: Receipt) -> pb.Receipt:
     )
 
 
-def _to_losses(losses: Mapping[str, int]) -> list[account_pb2.Loss]:
-    return [
-        account_pb2.Loss(cause=account_pb2.LossCause.Value(f"LOSS_CAUSE_{cause}"), event_count=count)
-        for cause, count in sorted(losses.items())
-    ]
-
-
 def _to_producer(producer: ProducerAccount) -> buffer_pb.ProducerCounters:
     plain = producer.model_dump(exclude={"skipped"})
-    return buffer_pb.ProducerCounters(**plain, skipped=_to_losses(producer.skipped))
+    return buffer_pb.ProducerCounters(**plain, skipped=to_losses(producer.skipped))
 
 
 def _to_consumer(consumer: ConsumerAccount) -> buffer_pb.ConsumerCounters:

@@ -17,7 +17,7 @@ from beamwire.services.streamer import config as configuration
 from beamwire.services.streamer.config import StreamerConfig
 from beamwire.services.streamer.parallel import Ranks
 from beamwire.services.streamer.pipeline import Account, CancelledError, Pipeline, one_line, say
-from beamwire.services.streamer.stopping import EXIT_CODE, Stop
+from beamwire.services.streamer.stopping import Stop
 
 FAILED = 1
 
@@ -37,7 +37,7 @@ def run(
     num_events: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> int:
-    """Streams what the configuration says, and returns the exit code: 0, 1 failed, 143 told to end.
+    """Streams what the configuration says, and returns the exit code: 0, 1 failed, 143 or 130 told to end.
 
     `load` reads the configuration and is called on rank 0. `num_events` is the most to take over all ranks, and goes
     before the configuration's own limit. If another rank than this one is waiting, a failure ends the MPI job.
@@ -52,7 +52,7 @@ def run(
                 account = _stream(load, ranks, stop, num_events, environment)
                 span.set_attribute(telemetry.ATTR_EVENTS, account.sent)
         except CancelledError:
-            code = EXIT_CODE
+            code = stop.exit_code
             say(f"rank {ranks.share.rank}: told to end")
         except Exception as error:
             code = FAILED

@@ -1,4 +1,4 @@
-"""SIGTERM: the streamer stops between two events, says so to the buffer, and is gone soon whatever happens."""
+"""SIGTERM and Ctrl-C: the streamer stops between two events, says so to the buffer, and is gone soon whatever happens."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-EXIT_CODE = 143
-"""The exit code of a process that was told to end."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 PATIENCE = 1.5
 """Seconds that the END frame may take."""
@@ -22,31 +21,40 @@ class Stop:
     def __init__(self) -> None:
         self._told = threading.Event()
         self._left = threading.Event()
+        self._signal = signal.SIGTERM
 
     @property
     def requested(self) -> bool:
         """Whether we were told to end."""
         return self._told.is_set()
 
-    def request(self) -> None:
-        """Tells to end."""
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a process that was told to end: 143 by SIGTERM, 130 by SIGINT."""
+        return 128 + self._signal
+
+    def request(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Tells to end, as this signal does."""
+        self._signal = number
         self._told.set()
 
     @contextmanager
     def installed(self) -> Iterator[Stop]:
-        """Listens for SIGTERM while the context lasts; for the main thread."""
+        """Listens for the signals while the context lasts, unless they were ignored; for the main thread."""
         read_end, write_end = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(write_end, False)
         # A thread, because a send or a TLS shutdown that blocks in C runs no handlers of Python.
         watcher = threading.Thread(target=self._watch, args=(read_end,), name="stop", daemon=True)
-        old_handler = signal.signal(signal.SIGTERM, lambda *_: None)
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        old_handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
         old_descriptor = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         watcher.start()
         try:
             yield self
         finally:
             signal.set_wakeup_fd(old_descriptor)
-            signal.signal(signal.SIGTERM, old_handler)
+            for number, handler in old_handlers.items():
+                signal.signal(number, handler)
             self._left.set()
             os.close(write_end)
             watcher.join()
@@ -59,9 +67,10 @@ class Stop:
 
     def _watch(self, read_end: int) -> None:
         while numbers := os.read(read_end, 64):
-            if signal.SIGTERM in numbers:
-                self.request()
+            told = [number for number in SIGNALS if number in numbers]
+            if told:
+                self.request(told[0])
                 if not self._left.wait(PATIENCE):
                     # The buffer that nobody reads would keep us for ever.
-                    os._exit(EXIT_CODE)
+                    os._exit(self.exit_code)
                 return

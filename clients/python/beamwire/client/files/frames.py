@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import IO
+from zipfile import ZipFile
 
 import numpy as np
 
@@ -36,7 +38,7 @@ class FrameWriter:
                 if batch.media_type:
                     file.write(batch.payload)
                 else:
-                    np.savez(file, allow_pickle=False, **_members(batch))
+                    _write_members(file, _members(batch))
         except OSError as error:
             error.filename = str(path)
             raise
@@ -51,15 +53,24 @@ class FrameWriter:
             self._part = None
 
 
+def _write_members(file: IO[bytes], members: dict[str, np.ndarray]) -> None:
+    # As np.savez does, which takes the names as keywords, and so has names that cannot be used.
+    with ZipFile(file, "w") as archive:
+        for name, array in members.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
 def _members(batch: Batch) -> dict[str, np.ndarray]:
     members: dict[str, np.ndarray] = {"event_id": batch.event_ids}
     members |= {_member(name): array for name, array in batch.arrays.items()}
     for name in batch.ragged_fields:
         ragged = batch.ragged(name)
         members[_member(name)] = ragged.values
-        members[f"{name}.row_offsets"] = ragged.row_offsets
+        members[f"{_member(name)}.row_offsets"] = ragged.row_offsets
     return members
 
 
 def _member(field: str) -> str:
-    return f"{field}_" if field == "event_id" else field
+    # One that has a _ already gets another, so that no two names become the same.
+    return f"{field}_" if field.rstrip("_") == "event_id" else field

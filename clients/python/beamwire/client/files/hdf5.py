@@ -27,6 +27,7 @@ _CHUNK_BYTES = 1024 * 1024
 _CACHE_BYTES = 4 * _CHUNK_BYTES
 _EVENT_ID = "event_id"
 _PRODUCER = "producer"
+_OURS = (_EVENT_ID, _PRODUCER)
 
 
 class Hdf5Writer:
@@ -146,14 +147,15 @@ class Hdf5Writer:
 
     def _append(self, name: str, array: Array) -> Dataset:
         """Add rows to a dataset, which the first rows create."""
-        rows, file_type = _storable(array)
+        rows, file_type = _storable(name, array)
         if name not in self._datasets:
             # Kept open: HDF5 writes all that it holds of a dataset whenever the last handle goes.
             self._datasets[name] = self._open_file()["entry/data"].create_dataset(
                 name,
                 shape=(0, *rows.shape[1:]),
                 dtype=file_type,
-                maxshape=(None, *rows.shape[1:]),
+                # HDF5 has no axis that can never hold anything.
+                maxshape=(None, *(axis or None for axis in rows.shape[1:])),
                 chunks=_chunks(rows.shape[1:], rows.dtype.itemsize),
             )
         dataset = self._datasets[name]
@@ -165,10 +167,13 @@ class Hdf5Writer:
             )
         begin = len(dataset)
         dataset.resize(begin + len(rows), axis=0)
-        if dataset.chunks[0] == 1:
+        if not rows.size:
+            return dataset
+        # Objects are pointers, which only h5py can turn into what is stored.
+        if dataset.chunks[0] == 1 and not rows.dtype.hasobject:
             for number, row in enumerate(rows, begin):
                 dataset.id.write_direct_chunk((number, *(0,) * row.ndim), np.ascontiguousarray(row))
-        elif len(rows):
+        else:
             dataset[begin:] = rows
         return dataset
 
@@ -185,20 +190,36 @@ def _lay_out(file: Group) -> None:
     entry.create_group("data").attrs["NX_class"] = "NXdata"
 
 
-def _storable(array: Array) -> tuple[Array, np.dtype[Any]]:
+def _storable(name: str, array: Array) -> tuple[Array, np.dtype[Any]]:
     """Return the array and its type as HDF5 can have them: text as UTF-8 strings."""
-    if array.dtype.kind == "U":
-        import h5py
+    if array.dtype.kind != "U":
+        return array, array.dtype
+    import h5py
 
-        return array.astype(object), h5py.string_dtype("utf-8")
-    return array, array.dtype
+    texts = array.astype(object)
+    _check_text(name, "".join(texts.flat))
+    return texts, h5py.string_dtype("utf-8")
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+        what = "a NUL" if "\0" in text else ""
+    except UnicodeEncodeError:
+        what = "half a surrogate pair"
+    if what:
+        raise BeamwireError(
+            Reason.FRAME_CORRUPT,
+            f"{name} has text with {what} in it, which HDF5 cannot store; use --format npz for such a stream",
+        )
 
 
 def _chunks(event_shape: Sequence[int], item_bytes: int) -> tuple[int, ...]:
     """One event each if events are images, about 1 MiB of events otherwise."""
-    event_bytes = max(1, math.prod(event_shape) * item_bytes)
+    event_chunk = [max(1, axis) for axis in event_shape]
+    event_bytes = math.prod(event_chunk) * item_bytes
     events = 1 if event_bytes >= _IMAGE_BYTES else _CHUNK_BYTES // event_bytes
-    return (events, *(max(1, axis) for axis in event_shape))
+    return (events, *event_chunk)
 
 
 def _signal(datasets: Mapping[str, Dataset]) -> str:
@@ -206,10 +227,11 @@ def _signal(datasets: Mapping[str, Dataset]) -> str:
     numbers = {
         name: (min(dataset.ndim, 3), math.prod(dataset.shape[1:]))
         for name, dataset in datasets.items()
-        if name not in (_EVENT_ID, _PRODUCER) and "/" not in name and dataset.dtype.kind in "iufb"
+        if name not in _OURS and "/" not in name and dataset.dtype.kind in "iufb"
     }
     return max(numbers, key=lambda name: numbers[name], default="")
 
 
 def _dataset_name(field: str) -> str:
-    return f"{field}_" if field in (_EVENT_ID, _PRODUCER) else field
+    # One that has a _ already gets another, so that no two names become the same.
+    return f"{field}_" if field.rstrip("_") in _OURS else field

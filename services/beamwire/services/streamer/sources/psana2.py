@@ -104,6 +104,9 @@ class Psana2EventSource:
 
         Raises BeamwireError PRODUCER_FAILED if psana does not give each of them.
         """
+        if not self._mine.size:
+            # psana takes an empty list of timestamps for no list, and would give all events.
+            return
         wanted = iter(self._mine.tolist())
         for event in self._own(self.run.events()):
             timestamp = int(event.timestamp)
