@@ -64,7 +64,9 @@ def main() -> int:
     print("Installing psana, which reads LCLS-II runs, and what it needs; this takes a minute or two.", flush=True)
     if first := pip_error("psana>=4.3"):
         print("psana could not be installed with all it asks for; most likely pykerberos could not be compiled.")
-        print("Installing it without pykerberos: reading runs works, calls to the experiment logbook do not.", flush=True)
+        print(
+            "Installing it without pykerberos: reading runs works, calls to the experiment logbook do not.", flush=True
+        )
         if second := pip_error(*DEPENDENCIES) or pip_error("--no-deps", *WITHOUT_DEPENDENCIES):
             print(f"{first}\n\nThat failed too:\n{second}\n")
             print("Install by hand, then run this again:")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 
 import numpy as np
 import psutil
@@ -18,11 +21,16 @@ import pytest
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.producer import Producer
-from beamwire.mesh.stream.sockets import PUSH
+from beamwire.mesh.stream.sockets import PULL, PUSH
 from beamwire.mesh.stream.writer import FrameWriter
+from beamwire.services.buffer import control
+from beamwire.services.buffer.cache import ingest, listener
+from beamwire.services.buffer.cache.config import CacheConfig
+from beamwire.services.buffer.cache.relay import Relay
 from beamwire.services.buffer.control import CONTROL_SOCKET, CacheControl
 from beamwire.stream.v1.frame_pb2 import (
     FRAME_KIND_DATA,
@@ -210,10 +218,201 @@ def test_a_stream_sealed_as_done_is_still_delivered(start_cache):
     cache.wait(lambda status: status.counters.held_frame_count == 7)
     assert cache.seal("DONE").state == "DRAINING"
     with Consumer(cache.connect, None) as stream:
-        assert len(list(stream)) == 7
+        assert [next(stream).header.event_count for _ in range(7)] == [1] * 7
+        with pytest.raises(BeamwireError, match="not every producer had ended") as caught:
+            next(stream)
+    assert caught.value.reason is Reason.STREAM_TRUNCATED
     status = cache.ended()
-    assert (status.end_cause, status.counters.delivered_event_count) == ("DONE", 7)
+    assert (status.end_cause, status.counters.delivered_event_count) == ("TRUNCATED", 7)
     out.close()
+
+
+@pytest.mark.parametrize("transport", ["tls+tcp", "tcp"])
+def test_a_producer_gets_no_confirmation_for_what_came_after_the_seal(start_cache, transport):
+    cache = start_cache(transport=transport)
+    out = Producer(cache.connect, cache.user, HEADER)
+    send(out, 2)
+    cache.wait(lambda status: status.counters.received_frame_count == 2)
+    cache.seal("DONE")
+    with pytest.raises(BeamwireError) as caught:
+        send(out, 2)
+        out.end(timeout=10)
+    assert caught.value.reason is Reason.CACHE_FAILED
+    assert cache.status().counters.received_event_count == 2
+
+
+@pytest.mark.parametrize("transport", ["tls+tcp", "tcp"])
+def test_a_consumer_that_is_given_up_confirms_nothing(facility, transport):
+    with relay_of(facility, transport) as (relay, connect, user):
+        silent = dial(connect, connect.hosts[0], user, PULL, timeout=5)
+        with closing(silent):
+            with Producer(connect, user, HEADER) as out:
+                send(out, 3)
+            wait_for(lambda: relay.status().counters.sent_frame_count == 3)
+            relay.give_up()
+            wait_for(lambda: relay.state == "ENDED")
+        counters = relay.status().counters
+    assert (counters.delivered_event_count, counters.losses) == (0, {"CONSUMER_CONNECTION": 3})
+    assert [c.confirmed for c in counters.consumers] == [False]
+
+
+@pytest.mark.parametrize("transport", ["tls+tcp", "tcp"])
+def test_a_consumer_that_resets_behind_end_confirms_nothing(start_cache, transport):
+    cache = start_cache(transport=transport)
+    with closing(dial(cache.connect, cache.connect.hosts[0], cache.user, PULL, timeout=5)) as taker:
+        with Producer(cache.connect, cache.user, HEADER) as out:
+            send(out, 3)
+        for _ in range(5):
+            taker.receive_into(memoryview(bytearray(taker.receive_length() or 0)))
+        taker.stop_receiving()
+        if cache.user:
+            # TLS answers the missing close_notify with an alert, which OpenSSL takes for one.
+            with pytest.raises(OSError, match="EOF"):
+                taker.receive_length()
+        taker.abort_on_close(True)
+    status = cache.wait(lambda status: not status.counters.consumers[0].connected)
+    assert status.counters.losses == {"CONSUMER_CONNECTION": 3}
+
+
+def test_a_peer_without_header_holds_nothing_and_is_cut_off(facility, monkeypatch):
+    monkeypatch.setattr(ingest, "_HEADER_TIMEOUT", 1.0)
+    with relay_of(facility, "tcp", capacity_bytes=2**20) as (relay, connect, _):
+        with socket.create_connection(connect.hosts[0]) as sock:
+            sock.sendall(b"\0SP\0\0\x50\0\0" + (2**20).to_bytes(8, "big"))
+            with Producer(connect, None, HEADER) as out:
+                send(out, 1)
+            wait_for(lambda: relay.status().counters.received_event_count == 1)
+            wait_for(lambda: relay.status().counters.refused_peer_count == 1)
+        assert "no HEADER within 1 s" in relay.status().counters.last_refusal
+        relay.give_up()
+
+
+@pytest.mark.parametrize("transport", ["tls+tcp", "tcp"])
+def test_a_producer_may_wait_between_frames_and_not_inside_one(facility, monkeypatch, transport):
+    monkeypatch.setattr(ingest, "_LONGEST_STALL", 0.3)
+    with relay_of(facility, transport) as (relay, connect, user):
+        with closing(dial(connect, connect.hosts[0], user, PUSH, timeout=5)) as peer:
+            peer.send(FrameWriter().encode(first(0)))
+            # Nothing to wait for: that nothing happens is what is tested.
+            time.sleep(1.0)
+            message = bytes(FrameWriter().encode(data(1)))
+            peer.send(message)
+            wait_for(lambda: relay.status().counters.received_event_count == 1)
+            peer.send(message[:-1])
+            wait_for(lambda: not relay.status().counters.producers[0].connected)
+        relay.give_up()
+    assert relay.status().counters.held_frame_count == 0
+
+
+def test_a_peer_that_drips_is_cut_off(facility, monkeypatch):
+    monkeypatch.setattr(listener, "_HANDSHAKE_TIMEOUT", 0.5)
+    with relay_of(facility, "tcp") as (relay, connect, _), socket.create_connection(connect.hosts[0]) as sock:
+        begin = time.monotonic()
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            drip(sock, b"\0SP\0\0\x50\0")
+        assert time.monotonic() - begin < 2.0
+        wait_for(lambda: relay.status().counters.refused_peer_count == 1)
+
+
+def test_an_alert_to_one_who_drips_takes_no_longer_than_its_bound(facility, monkeypatch):
+    monkeypatch.setattr(listener, "_PARTING_TIMEOUT", 0.5)
+    with relay_of(facility, "tls+tcp") as (_, connect, _), socket.create_connection(connect.hosts[0]) as sock:
+        begin = time.monotonic()
+        sock.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        with pytest.raises(OSError, match=r"reset|pipe"):
+            drip(sock, b"x" * 20)
+        assert time.monotonic() - begin < 2.0
+
+
+def drip(sock: socket.socket, data: bytes) -> None:
+    for byte in data:
+        sock.sendall(bytes([byte]))
+        time.sleep(0.2)
+    sock.sendall(b"x" * 100)
+    raise AssertionError("it was read to the end")
+
+
+def test_the_listener_survives_a_lack_of_files_and_threads(facility, monkeypatch):
+    with relay_of(facility, "tcp") as (relay, connect, _):
+        refusals = [OSError(errno.EMFILE, "too many"), OSError(errno.ECONNABORTED, "gone")]
+        accept = socket.socket.accept
+
+        def failing(sock: socket.socket) -> tuple[socket.socket, object]:
+            if refusals:
+                raise refusals.pop()
+            return accept(sock)
+
+        monkeypatch.setattr(socket.socket, "accept", failing)
+        monkeypatch.setattr(listener.threading, "Thread", NoThread)
+        # The one accept that waits already was called before.
+        for _ in range(2):
+            with socket.create_connection(connect.hosts[0]) as sock:
+                sock.settimeout(10)
+                assert sock.recv(8) == b""
+        assert "no thread can be started" in relay.status().counters.last_refusal
+        assert not refusals
+        monkeypatch.undo()
+        with Producer(connect, None, HEADER) as out:
+            send(out, 1)
+        wait_for(lambda: relay.status().counters.received_event_count == 1)
+        relay.give_up()
+
+
+class NoThread:
+    def __init__(self, **_: object) -> None:
+        pass
+
+    def start(self) -> None:
+        raise RuntimeError("can't start new thread")
+
+
+@contextmanager
+def relay_of(facility, transport: str, **options: object):
+    """A relay and its listener in this process, so that its bounds can be made short."""
+    user = facility.member("user/alice")
+    allowed = frozenset([str(user.identity)])
+    config = CacheConfig(buffer="b0", transport=transport, producers=allowed, consumers=allowed, **options)
+    secure = transport == "tls+tcp"
+    relay = Relay(config, lambda urgent: None)
+    server = listener.Listener(relay, facility.member("cache/b0") if secure else None)
+    server.start()
+    try:
+        yield relay, ConnectString((("127.0.0.1", server.port),), "b0", 1, transport), user if secure else None
+    finally:
+        server.close()
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_many_consumers_come_and_go(start_cache):
+    cache = start_cache(transport="tcp")
+    for _ in range(20):
+        dial(cache.connect, cache.connect.hosts[0], None, PULL, timeout=5).close()
+    status = cache.wait(lambda status: not status.counters.consumers)
+    assert status.state == "READY"
+
+
+async def test_an_answer_that_is_too_long_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(control, "_LINE_LIMIT", 100)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(b"x" * 1000 + b"\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_unix_server(answer, tmp_path / CONTROL_SOCKET):
+        with pytest.raises(BeamwireError) as caught:
+            await CacheControl(tmp_path).status()
+        assert caught.value.reason is Reason.CACHE_FAILED
+        with pytest.raises(BeamwireError) as caught:
+            await anext(CacheControl(tmp_path).watch())
+        assert caught.value.reason is Reason.CACHE_FAILED
 
 
 def test_a_producer_comes_back_and_what_was_missed_is_counted(start_cache):

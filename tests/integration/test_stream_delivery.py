@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 
 import numpy as np
 import pytest
 
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.frame import Ragged
 from beamwire.mesh.stream.producer import Producer
@@ -196,3 +202,75 @@ def test_frames_that_the_caller_keeps_stay_as_they_were(start_cache):
         producing.result(WAIT)
     for frame in kept:
         np.testing.assert_array_equal(frame.arrays["image"], images(frame.event_ids))
+
+
+@pytest.mark.parametrize("transport", ["tls+tcp", "tcp"])
+@pytest.mark.parametrize("backlog", [5, 0])
+def test_close_ends_a_consumer_that_dials(facility, transport, backlog):
+    """It waits for an answer to its handshake or greeting, or, behind a full backlog, for the connection."""
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=backlog))
+        connect = ConnectString((server.getsockname(),), "b0", 1, transport)
+        if not backlog:
+            stack.enter_context(closing(socket.create_connection(server.getsockname())))
+        stream = Consumer(connect, facility.member("user/alice"))
+        if backlog:
+            stack.enter_context(server.accept()[0])
+        begin = time.monotonic()
+        stream.close()
+        assert time.monotonic() - begin < 2.0
+
+
+def test_a_producer_that_is_interrupted_inside_a_frame_sends_nothing_more(facility):
+    with silent_cache() as (connect, peers):
+        out = Producer(connect, None, HEADER)
+        peer = peers.result(WAIT)
+        ids = np.arange(1, dtype=np.uint64)
+        with pytest.raises(KeyboardInterrupt), interrupting(0.5):
+            out.send({"block": np.zeros((1, 64 * 2**20), np.uint8)}, ids)
+        with pytest.raises(BeamwireError) as caught:
+            out.end(account_pb2.END_CAUSE_FAILED, "KeyboardInterrupt")
+        assert caught.value.reason is Reason.ILLEGAL_STATE
+        with pytest.raises(ConnectionResetError):
+            while peer.recv(2**20):
+                pass
+
+
+def test_an_end_that_does_not_get_out_in_time_is_an_error(facility):
+    with silent_cache() as (connect, peers):
+        out = Producer(connect, None, HEADER)
+        peers.result(WAIT)
+        with ThreadPoolExecutor(1) as pool:
+            # The detail is more than the kernel holds.
+            ending = pool.submit(out.end, detail="x" * 32 * 2**20, timeout=0.5)
+            with pytest.raises(BeamwireError) as caught:
+                ending.result(WAIT)
+    assert caught.value.reason is Reason.TIMED_OUT
+
+
+@contextmanager
+def silent_cache() -> Iterator[tuple[ConnectString, Future[socket.socket]]]:
+    """One that greets as a cache does and then does not read."""
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+
+        def greet() -> socket.socket:
+            peer, _ = server.accept()
+            peer.recv(8)
+            peer.sendall(b"\0SP\0\0\x51\0\0")
+            return peer
+
+        peers = pool.submit(greet)
+        yield ConnectString((server.getsockname(),), "b0", 1, "tcp"), peers
+        peers.result(WAIT).close()
+
+
+@contextmanager
+def interrupting(seconds: float) -> Iterator[None]:
+    """Ctrl-C after this time."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

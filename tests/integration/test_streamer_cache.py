@@ -244,15 +244,16 @@ def test_a_failure_reaches_the_consumer(buffer: Buffer, tmp_path: Path) -> None:
     assert error.splitlines()[-1].startswith(f"beamwire-streamer: rank 0: event {run.timestamp(11)} has no image")
 
 
-def test_being_told_to_end_reaches_the_consumer(buffer: Buffer) -> None:
+@pytest.mark.parametrize(("told", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_being_told_to_end_reaches_the_consumer(buffer: Buffer, told: signal.Signals, expected: int) -> None:
     with buffer.streamer(slow()) as process:
         with buffer.consumer() as consumer, pytest.raises(BeamwireError, match="told to end") as caught:
             for number, _ in enumerate(consumer):
                 if number == 2:
-                    process.send_signal(signal.SIGTERM)
+                    process.send_signal(told)
         code, _ = finish(process)
     assert caught.value.reason is Reason.CANCELLED
-    assert code == 143
+    assert code == expected
 
 
 def test_being_told_to_end_while_nobody_reads(tmp_path: Path) -> None:

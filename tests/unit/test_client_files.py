@@ -158,11 +158,55 @@ def test_a_field_named_as_ours_is_kept_beside(tmp_path: Path) -> None:
         assert file["entry/data/event_id_"][:].tolist() == [7.5, 8.5, 9.5]
 
 
+def test_text_in_events_as_large_as_images_is_stored_as_text(tmp_path: Path) -> None:
+    texts = np.full((3, 9000), "abc")
+    texts[2, 8999] = "é"
+    writer = Hdf5Writer(tmp_path / "x.h5")
+    writer.write(batch({"text": texts}))
+    (path,) = writer.finish({})
+    with opened(path) as file:
+        np.testing.assert_array_equal(file["entry/data/text"].asstr()[:], texts)
+
+
+@pytest.mark.parametrize(("text", "words"), [("a\0b", "a NUL"), ("\ud800", "half a surrogate pair")])
+def test_text_that_hdf5_cannot_store_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    writer = Hdf5Writer(tmp_path / "x.h5")
+    with pytest.raises(BeamwireError, match=f"comment has text with {words}") as caught:
+        writer.write(batch({"comment": np.array(["a", text, ""])}))
+    assert caught.value.reason is Reason.FRAME_CORRUPT
+    writer.discard()
+
+
+def test_events_that_hold_nothing_are_written(tmp_path: Path) -> None:
+    arrays: dict[str, Any] = {
+        "dense": np.zeros((3, 0), np.float32),
+        "wide": np.zeros((3, 0, 100_000)),
+        "rows": Ragged(np.zeros((4, 0), np.uint16), np.array([0, 1, 1, 4])),
+    }
+    writer = Hdf5Writer(tmp_path / "x.h5")
+    for _ in range(2):
+        writer.write(batch(arrays))
+    (path,) = writer.finish({})
+    with opened(path) as file:
+        data = file["entry/data"]
+        assert (data["dense"].shape, data["dense"].dtype) == ((6, 0), np.float32)
+        assert data["wide"].shape == (6, 0, 100_000)
+        assert data["rows/values"].shape == (8, 0)
+        assert data["rows/row_offsets"][:].tolist() == [0, 1, 1, 4, 5, 5, 8]
+    declared = Hdf5Writer(tmp_path / "none.h5")
+    fields = [Field(name="dense", dtype="<f4", shape=[0]), Field(name="rows", dtype="<u2", shape=[-1, 0])]
+    declared.begin(StreamHeader(fields=fields))
+    (path,) = declared.finish({})
+    with opened(path) as file:
+        assert file["entry/data/dense"].shape == file["entry/data/rows/values"].shape == (0, 0)
+
+
 def test_no_events_make_a_file_with_the_fields_and_no_rows(tmp_path: Path) -> None:
     writer = Hdf5Writer(tmp_path / "x.h5")
     fields = [
         Field(name="img", dtype="<f4", shape=[20, 30], unit="keV"),
         Field(name="hits", dtype="<u2", shape=[-1, 2]),
+        Field(name="unsaid"),
     ]
     writer.begin(StreamHeader(fields=fields))
     (path,) = writer.finish({})
@@ -172,6 +216,7 @@ def test_no_events_make_a_file_with_the_fields_and_no_rows(tmp_path: Path) -> No
         assert file["entry/data/hits/values"].shape == (0, 2)
         assert file["entry/data/hits/row_offsets"][:].tolist() == [0]
         assert file["entry/data/event_id"].shape == (0,)
+        assert "unsaid" not in file["entry/data"]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +274,33 @@ def test_npz_has_one_file_per_frame_and_comes_back(tmp_path: Path) -> None:
     assert isinstance(hits, Ragged)
     np.testing.assert_array_equal(hits.values, arrays["hits"].values)
     assert [(field.name, list(field.shape)) for field in back.fields()] == [("img", [200, 200]), ("hits", [-1, 2])]
+
+
+@pytest.mark.parametrize("format_", [Format.NPZ, Format.HDF5])
+def test_no_name_of_a_field_is_in_the_way(tmp_path: Path, format_: Format) -> None:
+    names = ("file", "allow_pickle", "event_id", "event_id_", "producer", "args")
+    arrays: dict[str, Any] = {name: np.full(3, number) for number, name in enumerate(names)}
+    writer = Writer(format_, Target(tmp_path, "", "abc"))
+    writer.write(batch(arrays, [7, 8, 9]))
+    (path,) = writer.finish({})
+    if format_ is Format.NPZ:
+        file = read_arrays(path, 0)
+        assert file.event_ids.tolist() == [7, 8, 9]
+        found = {name: int(np.asarray(array)[0]) for name, array in file.arrays.items()}
+        assert found == {"file": 0, "allow_pickle": 1, "event_id_": 2, "event_id__": 3, "producer": 4, "args": 5}
+    else:
+        with opened(path) as hdf5:
+            data = hdf5["entry/data"]
+            found = {name: int(data[name][0]) for name in data}
+        renamed = {"event_id_": 2, "event_id__": 3, "producer_": 4}
+        assert found == {"file": 0, "allow_pickle": 1, "args": 5, "event_id": 7, "producer": 0} | renamed
+
+
+def test_a_ragged_field_named_as_ours_comes_back(tmp_path: Path) -> None:
+    writer = Writer(Format.NPZ, Target(tmp_path, "", "abc"))
+    writer.write(batch({"event_id": ragged(1, 0, 2)}))
+    (path,) = writer.finish({})
+    assert isinstance(read_arrays(path, 0).arrays["event_id_"], Ragged)
 
 
 def test_opaque_frames_become_files_as_they_came(tmp_path: Path) -> None:

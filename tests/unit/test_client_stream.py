@@ -52,6 +52,8 @@ class Cache:
         self.frames, self.end, self.break_off = frames, end, break_off
         self.proceed = threading.Event()
         self.proceed.set()
+        self.begin = threading.Event()
+        self.begin.set()
         self.finished = threading.Event()
         self.context = credentials.server_context()
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -71,6 +73,7 @@ class Cache:
     def _serve(self, connection: TlsConnection) -> None:
         connection.receive_greeting()
         connection.send_greeting(PUSH)
+        assert self.begin.wait(20)
         fields = [Field(name="x", dtype="<f8", shape=[2], unit="eV")]
         stream = StreamHeader(buffer="buffers/b1", transfer="transfers/other", producer_count=1, fields=fields)
         self._send(connection, FrameHeader(epoch=1, kind=FRAME_KIND_HEADER, stream=stream))
@@ -92,6 +95,7 @@ class Cache:
         connection.send(FrameWriter().encode(header, arrays))
 
     def close(self) -> None:
+        self.begin.set()
         self.proceed.set()
         self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
@@ -283,6 +287,41 @@ async def test_an_asynchronous_stream_that_is_left_cancels(world: World) -> None
     assert world.requests.cancelled == [world.requests.transfer.name]
 
 
+async def test_a_wait_that_is_cancelled_loses_no_batch(world: World) -> None:
+    cache = world.cache()
+    cache.begin.clear()
+    async with AsyncClient(config_dir=world.config) as client, client.stream(cache.connect) as stream:
+        world.requests.transfer = Transfer(state=Transfer.STATE_SUCCEEDED, receipt=receipt(12))
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(stream), 0.2)
+        cache.begin.set()
+        assert [batch.sequence async for batch in stream] == [1, 2, 3, 4]
+
+
+async def test_a_failure_is_still_told_after_a_wait_that_was_cancelled(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = world.cache(frames=0, end=END_CAUSE_FAILED)
+    async with AsyncClient(config_dir=world.config) as client:
+        asked = asyncio.Event()
+
+        async def never(name: str) -> AsyncIterator[Transfer]:
+            asked.set()
+            await asyncio.Event().wait()
+            yield Transfer(name=name)
+
+        monkeypatch.setattr(client, "watch_transfer", never)
+        with pytest.raises(BeamwireError, match="as told"):
+            async with client.stream(cache.connect) as stream:
+                waiting = asyncio.ensure_future(anext(stream))
+                await asyncio.wait_for(asked.wait(), 20)
+                waiting.cancel()
+                await asyncio.wait([waiting])
+                monkeypatch.setattr("beamwire.client.session._EXPLANATION_SECONDS", 0.1)
+                await anext(stream)
+
+
 @pytest.mark.parametrize("how", ["break", "error", "interrupt"])
 def test_leaving_early_cancels_what_was_created(world: World, how: str) -> None:
     cache = world.cache()
@@ -393,9 +432,11 @@ def test_a_transfer_that_succeeds_while_we_dial_is_an_empty_stream(world: World)
     # Nobody listens there any more: without the service's word, dialling would go on for half a minute.
     gone = "beamwire://127.0.0.1:9/buffers/b1?epoch=1"
     world.set(name="transfers/old", state=Transfer.STATE_STREAMING, connect_string=gone)
-    threading.Timer(0.5, lambda: world.set(state=Transfer.STATE_SUCCEEDED, receipt=receipt(0, 0))).start()
+    threading.Timer(0.5, lambda: world.set(state=Transfer.STATE_SUCCEEDED, receipt=receipt(12, 1))).start()
     with world.client.stream("transfers/old") as stream:
         assert list(stream) == []
+        assert stream.header is None
+        assert stream.receipt == receipt(12, 1), "another consumer took them all"
 
 
 def test_a_transfer_that_failed_before_raises_its_error(world: World) -> None:
@@ -411,6 +452,18 @@ def test_a_bare_buffer_is_read_by_its_connect_string(world: World) -> None:
         assert sum(map(len, stream)) == 12
         assert stream.receipt == receipt(12), "the header names the transfer"
     assert world.requests.created == []
+
+
+def test_a_stream_without_events_says_what_it_would_have_held(world: World) -> None:
+    cache = world.cache(frames=0)
+    world.set(name="transfers/other", state=Transfer.STATE_SUCCEEDED, receipt=receipt(0))
+    with world.client.stream(cache.connect) as stream:
+        assert stream.header is None, "nothing was read"
+        (part,) = stream.split()
+        assert list(part) == []
+        assert part.header is not None
+        assert [(field.name, field.unit) for field in part.header.fields] == [("x", "eV")]
+        assert stream.wait() == receipt(0), "the header names the transfer"
 
 
 def test_a_watch_survives_a_service_that_restarts(world: World) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from beamwire.common.v1 import account_pb2
-from beamwire.services.buffer.cache.account import Account, ProducerAccount
+from beamwire.services.buffer.cache.account import MOST_DEPARTED, Account, ProducerAccount
 from beamwire.services.buffer.cache.ending import Seal, ending
 from beamwire.stream.v1.frame_pb2 import StreamEnd
 
@@ -132,3 +132,33 @@ def test_a_producer_without_end_counts_with_what_came():
     account = Account(producers={0: ProducerAccount(0, "", received_frame_count=2, received_event_count=7)})
     total = ending({0: None}, account, Seal(account_pb2.END_CAUSE_FAILED, "", forced=True))
     assert (total.selected_event_count, total.sent_event_count, total.sent_frame_count) == (7, 7, 2)
+
+
+def test_a_stream_sealed_before_every_producer_ended_is_truncated():
+    account = Account(producers={n: ProducerAccount(n, "") for n in range(2)})
+    sealed = Seal(END_DONE, "", forced=False)
+    for ends in ({0: end(END_DONE), 1: None}, {0: end(END_DONE)}):
+        total = ending(ends, account, sealed, 2)
+        assert (total.cause, total.detail) == (account_pb2.END_CAUSE_TRUNCATED, "not every producer had ended")
+    failed = {0: end(account_pb2.END_CAUSE_FAILED, "no beam")}
+    assert ending(failed, account, sealed, 2).cause == account_pb2.END_CAUSE_FAILED
+    assert ending({}, account, sealed, 2).cause == END_DONE
+    assert ending({0: end(END_DONE), 1: end(END_DONE)}, account, sealed, 2).cause == END_DONE
+
+
+def test_consumers_that_come_and_go_take_no_room():
+    account = Account(producers={0: ProducerAccount(0, "")})
+    for _ in range(1000):
+        account.left(account.joined("", "h:1"), confirmed=False)
+    assert account.consumer_records == []
+    for number in range(1000):
+        account.received(0, frames=1, events=2, size=10)
+        consumer = account.joined("", "h:1")
+        account.sent(consumer, frames=1, events=2, size=10)
+        account.left(consumer, confirmed=number % 2 == 0)
+    records = account.consumer_records
+    assert len(records) == MOST_DEPARTED + 2
+    assert [(r.consumer, r.confirmed) for r in records[:2]] == [(0, True), (0, False)]
+    assert sum(r.sent_event_count for r in records if r.confirmed) == account.delivered_event_count == 1000
+    assert sum(r.sent_bytes for r in records) == account.sent_bytes == 10_000
+    assert account.balance == 0

@@ -227,7 +227,8 @@ def test_a_join_token_that_is_damaged_is_deleted_all_the_same(
     assert not token.exists()
 
 
-def test_sigterm_between_events(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_between_events(tmp_path: Path, number: signal.Signals, code: int) -> None:
     source = {"type": "SyntheticEventSource", "shape": "8,8", "number_of_events": 100_000, "events_per_second": 2}
     config = json.dumps(synthetic(event_source=source) | files(tmp_path / "out"))
     process = subprocess.Popen(
@@ -240,9 +241,9 @@ def test_sigterm_between_events(tmp_path: Path) -> None:
     # The first line of progress comes when it streams.
     assert "events read" in process.stderr.readline()
     begin = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     error = process.stderr.read()
-    assert process.wait(10) == 143
+    assert process.wait(10) == code
     assert time.monotonic() - begin < 2
     assert "told to end" in error
     process.stderr.close()
@@ -258,4 +259,6 @@ def test_pause_ends_at_the_deadline() -> None:
         stop.pause(time.monotonic() + 60)
         assert stop.requested
         assert time.monotonic() - begin < 1.5
+    assert stop.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

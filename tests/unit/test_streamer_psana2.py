@@ -104,6 +104,13 @@ def test_the_shares_are_all_and_do_not_overlap(
     assert sorted(found) == list(range(max_events or EVENTS))
 
 
+@pytest.mark.parametrize("by", ["source_identifier", "file_identifier"])
+def test_a_rank_without_a_share_has_no_events(complete: XtcRun, opened: Open, by: str) -> None:
+    source = opened(getattr(complete, by), Share(1, 2), 1)
+    assert source.expected_event_count == 1
+    assert list(source.events()) == []
+
+
 def test_max_events_of_the_identifier(complete: XtcRun, opened: Open) -> None:
     source = opened(f"{complete.source_identifier},max_events=9", max_events=20)
     assert len(list(source.events())) == source.expected_event_count == 9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,11 +20,12 @@ from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.frame import Frame, corrupt, parse_header, read_payload
 from beamwire.mesh.stream.inbox import ClosedError, Inbox
 from beamwire.mesh.stream.pool import BufferPool
-from beamwire.mesh.stream.sockets import PULL, Connection
+from beamwire.mesh.stream.sockets import PULL, Connection, interrupt
 from beamwire.stream.v1.frame_pb2 import FRAME_KIND_DATA, FRAME_KIND_END, FRAME_KIND_HEADER, StreamEnd, StreamHeader
 
 LARGEST_MESSAGE: Final = 2**36
 _CLOSE_TIMEOUT: Final = 10.0
+_INTERRUPT_PERIOD: Final = 0.1
 _REASONS: Final = {
     account_pb2.END_CAUSE_FAILED: Reason.PRODUCER_FAILED,
     account_pb2.END_CAUSE_CANCELLED: Reason.CANCELLED,
@@ -48,8 +50,23 @@ class _Link:
 
     def __init__(self, host: tuple[str, int]) -> None:
         self.host = host
+        self.socket: socket.socket | None = None
         self.connection: Connection | None = None
         self.thread: threading.Thread | None = None
+
+    def interrupt(self) -> None:
+        if self.socket is not None:
+            interrupt(self.socket)
+
+    def join(self) -> None:
+        """Wait for the thread, which was told to stop and interrupted."""
+        if self.thread is None or self.thread is threading.current_thread():
+            return
+        self.thread.join(_INTERRUPT_PERIOD)
+        while self.thread.is_alive():
+            # It was interrupted just before it began to wait: while it dials, a socket forgets that.
+            self.interrupt()
+            self.thread.join(_INTERRUPT_PERIOD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,13 +192,11 @@ class Consumer:
                 self._failure = why
             self._stop.set()
             for link in self._links:
-                if link.connection is not None:
-                    link.connection.interrupt()
+                link.interrupt()
         self._inbox.close()
         self._described.set()
         for link in self._links:
-            if link.thread is not None and link.thread is not threading.current_thread():
-                link.thread.join()
+            link.join()
             if link.connection is not None:
                 link.connection.close()
 
@@ -209,12 +224,24 @@ class Consumer:
 
     def _open(self, link: _Link) -> None:
         connection = dial(
-            self._connect, link.host, self._credentials, PULL, timeout=self._dial_timeout, stop=self._stop
+            self._connect,
+            link.host,
+            self._credentials,
+            PULL,
+            timeout=self._dial_timeout,
+            stop=self._stop,
+            opened=lambda sock: self._opened(link, sock),
         )
         # Until END was confirmed, the cache must be able to tell our death from a good end.
         connection.abort_on_close(True)
         with self._lock:
             link.connection = connection
+            if self._stop.is_set():
+                raise ClosedError
+
+    def _opened(self, link: _Link, sock: socket.socket) -> None:
+        with self._lock:
+            link.socket = sock
             if self._stop.is_set():
                 raise ClosedError
 

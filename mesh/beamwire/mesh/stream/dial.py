@@ -6,6 +6,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 from beamwire.mesh.credentials import Credentials
@@ -27,25 +28,29 @@ def dial(
     *,
     timeout: float,
     stop: threading.Event | None = None,
+    opened: Callable[[socket.socket], None] | None = None,
 ) -> Connection:
     """A connection to one host of a buffer, greetings exchanged. Tries again while nobody listens, `timeout` seconds.
 
     BeamwireError CACHE_FAILED if the cache cannot be reached, CERTIFICATE_INVALID or CERTIFICATE_EXPIRED if either side
-    does not believe the other, ROLE_NOT_ALLOWED if the cache does not let this member in. `stop` ends the waiting.
+    does not believe the other, ROLE_NOT_ALLOWED if the cache does not let this member in. `stop` ends the waiting
+    between attempts; `opened` is given each socket before it is used, so that another thread can interrupt it.
     """
     if connect.transport == "tls+tcp" and credentials is None:
         raise BeamwireError(Reason.CERTIFICATE_INVALID, f"{_name(host)} wants a client certificate; enrol first")
-    sock = _reach(host, timeout, stop or threading.Event())
+    opened = opened or _ignore
+    sock = _reach(host, timeout, stop or threading.Event(), opened)
     try:
         sock.settimeout(_ATTEMPT)
         if connect.transport == "tcp" or credentials is None:
             connection: Connection = PlainConnection(sock)
         else:
-            connection = TlsConnection(_secure(sock, host, credentials, connect.buffer))
+            connection = TlsConnection(_secure(sock, host, credentials, connect.buffer, opened))
     except BaseException:
         sock.close()
         raise
     try:
+        connection.set_deadline(_ATTEMPT)
         _greet(connection, host, credentials, protocol)
     except BaseException:
         connection.close()
@@ -58,13 +63,19 @@ def _name(host: tuple[str, int]) -> str:
     return f"the cache at {host[0]}:{host[1]}"
 
 
-def _reach(host: tuple[str, int], timeout: float, stop: threading.Event) -> socket.socket:
+def _ignore(sock: socket.socket) -> None:
+    """Nobody wants to interrupt this socket."""
+
+
+def _reach(
+    host: tuple[str, int], timeout: float, stop: threading.Event, opened: Callable[[socket.socket], None]
+) -> socket.socket:
     deadline = time.monotonic() + timeout
     delay = _FIRST_DELAY
     while True:
         remaining = deadline - time.monotonic()
         try:
-            sock = socket.create_connection(host, timeout=max(min(remaining, _ATTEMPT), _FIRST_DELAY))
+            sock = _connect(host, max(min(remaining, _ATTEMPT), _FIRST_DELAY), opened)
         except OSError as error:
             if remaining < delay or stop.wait(delay):
                 raise BeamwireError(
@@ -76,22 +87,57 @@ def _reach(host: tuple[str, int], timeout: float, stop: threading.Event) -> sock
             return sock
 
 
-def _secure(sock: socket.socket, host: tuple[str, int], credentials: Credentials, buffer: str) -> ssl.SSLSocket:
+def _connect(host: tuple[str, int], timeout: float, opened: Callable[[socket.socket], None]) -> socket.socket:
+    failure = OSError("it has no address")
+    for family, kind, protocol, _, address in socket.getaddrinfo(*host, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            opened(sock)
+            sock.settimeout(timeout)
+            sock.connect(address)
+        except OSError as error:
+            sock.close()
+            failure = error
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise failure
+
+
+def _secure(
+    sock: socket.socket,
+    host: tuple[str, int],
+    credentials: Credentials,
+    buffer: str,
+    opened: Callable[[socket.socket], None],
+) -> ssl.SSLSocket:
     try:
-        secured = credentials.client_context().wrap_socket(sock, server_hostname=host[0], suppress_ragged_eofs=False)
+        secured = credentials.client_context().wrap_socket(
+            sock, server_hostname=host[0], do_handshake_on_connect=False, suppress_ragged_eofs=False
+        )
     except OSError as error:
         raise _refusal(host, error) from error
     try:
-        identity = credentials.peer_identity(secured)
-    except BeamwireError:
+        opened(secured)
+        secured.do_handshake()
+        _check_identity(secured, host, credentials, buffer)
+    except OSError as error:
+        secured.close()
+        raise _refusal(host, error) from error
+    except BaseException:
         secured.close()
         raise
+    return secured
+
+
+def _check_identity(secured: ssl.SSLSocket, host: tuple[str, int], credentials: Credentials, buffer: str) -> None:
+    identity = credentials.peer_identity(secured)
     if identity.path != f"cache/{buffer}":
-        secured.close()
         raise BeamwireError(
             Reason.CERTIFICATE_INVALID, f"{_name(host)} is {identity} and not the cache of buffers/{buffer}"
         )
-    return secured
 
 
 def _greet(connection: Connection, host: tuple[str, int], credentials: Credentials | None, protocol: int) -> None:

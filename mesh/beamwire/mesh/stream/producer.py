@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -34,6 +35,7 @@ from beamwire.stream.v1.frame_pb2 import (
 )
 
 CLOSE_TIMEOUT: Final = 3600.0
+_SHORTEST_TIMEOUT: Final = 0.001
 
 
 @dataclass(slots=True)
@@ -113,14 +115,14 @@ class Producer:
         BeamwireError CACHE_FAILED if the connection is lost before, TIMED_OUT if the cache is still full then.
         """
         with self._lock:
+            self._check_open()
             header = self._header(FRAME_KIND_END, end=self._summary(cause, detail))
+            deadline = time.monotonic() + timeout
             try:
-                self._send(header)
                 self._connection.set_timeout(timeout)
+                self._send(header)
+                self._connection.set_timeout(max(deadline - time.monotonic(), _SHORTEST_TIMEOUT))
                 self._connection.finish()
-            except TimeoutError as error:
-                story = f"the cache at {self._address} did not read everything within {timeout:g} s"
-                raise BeamwireError(Reason.TIMED_OUT, story) from error
             except (OSError, ValueError) as error:
                 raise self._failed(error) from error
             finally:
@@ -175,27 +177,43 @@ class Producer:
             attributes = {telemetry.ATTR_PRODUCER: self._producer, telemetry.ATTR_SEQUENCE: self._sequence}
             with telemetry.span(telemetry.SPAN_FRAME_SEND, attributes=attributes):
                 header.traceparent = telemetry.current_traceparent()
-                self._send(header, payload)
+                self._send(header, payload, event_ids)
         else:
-            self._send(header, payload)
-        self._digest.update(event_ids.astype("<u8", copy=False).tobytes())
-        self.counters.frames += 1
-        self.counters.events += len(event_ids)
+            self._send(header, payload, event_ids)
 
-    def _send(self, header: FrameHeader, payload: Mapping[str, AnyArray | Ragged] | memoryview | None = None) -> None:
+    def _check_open(self) -> None:
         if not self._open:
             raise BeamwireError(Reason.ILLEGAL_STATE, "the producer has ended or lost its connection; make a new one")
+
+    def _send(
+        self,
+        header: FrameHeader,
+        payload: Mapping[str, AnyArray | Ragged] | memoryview | None = None,
+        event_ids: npt.NDArray[np.uint64] | None = None,
+    ) -> None:
+        self._check_open()
         if isinstance(payload, memoryview):
             message = self._writer.encode_opaque(header, payload)
         else:
             message = self._writer.encode(header, payload)
         try:
             self._connection.send(message)
+            self._count(len(message), event_ids)
         except OSError as error:
-            self._shut()
+            self._abort()
             raise self._failed(error) from error
+        except BaseException:
+            # Ctrl-C: what would be sent now would land inside this frame, or END would not count it.
+            self._abort()
+            raise
+
+    def _count(self, size: int, event_ids: npt.NDArray[np.uint64] | None) -> None:
         self._sequence += 1
-        self.counters.bytes += len(message)
+        self.counters.bytes += size
+        if event_ids is not None:
+            self._digest.update(event_ids.astype("<u8", copy=False).tobytes())
+            self.counters.frames += 1
+            self.counters.events += len(event_ids)
 
     def _summary(self, cause: account_pb2.EndCause.ValueType, detail: str) -> StreamEnd:
         losses = [account_pb2.Loss(cause=c, event_count=n) for c, n in sorted(self._skipped.items())]  # type: ignore[arg-type]
@@ -210,8 +228,16 @@ class Producer:
         )
 
     def _failed(self, error: Exception) -> BeamwireError:
+        # One with an errno is the kernel's word that the peer is gone.
+        if isinstance(error, TimeoutError) and error.errno is None:
+            return BeamwireError(Reason.TIMED_OUT, f"the cache at {self._address} did not read everything in time")
         story = f"the cache at {self._address} closed or lost the connection at frame {self._sequence} ({error})"
         return BeamwireError(Reason.CACHE_FAILED, story, metadata={"address": self._address})
+
+    def _abort(self) -> None:
+        with suppress(OSError):
+            self._connection.abort_on_close(True)
+        self._shut()
 
     def _shut(self) -> None:
         self._open = False

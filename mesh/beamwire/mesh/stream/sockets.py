@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import ssl
 import struct
+import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import Final
@@ -17,6 +18,7 @@ from beamwire.mesh.stream.writer import MESSAGE_LENGTH
 PUSH: Final = 0x50
 PULL: Final = 0x51
 
+_TIMEVAL: Final = struct.Struct("@ll")
 _GREETING: Final = struct.Struct(">4sHH")
 _SIGNATURE: Final = b"\0SP\0"
 # Messages up to this size are read several at a time.
@@ -47,6 +49,8 @@ class Connection(ABC):
         self._ahead = memoryview(bytearray(_AHEAD))
         self._begin = self._end = 0
         self._small = False
+        self._deadline: float | None = None
+        self._patient = False
 
     def fileno(self) -> int:
         """The descriptor of the socket, to wait on."""
@@ -54,7 +58,20 @@ class Connection(ABC):
 
     def set_timeout(self, seconds: float | None) -> None:
         """Bound each later call; beyond it TimeoutError. None waits as long as the peer is there."""
+        self._deadline = None
         self._socket.settimeout(seconds)
+
+    def set_deadline(self, seconds: float) -> None:
+        """Bound all that is received from now on together, also from a peer that sends byte by byte: TimeoutError.
+
+        Lasts until the next `set_timeout`.
+        """
+        self.set_timeout(seconds)
+        self._deadline = time.monotonic() + seconds
+
+    @abstractmethod
+    def bound_stalls(self, seconds: float) -> None:
+        """From now on TimeoutError if for so long no byte comes inside a message; between messages wait for ever."""
 
     @abstractmethod
     def send(self, data: memoryview | bytes) -> None:
@@ -88,7 +105,12 @@ class Connection(ABC):
             self._ahead[:rest] = bytes(self._ahead[self._begin : self._end])
             self._begin, self._end = 0, rest
             # After a large message only the length is read, so that the next one lands where it belongs.
-            count = self._receive(self._ahead[rest : _AHEAD if self._small else MESSAGE_LENGTH.size])
+            try:
+                count = self._read(self._ahead[rest : _AHEAD if self._small else MESSAGE_LENGTH.size])
+            except TimeoutError:
+                if rest or not self._patient:
+                    raise
+                continue
             if not count and not rest:
                 return None
             if not count:
@@ -108,14 +130,22 @@ class Connection(ABC):
 
     def _fill(self, target: memoryview, have: int) -> None:
         while have < len(target):
-            count = self._receive(target[have:], socket.MSG_WAITALL)
+            count = self._read(target[have:], socket.MSG_WAITALL)
             if not count:
                 raise PeerClosedError("the peer closed the connection inside a message")
             have += count
 
+    def _read(self, target: memoryview, flags: int = 0) -> int:
+        if self._deadline is not None:
+            remaining = self._deadline - time.monotonic()
+            if remaining <= 0:
+                raise TimeoutError("timed out")
+            self._socket.settimeout(remaining)
+        return self._receive(target, flags)
+
     def expect_end(self) -> None:
         """Wait until the peer has said that no more will come; ValueError if something comes."""
-        if self._end > self._begin or self._receive(self._ahead[:1]):
+        if self._end > self._begin or self._read(self._ahead[:1]):
             raise ValueError("the peer sent something after its last message")
 
     def abort_on_close(self, abort: bool) -> None:
@@ -125,9 +155,7 @@ class Connection(ABC):
 
     def interrupt(self) -> None:
         """End every call that waits in another thread, at once; the connection is of no more use."""
-        # The method of the base class: that of a TLS socket would make the other thread read without TLS.
-        with suppress(OSError):
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        interrupt(self._socket)
 
     def stop_receiving(self) -> None:
         """End a `receive` that waits in another thread; the peer is told nothing before the connection is closed."""
@@ -149,8 +177,19 @@ class PlainConnection(Connection):
         self._socket.shutdown(socket.SHUT_WR)
         self.expect_end()
 
+    def bound_stalls(self, seconds: float) -> None:  # noqa: D102
+        self._patient = True
+        self.set_timeout(None)
+        # By the kernel: with a timeout of Python's the socket would not block, and a large frame would come in pieces.
+        self._socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
+        )
+
     def _receive(self, target: memoryview, flags: int = 0) -> int:
-        return self._socket.recv_into(target, len(target), flags)
+        try:
+            return self._socket.recv_into(target, len(target), flags)
+        except BlockingIOError as error:
+            raise TimeoutError("timed out") from error
 
 
 class TlsConnection(Connection):
@@ -169,9 +208,24 @@ class TlsConnection(Connection):
 
     def finish(self) -> None:  # noqa: D102
         self._tls.unwrap()
+        # OpenSSL takes an alert for a close; one who closes in anger also resets the connection.
+        socket.socket.shutdown(self._tls, socket.SHUT_WR)
+        if socket.socket.recv(self._tls, 1):
+            raise ValueError("the peer sent something after its last message")
+
+    def bound_stalls(self, seconds: float) -> None:  # noqa: D102
+        self._patient = True
+        self.set_timeout(seconds)
 
     def _receive(self, target: memoryview, flags: int = 0) -> int:
         return self._tls.recv_into(target, len(target))
+
+
+def interrupt(sock: socket.socket) -> None:
+    """End every call on a socket that waits in another thread, also one that connects; it is of no more use."""
+    # The method of the base class: that of a TLS socket would make the other thread read without TLS.
+    with suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
 def tune(sock: socket.socket) -> None:

@@ -126,10 +126,8 @@ class CacheControl:
         reader, writer = await self._open()
         try:
             writer.write(_line({"op": "watch"}))
-            while line := await reader.readline():
+            while line := await self._read_line(reader):
                 yield _parse(line)
-        except OSError as error:
-            raise self._failed(str(error)) from error
         finally:
             writer.close()
 
@@ -154,7 +152,7 @@ class CacheControl:
         try:
             writer.write(_line(question))
             async with asyncio.timeout(_ANSWER_TIMEOUT):
-                answer = await reader.readline()
+                answer = await self._read_line(reader)
         except OSError as error:
             raise self._failed(str(error)) from error
         finally:
@@ -162,6 +160,13 @@ class CacheControl:
         if not answer:
             raise self._failed("it closed the control connection")
         return answer
+
+    async def _read_line(self, reader: asyncio.StreamReader) -> bytes:
+        try:
+            return await reader.readline()
+        except (OSError, ValueError) as error:
+            # ValueError: a line longer than the limit.
+            raise self._failed(str(error)) from error
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         # The path of a socket may have 107 characters; through the directory's descriptor it always has few.

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the streamer stops between two events, says so to the buffer, and is gone soon whatever happens."""
+"""SIGTERM and Ctrl-C: the streamer stops between two events, tells the buffer, and is gone soon whatever happens."""
 
 from __future__ import annotations
 

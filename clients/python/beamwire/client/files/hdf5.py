@@ -15,6 +15,7 @@ from beamwire.client.batch import Array, Batch
 from beamwire.client.files.naming import part_of
 from beamwire.client.files.sink import Sink
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.stream.frame import is_array_type
 from beamwire.stream.v1.frame_pb2 import Field, StreamHeader
 
 # h5py's types cannot tell a group from a dataset, and importing it for them would make the SDK heavy.
@@ -138,8 +139,11 @@ class Hdf5Writer:
         self._append(_EVENT_ID, np.empty(0, np.uint64))
         self._append(_PRODUCER, np.empty(0, np.uint32))
         for name, field in self._fields.items():
+            if not is_array_type(field.dtype):
+                # A producer of opaque frames, or a careless one, need not say what type there would have been.
+                continue
             shape = list(field.shape)
-            if -1 in shape:
+            if any(axis < 0 for axis in shape):
                 empty = np.empty((0, *(axis for axis in shape if axis >= 0)), np.dtype(field.dtype))
                 self._write_ragged(name, empty, np.zeros(1, np.int64))
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def main() -> int:
     directory: Path = parser.parse_args().directory.resolve()
     os.umask(0o077)
     telemetry.setup_logging("cache")
+    _raise_file_limit()
     try:
         config = CacheConfig.load(directory)
         credentials = _credentials(config, directory)
@@ -40,6 +42,12 @@ def main() -> int:
     finally:
         tracing.shutdown()
     return 0
+
+
+def _raise_file_limit() -> None:
+    """Each peer is an open file, and the usual limit is lower than the number of peers that are let in."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _credentials(config: CacheConfig, directory: Path) -> Credentials | None:

@@ -31,11 +31,14 @@ class Seal:
     forced: bool
 
 
-def ending(ends: Mapping[int, StreamEnd | None], account: Account, seal: Seal | None) -> StreamEnd:
+def ending(
+    ends: Mapping[int, StreamEnd | None], account: Account, seal: Seal | None, producer_count: int = 1
+) -> StreamEnd:
     """The END of the whole stream.
 
     A producer that has not said END counts with what came from it. The cause is that of the seal unless it is DONE,
-    else the worst that a producer said.
+    else the worst that a producer said, and TRUNCATED at least if only some of the producers came to their END. A
+    stream that no producer ever joined ends as its sealer says.
     """
     total = StreamEnd(cause=account_pb2.END_CAUSE_DONE)
     skipped: Counter[account_pb2.LossCause.ValueType] = Counter()
@@ -53,9 +56,14 @@ def ending(ends: Mapping[int, StreamEnd | None], account: Account, seal: Seal | 
             if end.detail:
                 details.append(f"producer {number}: {end.detail}" if len(ends) > 1 else end.detail)
     total.skipped.extend(account_pb2.Loss(cause=cause, event_count=count) for cause, count in sorted(skipped.items()))
+    unfinished = seal is not None and bool(ends) and sum(end is not None for end in ends.values()) < producer_count
+    if unfinished:
+        causes.add(account_pb2.END_CAUSE_TRUNCATED)
     total.cause = next((cause for cause in _SEVERITY if cause in causes), account_pb2.END_CAUSE_DONE)
     if seal is not None and seal.cause != account_pb2.END_CAUSE_DONE:
         total.cause = seal.cause
+    elif unfinished:
+        details.insert(0, "not every producer had ended")
     if seal is not None and seal.detail:
         details.insert(0, seal.detail)
     total.detail = "; ".join(details)

@@ -6,6 +6,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from contextlib import suppress
 from typing import Final
 
@@ -21,6 +22,7 @@ from beamwire.services.buffer.cache.relay import Relay
 MOST_PEERS: Final = 1024
 _HANDSHAKE_TIMEOUT: Final = 10.0
 _PARTING_TIMEOUT: Final = 1.0
+_ACCEPT_PAUSE: Final = 0.2
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ class Listener:
         self._hangups = Hangups(relay)
         self._places = threading.BoundedSemaphore(MOST_PEERS)
         self._socket = listen(relay.config.host, relay.config.port)
-        self._closed = False
+        self._closed = threading.Event()
         self.port: int = self._socket.getsockname()[1]
 
     def start(self) -> None:
@@ -44,26 +46,32 @@ class Listener:
 
     def close(self) -> None:
         """Accept no more."""
-        if not self._closed:
-            self._closed = True
+        if not self._closed.is_set():
+            self._closed.set()
             # Closing alone would not wake the thread that accepts.
             self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed.is_set():
             try:
                 sock, address = self._socket.accept()
             except OSError as error:
-                if not self._closed:
-                    _log.error("the listener stopped: %s", error)
-                return
+                # Too many open files, or a peer that left meanwhile: the next one may come through.
+                if not self._closed.wait(_ACCEPT_PAUSE):
+                    _log.warning("a peer could not be accepted: %s", error)
+                continue
             name = f"{address[0]}:{address[1]}"
             if not self._places.acquire(blocking=False):
                 self._relay.refuse(f"{name}: {MOST_PEERS} peers are connected already")
                 sock.close()
                 continue
-            threading.Thread(target=self._serve, args=(sock, name), name=name, daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(sock, name), name=name, daemon=True).start()
+            except RuntimeError as error:
+                self._places.release()
+                sock.close()
+                self._relay.refuse(f"{name}: no thread can be started for it: {error}")
 
     def _serve(self, sock: socket.socket, address: str) -> None:
         who = address
@@ -86,12 +94,13 @@ class Listener:
             self._places.release()
 
     def _serve_role(self, connection: Connection, identity: str, address: str, who: str) -> None:
+        connection.set_deadline(_HANDSHAKE_TIMEOUT)
         protocol = self._greet(connection, identity)
-        connection.set_timeout(None)
         _log.info("%s %s", who, "produces" if protocol == PUSH else "consumes")
         if protocol == PUSH:
             Ingest(self._relay, connection, identity).run()
         else:
+            connection.set_timeout(None)
             Egress(self._relay, connection, self._hangups).run(identity, address)
 
     def _secure(self, sock: socket.socket) -> tuple[Connection, str]:
@@ -134,8 +143,10 @@ def _reason(error: Exception) -> str:
 def _part(sock: ssl.SSLSocket) -> None:
     """Close so that the alert arrives: with something unread, the kernel would throw it away."""
     raw = socket.socket
+    deadline = time.monotonic() + _PARTING_TIMEOUT
     with sock, suppress(OSError):
-        sock.settimeout(_PARTING_TIMEOUT)
         raw.shutdown(sock, socket.SHUT_WR)
-        while raw.recv(sock, 4096):
-            pass
+        while (remaining := deadline - time.monotonic()) > 0:
+            sock.settimeout(remaining)
+            if not raw.recv(sock, 4096):
+                return

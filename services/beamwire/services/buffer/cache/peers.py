@@ -43,3 +43,4 @@ class Sink:
     connection: Connection
     greeted: bool = False
     hung_up: bool = False
+    given_up: bool = False

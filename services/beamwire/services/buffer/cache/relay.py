@@ -222,10 +222,10 @@ class Relay:
             self._release(slots)
 
     def leave(self, sink: Sink, *, confirmed: bool) -> None:
-        """A consumer is gone."""
+        """A consumer is gone. One that was given up did not confirm: its connection was closed from here."""
         with self._lock:
             del self._sinks[sink.number]
-            self._account.left(sink.number, confirmed=confirmed)
+            self._account.left(sink.number, confirmed=confirmed and not sink.given_up)
             # It may have been woken for a frame that it did not take.
             self._frames.notify()
             changed = self._settle()
@@ -290,7 +290,7 @@ class Relay:
             seal = self._seal or Seal(self._ending().cause, "", forced=True)
             self._seal = Seal(seal.cause, seal.detail, forced=True)
             for sink in self._sinks.values():
-                sink.hung_up = True
+                sink.hung_up = sink.given_up = True
                 sink.connection.interrupt()
             self._drop()
             changed = self._settle()
@@ -316,7 +316,7 @@ class Relay:
 
     def _ending(self) -> StreamEnd:
         ends = {number: source.end for number, source in self._sources.items()}
-        return ending(ends, self._account, self._seal)
+        return ending(ends, self._account, self._seal, self.config.producer_count)
 
     def _settle(self) -> bool:
         """Move on to the state that the facts allow; whether it changed."""
@@ -329,8 +329,7 @@ class Relay:
             forced = self._seal is not None and self._seal.forced
             if forced:
                 self._drop()
-            confirmed = any(consumer.confirmed for consumer in self._account.consumers.values())
-            if not self._queue and (confirmed or forced):
+            if not self._queue and (self._account.confirmation_count or forced):
                 self._state = "ENDED"
         return self._state != before
 

@@ -33,20 +33,19 @@ def to_status(
 
 def _to_counters(account: Account, refused: tuple[int, str]) -> Counters:
     producers = [account.producers[number] for number in sorted(account.producers)]
-    consumers = list(account.consumers.values())
     return Counters(
         received_frame_count=sum(p.received_frame_count for p in producers),
         received_event_count=account.received_event_count,
         received_bytes=sum(p.received_bytes for p in producers),
-        sent_frame_count=sum(c.sent_frame_count for c in consumers),
-        sent_event_count=sum(c.sent_event_count for c in consumers),
-        sent_bytes=sum(c.sent_bytes for c in consumers),
+        sent_frame_count=account.sent_frame_count,
+        sent_event_count=account.sent_event_count,
+        sent_bytes=account.sent_bytes,
         delivered_event_count=account.delivered_event_count,
         held_frame_count=account.held_frame_count,
         held_bytes=account.held_bytes,
         losses=dict(account.losses),
         producers=tuple(ProducerStatus(**asdict(producer)) for producer in producers),
-        consumers=tuple(ConsumerStatus(**asdict(consumer)) for consumer in consumers),
+        consumers=tuple(ConsumerStatus(**asdict(consumer)) for consumer in account.consumer_records),
         refused_peer_count=refused[0],
         last_refusal=refused[1],
     )
