@@ -9,10 +9,12 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from typing import Any
 
 import numpy as np
 import psutil
@@ -21,7 +23,7 @@ import pytest
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.stream.connect import ConnectString
+from beamwire.mesh.stream.connect import ConnectString, Transport
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.producer import Producer
@@ -264,11 +266,6 @@ def test_a_consumer_that_resets_behind_end_confirms_nothing(start_cache, transpo
             send(out, 3)
         for _ in range(5):
             taker.receive_into(memoryview(bytearray(taker.receive_length() or 0)))
-        taker.stop_receiving()
-        if cache.user:
-            # TLS answers the missing close_notify with an alert, which OpenSSL takes for one.
-            with pytest.raises(OSError, match="EOF"):
-                taker.receive_length()
         taker.abort_on_close(True)
     status = cache.wait(lambda status: not status.counters.consumers[0].connected)
     assert status.counters.losses == {"CONSUMER_CONNECTION": 3}
@@ -343,7 +340,7 @@ def test_the_listener_survives_a_lack_of_files_and_threads(facility, monkeypatch
             return accept(sock)
 
         monkeypatch.setattr(socket.socket, "accept", failing)
-        monkeypatch.setattr(listener.threading, "Thread", NoThread)
+        monkeypatch.setattr(threading, "Thread", NoThread)
         # The one accept that waits already was called before.
         for _ in range(2):
             with socket.create_connection(connect.hosts[0]) as sock:
@@ -367,7 +364,7 @@ class NoThread:
 
 
 @contextmanager
-def relay_of(facility, transport: str, **options: object):
+def relay_of(facility, transport: Transport, **options: Any):
     """A relay and its listener in this process, so that its bounds can be made short."""
     user = facility.member("user/alice")
     allowed = frozenset([str(user.identity)])

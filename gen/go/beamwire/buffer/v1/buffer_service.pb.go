@@ -519,7 +519,7 @@ func (x *ProducerCounters) GetFirstMissingSequence() int64 {
 // What one consumer connection took, as the cache saw it.
 type ConsumerCounters struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Counts the consumer connections of the buffer from 1.
+	// Counts the consumer connections of the buffer from 1. 0 stands for connections that ended long ago, counted together.
 	Consumer int32 `protobuf:"varint,1,opt,name=consumer,proto3" json:"consumer,omitempty"`
 	// The identity on its certificate; empty without TLS.
 	Identity string `protobuf:"bytes,2,opt,name=identity,proto3" json:"identity,omitempty"`

@@ -250,7 +250,7 @@ class ConsumerCounters(_message.Message):
     CONFIRMED_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     consumer: _builtins.int
-    """Counts the consumer connections of the buffer from 1."""
+    """Counts the consumer connections of the buffer from 1. 0 stands for connections that ended long ago, counted together."""
     identity: _builtins.str
     """The identity on its certificate; empty without TLS."""
     connected: _builtins.bool

@@ -188,7 +188,7 @@ export declare const ProducerCountersSchema: GenMessage<ProducerCounters>;
  */
 export declare type ConsumerCounters = Message<"beamwire.buffer.v1.ConsumerCounters"> & {
   /**
-   * Counts the consumer connections of the buffer from 1.
+   * Counts the consumer connections of the buffer from 1. 0 stands for connections that ended long ago, counted together.
    *
    * @generated from field: int32 consumer = 1;
    */
