@@ -19,17 +19,19 @@ test: $(VENV)/.dev $(VENV)/.psana ## Set up, then run every test that this machi
 
 check: $(VENV)/.dev ## Contract, style, types, arrows between rooms, docs
 	$(BIN)/python gen/generate.py --check
+	$(BIN)/python docs/generate.py --check
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 	$(BIN)/buf breaking gen/beamwire.binpb --against protos/baseline.binpb --path beamwire
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy mesh services clients/python tests bench examples gen/generate.py
+	$(BIN)/mypy mesh services clients/python tests bench examples gen/generate.py docs/generate.py
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
 gen: $(VENV)/.dev ## Regenerate gen/ from protos/
 	$(BIN)/python gen/generate.py
+	$(BIN)/python docs/generate.py
 
 bench: $(VENV)/.dev ## Measure beside baselines: make bench SUITE=data
 	$(BIN)/python -m bench $(SUITE)

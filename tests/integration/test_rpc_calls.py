@@ -21,12 +21,12 @@ from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
 from beamwire.mesh import telemetry
 from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.idempotency import Idempotency
 from beamwire.mesh.rpc.access import check_owner, current_caller, owner_filter
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.rpc.server import Server, Service
-from beamwire.mesh.store import Database
 from beamwire.testing.facility import Facility
 
 CERTIFICATES = "beamwire.certificate.v1.CertificateService"

@@ -16,11 +16,12 @@ from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
 from beamwire.mesh.authority import Authority
 from beamwire.mesh.credentials import Credentials, new_key_and_csr
+from beamwire.mesh.database import Database
 from beamwire.mesh.enrollment import JoinToken, enroll
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity import Role, SpiffeId, spiffe_id_of
 from beamwire.mesh.rpc.channel import connect
-from beamwire.mesh.store import Database, Store
+from beamwire.mesh.store import Store
 from beamwire.services.certificate.domain import CertificateRecord, Lifetimes, Registrar, TokenRecord
 
 DAY = timedelta(days=1)

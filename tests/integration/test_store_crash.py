@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.idempotency import Idempotency
-from beamwire.mesh.store import Database, Record, Store
+from beamwire.mesh.store import Record, Store
 
 
 class Thing(Record):
@@ -24,7 +25,8 @@ PREAMBLE = """
 import asyncio, sys
 from pathlib import Path
 from beamwire.mesh.idempotency import Idempotency
-from beamwire.mesh.store import Database, Record, Store
+from beamwire.mesh.database import Database
+from beamwire.mesh.store import Record, Store
 class Thing(Record):
     count: int = 0
 def say(text):

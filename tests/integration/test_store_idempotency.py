@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.idempotency import KEPT, Idempotency
-from beamwire.mesh.store import Database
 
 
 class Counter:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from pydantic import Field
 
+from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.store import Database, Record, Store
+from beamwire.mesh.store import Record, Store
 
 
 class Thing(Record):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, and_, delete, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.store import Database
 from beamwire.mesh.tables import answers
 
 KEPT = 24 * 3600.0

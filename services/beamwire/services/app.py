@@ -19,13 +19,14 @@ from beamwire.job.v1 import job_service_pb2_grpc
 from beamwire.mesh import telemetry
 from beamwire.mesh.authority import Authority
 from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.idempotency import Idempotency
 from beamwire.mesh.pages import Pager
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.rpc.convert import to_duration
 from beamwire.mesh.rpc.server import Server, Service
-from beamwire.mesh.store import Database, Store
+from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
 from beamwire.request.v1 import request_service_pb2_grpc
 from beamwire.services.buffer.domain import Buffers, Placement

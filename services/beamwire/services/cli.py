@@ -14,9 +14,9 @@ import click
 from click.shell_completion import get_completion_class
 
 from beamwire.mesh import telemetry
+from beamwire.mesh.database import is_open
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity import SpiffeId
-from beamwire.mesh.store import is_open
 from beamwire.services.config import (
     FILE_NAME,
     SERVICE_NAMES,

@@ -13,9 +13,10 @@ import tomli_w
 
 from beamwire.mesh.authority import Authority
 from beamwire.mesh.credentials import Credentials, new_key_and_csr
+from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity import Role, SpiffeId
-from beamwire.mesh.store import Database, Store
+from beamwire.mesh.store import Store
 from beamwire.services.certificate.domain import CertificateRecord, Lifetimes, Registrar, TokenRecord
 from beamwire.services.config import SERVICE_NAMES, FacilitySettings, Layout
 

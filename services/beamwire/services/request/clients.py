@@ -24,8 +24,8 @@ from beamwire.mesh.failure import Failure
 from beamwire.mesh.identity import Role, SpiffeId
 from beamwire.mesh.rpc.convert import from_losses, to_duration
 from beamwire.mesh.rpc.status import from_status
-from beamwire.services.request.domain import BufferView, JobView
 from beamwire.services.request.model import BufferAccount, ConsumerAccount, ProducerAccount, TransferRecord
+from beamwire.services.request.ports import BufferView, JobView
 
 STREAMER = "beamwire.services.streamer"
 

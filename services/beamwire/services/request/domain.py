@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol, TypeVar
-
-from pydantic import JsonValue
+from typing import Any, TypeVar
 
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.failure import Failure, as_error
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
-from beamwire.services.request.model import TRANSFER_STATES, BufferAccount, TransferRecord, TransferState
+from beamwire.services.request.model import TRANSFER_STATES, TransferRecord, TransferState
+from beamwire.services.request.ports import BufferPort, BufferView, Fitness, JobPort, JobView, Preflight
 from beamwire.services.request.receipt import receipt_of, unwanted_losses
 
 T = TypeVar("T")
@@ -31,88 +30,6 @@ log = logging.getLogger(__name__)
 SETTLE_TIMEOUT = 15.0
 # What ends a transfer early must itself come to an end.
 ENDING_TIMEOUT = 60.0
-
-
-@dataclass(frozen=True)
-class Fitness:
-    """What the check of a request against its dataset found: events if known, bytes of one event."""
-
-    expected_event_count: int
-    event_bytes: int
-
-
-@dataclass(frozen=True)
-class BufferView:
-    """What the saga needs to know of a buffer."""
-
-    state: str
-    connect_string: str
-    capacity_bytes: int
-    account: BufferAccount
-    end_cause: str
-    error: Failure | None
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will happen to it."""
-        return self.state in ("ENDED", "FAILED")
-
-
-@dataclass(frozen=True)
-class JobView:
-    """What the saga needs to know of a job."""
-
-    state: str
-    error: Failure | None
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing more will happen to it."""
-        return self.state in ("COMPLETED", "FAILED", "CANCELED")
-
-
-class BufferPort(Protocol):
-    """The Buffer service, as far as a transfer needs it. Waits out an unreachable service."""
-
-    async def check(self, record: TransferRecord) -> None:
-        """Raise BeamwireError with the field at fault if the transfer's buffer could not be created."""
-        ...
-
-    async def create(self, record: TransferRecord) -> None:
-        """Create the transfer's buffer, or find it created."""
-        ...
-
-    def watch(self, name: str) -> AsyncIterator[BufferView]:
-        """Follow a buffer until it has ended; RESOURCE_NOT_FOUND if there is none."""
-        ...
-
-    async def seal(self, name: str, cause: str, detail: str) -> None:
-        """Say that no more frames will come; RESOURCE_NOT_FOUND if there is no such buffer."""
-        ...
-
-
-class JobPort(Protocol):
-    """The Job service, as far as a transfer needs it. Waits out an unreachable service."""
-
-    async def create(self, record: TransferRecord, connect_string: str) -> None:
-        """Create the transfer's streamer job, or find it created."""
-        ...
-
-    def watch(self, name: str) -> AsyncIterator[JobView]:
-        """Follow a job until it has ended; RESOURCE_NOT_FOUND if there is none."""
-        ...
-
-    async def cancel(self, name: str) -> None:
-        """End a job; RESOURCE_NOT_FOUND if there is none."""
-        ...
-
-
-class Preflight(Protocol):
-    """Checks a request against its dataset before anything is started for it."""
-
-    async def check(self, config: Mapping[str, JsonValue]) -> Fitness:
-        """Return what the dataset holds; INVALID_FIELD, DATASET_NOT_FOUND or UNSUPPORTED with the fields at fault."""
-        ...
 
 
 @dataclass(frozen=True)

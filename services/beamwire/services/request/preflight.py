@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
-from beamwire.services.request.domain import Fitness
+from beamwire.services.request.ports import Fitness
 
 COMMAND = (sys.executable, "-m", "beamwire.services.streamer", "check", "--config", "-", "--json")
 
