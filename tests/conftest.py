@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from beamwire.mesh.enrollment import JoinToken, enroll
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 20.0
 BIN = Path(sys.executable).parent
+CLIENTS = Path(__file__).resolve().parent.parent / "clients"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -201,3 +203,26 @@ def own_facility(tmp_path: Path) -> Iterator[LiveFacility]:
         yield live
     finally:
         live.stop()
+
+
+def build_typescript(_: Path) -> list[str]:
+    directory = CLIENTS / "typescript"
+    # Not install: it would keep the copy of the generated code that it made before.
+    for command in (["npm", "ci", "--prefer-offline"], ["npm", "run", "build"]):
+        subprocess.run(command, cwd=directory, check=True, capture_output=True)
+    return ["node", str(directory / "dist" / "transfer.js")]
+
+
+def build_go(directory: Path) -> list[str]:
+    binary = directory / "transfer"
+    subprocess.run(["go", "build", "-o", binary, "."], cwd=CLIENTS / "go", check=True, capture_output=True)
+    return [str(binary)]
+
+
+@pytest.fixture(scope="session", params=["typescript", "go"])
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command that starts the program of one language."""
+    build, tool = {"typescript": (build_typescript, "npm"), "go": (build_go, "go")}[request.param]
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed, so the {request.param} client cannot be built here")
+    return build(tmp_path_factory.mktemp("client"))

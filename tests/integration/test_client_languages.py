@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 import signal
-import subprocess
 import uuid
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
@@ -26,7 +24,6 @@ from beamwire.request.v1 import request_service_pb2 as pb
 from beamwire.request.v1 import request_service_pb2_grpc
 from beamwire.testing.facility import Facility
 
-CLIENTS: Final = Path(__file__).resolve().parents[2] / "clients"
 NAME: Final = "transfers/t1"
 State: Final = pb.Transfer.State
 RECEIPT: Final = pb.Receipt(
@@ -90,29 +87,6 @@ async def serving(credentials: Credentials, servicer: RequestService) -> AsyncIt
         yield f"127.0.0.1:{port}"
     finally:
         await server.stop(grace=0)
-
-
-def build_typescript(_: Path) -> list[str]:
-    directory = CLIENTS / "typescript"
-    # Not install: it would keep the copy of the generated code that it made before.
-    for command in (["npm", "ci", "--prefer-offline"], ["npm", "run", "build"]):
-        subprocess.run(command, cwd=directory, check=True, capture_output=True)
-    return ["node", str(directory / "dist" / "transfer.js")]
-
-
-def build_go(directory: Path) -> list[str]:
-    binary = directory / "transfer"
-    subprocess.run(["go", "build", "-o", binary, "."], cwd=CLIENTS / "go", check=True, capture_output=True)
-    return [str(binary)]
-
-
-@pytest.fixture(scope="session", params=["typescript", "go"])
-def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command that starts the program of one language."""
-    build, tool = {"typescript": (build_typescript, "npm"), "go": (build_go, "go")}[request.param]
-    if shutil.which(tool) is None:
-        pytest.skip(f"{tool} is not installed, so the {request.param} client cannot be built here")
-    return build(tmp_path_factory.mktemp("client"))
 
 
 @pytest.fixture
