@@ -21,7 +21,7 @@ def publish(suite: str, rows: list[dict[str, Any]]) -> Path:
         style = None if row["ratio"] >= row["goal"] else "bold red"
         ours, theirs = f"{row['ours']:g} {row['unit']}", f"{row['baseline_value']:g}"
         table.add_row(row["case"], ours, row["baseline"], theirs, f"{row['ratio']:g}", f"{row['goal']:g}", style=style)
-    Console().print(table)
+    Console(width=120).print(table)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{suite}.json"
     path.write_text(json.dumps(rows, indent=1) + "\n")

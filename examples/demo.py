@@ -65,7 +65,7 @@ def write_run(directory: Path) -> Run:
     if missing := xtc2.psana_missing():
         say(f"writing an HDF5 run instead of xtc2, because {missing}")
         return write_hdf5_run(directory / "run1.h5")
-    say(f"writing a real LCLS-II run: {EVENTS} events of {SHAPE[0]}x{SHAPE[1]} u16 as xtc2 with small data")
+    say(f"writing a run as LCLS-II writes it: xtc2 with small data, {EVENTS} events of {SHAPE[0]}x{SHAPE[1]} u16")
     run = xtc2.write_run(directory, events=EVENTS, shape=SHAPE)
     request = f"""\
 # What LCLStreamer's configuration would say, sent as a request.
