@@ -1,4 +1,4 @@
-"""Long-running tasks: failures, signals, tracked tasks, and that none is left."""
+"""Long-running tasks: failures, signals, kept tasks, and that none is left."""
 
 import asyncio
 import contextlib
@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from beamwire.mesh import tasks
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.tasks import TaskRunner, stop_on_signals
 
@@ -40,16 +41,16 @@ async def fail() -> None:
 
 
 async def test_leaving_the_block_ends_what_runs() -> None:
-    started, tracked = Sleeper(), Sleeper()
+    started, kept = Sleeper(), Sleeper()
     async with TaskRunner() as runner:
         runner.start("one", started)
-        runner.track("two", tracked())
+        runner.keep("two", kept)
         await started.running.wait()
-        await tracked.running.wait()
-        assert runner.tracked() == ["two"]
+        await kept.running.wait()
+        assert runner.kept() == ["two"]
     assert started.cancelled
-    assert tracked.cancelled
-    assert runner.tracked() == []
+    assert kept.cancelled
+    assert runner.kept() == []
 
 
 async def test_the_first_failure_ends_the_rest_and_is_raised() -> None:
@@ -81,30 +82,70 @@ async def test_an_error_of_the_block_ends_the_rest_and_is_raised() -> None:
     assert other.cancelled
 
 
-async def test_a_tracked_failure_is_logged_told_and_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    told: list[tuple[str, str]] = []
+async def test_work_that_fails_is_logged_and_begun_again_and_harms_nobody(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "FIRST_PAUSE", 0.01)
+    attempts = 0
     other = Sleeper()
+
+    async def third_time_lucky() -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 3:
+            await fail()
+
     with caplog.at_level(logging.ERROR):
         async with TaskRunner() as runner:
-            runner.track("other", other())
-            task = runner.track("failing", fail(), on_failure=lambda name, error: told.append((name, str(error))))
-            await asyncio.wait([task])
+            runner.keep("other", other)
+            runner.keep("failing", third_time_lucky)
+            await asyncio.wait_for(runner.wait("failing"), 5)
             assert not other.cancelled
-            assert runner.tracked() == ["other"]
-    assert told == [("failing", "broken")]
-    assert "task failing failed" in caplog.text
+            assert runner.kept() == ["other"]
+    assert attempts == 3
+    assert caplog.text.count("failing failed") == 2
     assert "broken" in caplog.text
 
 
 async def test_one_task_a_name() -> None:
+    first, second, third = Sleeper(), Sleeper(), Sleeper()
     async with TaskRunner() as runner:
-        runner.track("a", Sleeper()())
-        with pytest.raises(BeamwireError) as caught:
-            runner.track("a", Sleeper()())
-        assert caught.value.reason is Reason.ILLEGAL_STATE
+        runner.keep("a", first)
+        runner.keep("a", second)
+        await first.running.wait()
         await runner.cancel("a")
-        runner.track("a", Sleeper()())
+        runner.keep("a", third)
+        await third.running.wait()
         await runner.cancel("none")
+    assert not second.running.is_set()
+
+
+async def test_what_is_awaited_to_the_end_ends_before_the_cancellation_goes_on() -> None:
+    done: list[str] = []
+    begun = asyncio.Event()
+
+    async def action() -> None:
+        begun.set()
+        await asyncio.sleep(0.02)
+        done.append("action")
+
+    task = asyncio.create_task(tasks.to_the_end(action(), 5))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert done == ["action"]
+
+
+async def test_what_does_not_end_is_cancelled_after_a_while() -> None:
+    endless = Sleeper()
+    task = asyncio.create_task(tasks.to_the_end(endless(), 0.01))
+    await endless.running.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0)
+    assert endless.cancelled
 
 
 async def test_cancelling_one_waits_for_its_end() -> None:
@@ -118,38 +159,38 @@ async def test_cancelling_one_waits_for_its_end() -> None:
             ended.append("tidied")
 
     async with TaskRunner() as runner:
-        runner.track("a", slow_to_end())
+        runner.keep("a", slow_to_end)
         await asyncio.sleep(0)
         await runner.cancel("a")
         assert ended == ["tidied"]
-        assert runner.tracked() == []
+        assert runner.kept() == []
 
 
 async def test_a_task_cancelled_before_it_began_leaves_no_warning() -> None:
     async with TaskRunner() as runner:
-        runner.track("a", Sleeper()())
+        runner.keep("a", Sleeper())
         runner.start("b", Sleeper())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_drains_and_ends(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    tracked, drained = Sleeper(), False
+    kept, drained = Sleeper(), False
     async with TaskRunner() as runner:
-        runner.track("a", tracked())
+        runner.keep("a", kept)
 
         async def drain() -> None:
             nonlocal drained
-            assert not tracked.cancelled
+            assert not kept.cancelled
             with pytest.raises(BeamwireError) as caught:
-                runner.track("late", Sleeper()())
+                runner.keep("late", Sleeper())
             assert caught.value.reason is Reason.DRAINING
             drained = True
 
         asyncio.get_running_loop().call_later(0.02, os.kill, os.getpid(), number)
         await runner.run_until_signal(drain)
     assert drained
-    assert tracked.cancelled
+    assert kept.cancelled
     assert signal.getsignal(number) is before
 
 

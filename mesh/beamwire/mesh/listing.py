@@ -1,12 +1,13 @@
-"""One page of a List method: filter, ownership, cursor and token, the same for every resource."""
+"""What a caller may see, the same for every resource: one record, or one page of a List method."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
+from beamwire.mesh.names import parse_name
 from beamwire.mesh.pages import Pager, page_size, parse_filter
-from beamwire.mesh.rpc.access import current_caller, owner_filter
+from beamwire.mesh.rpc.access import check_owner, current_caller, owner_filter
 from beamwire.mesh.store import Record, Store
 
 R = TypeVar("R", bound=Record)
@@ -29,6 +30,19 @@ class ListRequest(Protocol):
     def filter(self) -> str:
         """Equalities joined by AND."""
         ...
+
+
+async def visible(store: Store[R], collection: str, name: str) -> R:
+    """Return one record if the caller may see it.
+
+    Raises:
+        BeamwireError: INVALID_FIELD for a malformed name, NOT_OWNER, or RESOURCE_NOT_FOUND for those who see all.
+    """
+    parse_name(collection, name)
+    record = await store.get(name)
+    check_owner(record.owner if record else None, collection.removesuffix("s"), name)
+    assert record is not None, "check_owner raises for what does not exist"
+    return record
 
 
 async def list_page(

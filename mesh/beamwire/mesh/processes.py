@@ -23,6 +23,9 @@ from beamwire.mesh.errors import BeamwireError, Reason
 KILL_MARGIN = 5.0
 """Seconds a shim has, beyond the grace time, to kill and reap what is left before it is killed itself."""
 
+SPAWN_PATIENCE = 30.0
+"""Seconds that a cancelled launch is given to come about."""
+
 _spawned: dict[int, subprocess.Popen[bytes]] = {}
 
 

@@ -101,6 +101,13 @@ class Store(Generic[R]):
             self._remember(record)
         return record
 
+    async def require(self, name: str) -> R:
+        """The newest version; RESOURCE_NOT_FOUND if there is no such record."""
+        record = await self.get(name)
+        if record is None:
+            raise BeamwireError(Reason.RESOURCE_NOT_FOUND, f"{name} does not exist", metadata={"name": name})
+        return record
+
     async def update(self, record: R) -> R:
         """Stores a changed record as the next revision.
 
@@ -114,9 +121,7 @@ class Store(Generic[R]):
         An empty change stores nothing. RESOURCE_NOT_FOUND if there is no such record.
         """
         while True:
-            record = await self.get(name)
-            if record is None:
-                raise BeamwireError(Reason.RESOURCE_NOT_FOUND, f"{name} does not exist", metadata={"name": name})
+            record = await self.require(name)
             update = changes(record)
             if not update:
                 return record

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from beamwire.mesh.errors import BeamwireError, Reason
 
@@ -17,20 +17,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before work that failed is begun again."""
 
-OnFailure = Callable[[str, Exception], None]
+T = TypeVar("T")
 
 
 class TaskRunner:
     """Runs the tasks of one process. Leaving its block cancels all that still run and awaits them.
 
     The first failure of a task given to `start` cancels the rest and is raised from the block. A task given to
-    `track` belongs to one resource: its failure is logged, told to a callback, and harms nobody else.
+    `keep` belongs to one resource: its failure is logged, and harms nobody else.
     """
 
     def __init__(self) -> None:
         self._group = asyncio.TaskGroup()
         self._started: set[asyncio.Task[None]] = set()
-        self._tracked: dict[str, asyncio.Task[None]] = {}
+        self._kept: dict[str, asyncio.Task[None]] = {}
         self._draining = False
 
     async def __aenter__(self) -> Self:
@@ -41,7 +41,7 @@ class TaskRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._draining = True
-        for task in (*self._started, *self._tracked.values()):
+        for task in (*self._started, *self._kept.values()):
             task.cancel()
         try:
             await self._group.__aexit__(kind, error, trace)
@@ -55,56 +55,38 @@ class TaskRunner:
         self._started.add(task)
         task.add_done_callback(self._started.discard)
 
-    def track(
-        self, name: str, coro: Coroutine[Any, Any, None], *, on_failure: OnFailure | None = None
-    ) -> asyncio.Task[None]:
-        """Runs a background task for one resource, one at a time for each `name`.
-
-        DRAINING while the process ends; ILLEGAL_STATE if a task of that name runs.
-        """
-        if self._draining or name in self._tracked:
-            coro.close()
-            if self._draining:
-                raise BeamwireError(Reason.DRAINING, f"{name} cannot be started: this process is ending")
-            raise BeamwireError(Reason.ILLEGAL_STATE, f"{name} runs already", metadata={"task": name})
-        task = self._group.create_task(_contained(name, coro, on_failure), name=name)
-        self._tracked[name] = task
-
-        def ended(_: object) -> None:
-            self._tracked.pop(name, None)
-            # A task cancelled before its first step never came to await it.
-            coro.close()
-
-        task.add_done_callback(ended)
-        return task
-
     def keep(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Tracks `work()`, begun again after a pause as often as it fails; nothing if it runs already.
+        """Runs `work()` in the background, begun again after a pause as often as it fails; nothing if `name` runs.
 
-        For what must be brought to its end whatever happens, and can be taken up where it was.
+        For what must be brought to its end whatever happens, and can be taken up where it was. DRAINING while the
+        process ends.
         """
-        if name not in self._tracked:
-            self.track(name, _until_done(name, work))
+        if self._draining:
+            raise BeamwireError(Reason.DRAINING, f"{name} cannot be started: this process is ending")
+        if name not in self._kept:
+            task = self._group.create_task(_until_done(name, work), name=name)
+            self._kept[name] = task
+            task.add_done_callback(lambda _: self._kept.pop(name, None))
 
     async def wait(self, name: str) -> None:
-        """Waits for the end of a tracked task; nothing if there is none."""
-        task = self._tracked.get(name)
+        """Waits for the end of a kept task; nothing if there is none."""
+        task = self._kept.get(name)
         if task is not None:
             await asyncio.wait([task])
 
-    def tracked(self) -> list[str]:
-        """The names of the tracked tasks that run."""
-        return list(self._tracked)
+    def kept(self) -> list[str]:
+        """The names of the kept tasks that run."""
+        return list(self._kept)
 
     async def cancel(self, name: str) -> None:
-        """Cancels a tracked task and waits for its end; nothing if there is none."""
-        task = self._tracked.get(name)
+        """Cancels a kept task and waits for its end; nothing if there is none."""
+        task = self._kept.get(name)
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
 
     async def run_until_signal(self, drain: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Waits for SIGTERM or SIGINT, then refuses new tracked tasks and awaits `drain()`."""
+        """Waits for SIGTERM or SIGINT, then refuses new kept tasks and awaits `drain()`."""
         with stop_on_signals() as stop:
             await stop.wait()
             self._draining = True
@@ -141,10 +123,15 @@ async def _until_done(name: str, work: Callable[[], Coroutine[Any, Any, None]]) 
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-async def _contained(name: str, coro: Coroutine[Any, Any, None], on_failure: OnFailure | None) -> None:
+async def to_the_end(work: Coroutine[Any, Any, T], patience: float) -> T:
+    """Awaits `work`; if cancelled, gives it some seconds to end before the cancellation goes on.
+
+    For an action that may have begun elsewhere: who undoes it must not come before it.
+    """
+    task = asyncio.ensure_future(work)
     try:
-        await coro
-    except Exception as error:
-        log.exception("task %s failed", name)
-        if on_failure is not None:
-            on_failure(name, error)
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task], timeout=patience)
+        task.cancel()
+        raise

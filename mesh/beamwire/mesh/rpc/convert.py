@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -18,11 +18,6 @@ def to_timestamp(time: datetime | None) -> Timestamp | None:
     message = Timestamp()
     message.FromDatetime(time)
     return message
-
-
-def from_timestamp(message: Timestamp) -> datetime:
-    """Return a time in UTC."""
-    return message.ToDatetime(UTC)
 
 
 def to_duration(length: timedelta | None) -> Duration | None:

@@ -199,7 +199,7 @@ class Buffers:
 
     async def _drive(self, name: str) -> None:
         """Bring one buffer from the state it is in to its end."""
-        record = await self._get(name)
+        record = await self._store.require(name)
         directory = self.directory_of(name)
         try:
             process = await self._started(record, directory)
@@ -294,7 +294,7 @@ class Buffers:
 
     async def _follow(self, name: str, directory: Path) -> None:
         async with await CacheControl.connect(directory, START_TIMEOUT) as control:
-            await self._tell(await self._get(name))
+            await self._tell(await self._store.require(name))
             async for status in control.watch():
                 await self._note(name, status)
                 if status.state == "ENDED":
@@ -303,7 +303,7 @@ class Buffers:
 
     async def _note(self, name: str, status: CacheStatus) -> None:
         """Store what the cache says if its state changed; otherwise only show the new counters."""
-        record = await self._get(name)
+        record = await self._store.require(name)
         if status.state == record.state:
             self._store.publish(record.model_copy(update=_seen(status)))
             return
@@ -352,12 +352,6 @@ class Buffers:
             await process.terminate()
             await process.wait()
         await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-
-    async def _get(self, name: str) -> BufferRecord:
-        record = await self._store.get(name)
-        if record is None:
-            raise BeamwireError(Reason.RESOURCE_NOT_FOUND, f"{name} does not exist")
-        return record
 
 
 def _is_loopback(host: str) -> bool:

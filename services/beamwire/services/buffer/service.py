@@ -10,10 +10,10 @@ from beamwire.buffer.v1 import buffer_service_pb2_grpc as pb_grpc
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.identity import Role, SpiffeId
-from beamwire.mesh.listing import list_page
-from beamwire.mesh.names import RESERVED, check_id, new_id, parse_name
+from beamwire.mesh.listing import list_page, visible
+from beamwire.mesh.names import RESERVED, check_id, new_id
 from beamwire.mesh.pages import Pager
-from beamwire.mesh.rpc.access import check_owner, current_caller
+from beamwire.mesh.rpc.access import current_caller
 from beamwire.mesh.rpc.convert import from_duration, to_duration, to_losses, to_timestamp
 from beamwire.mesh.rpc.status import to_status
 from beamwire.mesh.store import Store
@@ -54,7 +54,7 @@ class BufferService(pb_grpc.BufferServiceServicer):
 
     async def GetBuffer(self, request: pb.GetBufferRequest, context: object) -> pb.Buffer:
         """Read one buffer."""
-        return _to_message(await self._visible(request.name))
+        return _to_message(await visible(self._store, "buffers", request.name))
 
     async def ListBuffers(self, request: pb.ListBuffersRequest, context: object) -> pb.ListBuffersResponse:
         """List buffers."""
@@ -65,7 +65,7 @@ class BufferService(pb_grpc.BufferServiceServicer):
         self, request: pb.WatchBufferRequest, context: object
     ) -> AsyncIterator[pb.WatchBufferResponse]:
         """Send the buffer after every change until it has ended."""
-        record = await self._visible(request.name)
+        record = await visible(self._store, "buffers", request.name)
         if BUFFER_STATES.is_terminal(BufferState(record.state)) and record.etag == request.etag:
             return
         async for record in self._store.watch(request.name, etag=request.etag):
@@ -75,22 +75,15 @@ class BufferService(pb_grpc.BufferServiceServicer):
 
     async def SealBuffer(self, request: pb.SealBufferRequest, context: object) -> pb.Buffer:
         """Say that no more frames will come."""
-        await self._visible(request.name)
+        await visible(self._store, "buffers", request.name)
         cause = account_pb2.EndCause.Name(request.cause).removeprefix("END_CAUSE_")
         return _to_message(await self._buffers.seal(request.name, Seal(cause=cause, detail=request.detail)))
 
     async def DeleteBuffer(self, request: pb.DeleteBufferRequest, context: object) -> pb.DeleteBufferResponse:
         """Stop and forget a buffer."""
-        await self._visible(request.name)
+        await visible(self._store, "buffers", request.name)
         await self._buffers.delete(request.name)
         return pb.DeleteBufferResponse()
-
-    async def _visible(self, name: str) -> BufferRecord:
-        parse_name("buffers", name)
-        record = await self._store.get(name)
-        check_owner(record.owner if record else None, "buffer", name)
-        assert record is not None
-        return record
 
 
 def _to_spec(message: pb.BufferSpec, owner: str) -> BufferSpec:

@@ -8,10 +8,9 @@ from beamwire.mesh.addresses import Addresses
 from beamwire.mesh.enrollment import JoinToken
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity import SpiffeId
-from beamwire.mesh.listing import list_page
-from beamwire.mesh.names import parse_name
+from beamwire.mesh.listing import list_page, visible
 from beamwire.mesh.pages import Pager
-from beamwire.mesh.rpc.access import check_owner, current_caller
+from beamwire.mesh.rpc.access import current_caller
 from beamwire.mesh.rpc.convert import from_duration, to_timestamp
 from beamwire.mesh.store import Store
 from beamwire.services.certificate.domain import CertificateRecord, Registrar
@@ -83,11 +82,7 @@ class CertificateService(pb_grpc.CertificateServiceServicer):
 
     async def GetCertificate(self, request: pb.GetCertificateRequest, context: object) -> pb.Certificate:
         """Read one entry of the ledger."""
-        parse_name("certificates", request.name)
-        record = await self._ledger.get(request.name)
-        check_owner(record.owner if record else None, "certificate", request.name)
-        assert record is not None
-        return _to_message(record)
+        return _to_message(await visible(self._ledger, "certificates", request.name))
 
     async def ListCertificates(
         self, request: pb.ListCertificatesRequest, context: object

@@ -131,7 +131,7 @@ class Jobs:
         """Cancel a job if it runs, wait for its end, and forget it with its directory."""
         await self.cancel(name)
         await self._runner.wait(name)
-        if not _ended(await self._get(name)):
+        if not _ended(await self._store.require(name)):
             raise BeamwireError(Reason.DRAINING, f"{name} is not deleted yet: the service is stopping; call again")
         await self._store.delete(name)
         shutil.rmtree(self.directory_of(name), ignore_errors=True)
@@ -140,15 +140,9 @@ class Jobs:
         """Return the directory that holds a job's logs and files."""
         return self._directory / name.removeprefix("jobs/")
 
-    async def _get(self, name: str) -> JobRecord:
-        record = await self._store.get(name)
-        if record is None:
-            raise BeamwireError(Reason.RESOURCE_NOT_FOUND, f"{name} does not exist")
-        return record
-
     async def _drive(self, name: str) -> None:
         """Bring one job from the state it is in to its end."""
-        record = await self._get(name)
+        record = await self._store.require(name)
         with telemetry.span(telemetry.SPAN_JOB_RUN, parent=record.traceparent):
             try:
                 run = await self._started(record)
@@ -179,9 +173,9 @@ class Jobs:
             if record.spec.enroll:
                 environment |= await self._token_environment(record, directory)
             run = await backend.submit(directory, record.spec, environment)
-        if (await self._get(record.name)).state != JobState.ACTIVE:
+        if (await self._store.require(record.name)).state != JobState.ACTIVE:
             await self._enter(record.name, JobState.ACTIVE, native_id=run.native_id)
-        if (await self._get(record.name)).cancel_requested:
+        if (await self._store.require(record.name)).cancel_requested:
             await run.cancel()
         return run
 
@@ -194,7 +188,7 @@ class Jobs:
     async def _finished(self, record: JobRecord, run: Run) -> tuple[Outcome, bool]:
         """Wait for the end; returns how it ended and whether the time limit ended it."""
         try:
-            async with timeout(self._time_left(await self._get(record.name))):
+            async with timeout(self._time_left(await self._store.require(record.name))):
                 return await run.wait(), False
         except TimeoutError:
             await run.cancel()
@@ -208,7 +202,7 @@ class Jobs:
         return record.spec.duration - (datetime.now(UTC) - began).total_seconds()
 
     async def _conclude(self, name: str, outcome: Outcome, limited: bool) -> None:
-        record = await self._get(name)
+        record = await self._store.require(name)
         code = outcome.exit_code
         # Nobody runs under this identity any more.
         (self.directory_of(name) / "join-token").unlink(missing_ok=True)

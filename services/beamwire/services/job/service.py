@@ -12,10 +12,10 @@ from beamwire.job.v1 import job_service_pb2 as pb
 from beamwire.job.v1 import job_service_pb2_grpc as pb_grpc
 from beamwire.mesh.errors import invalid_field
 from beamwire.mesh.identity import Role, SpiffeId
-from beamwire.mesh.listing import list_page
-from beamwire.mesh.names import check_id, new_id, parse_name
+from beamwire.mesh.listing import list_page, visible
+from beamwire.mesh.names import check_id, new_id
 from beamwire.mesh.pages import Pager
-from beamwire.mesh.rpc.access import check_owner, current_caller
+from beamwire.mesh.rpc.access import current_caller
 from beamwire.mesh.rpc.convert import from_duration, to_duration, to_timestamp
 from beamwire.mesh.rpc.status import to_status
 from beamwire.mesh.store import Store
@@ -52,7 +52,7 @@ class JobService(pb_grpc.JobServiceServicer):
 
     async def GetJob(self, request: pb.GetJobRequest, context: object) -> pb.Job:
         """Read one job."""
-        return _to_message(await self._visible(request.name))
+        return _to_message(await visible(self._store, "jobs", request.name))
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: object) -> pb.ListJobsResponse:
         """List jobs."""
@@ -61,7 +61,7 @@ class JobService(pb_grpc.JobServiceServicer):
 
     async def WatchJob(self, request: pb.WatchJobRequest, context: object) -> AsyncIterator[pb.WatchJobResponse]:
         """Send the job after every change until it has ended."""
-        record = await self._visible(request.name)
+        record = await visible(self._store, "jobs", request.name)
         if JOB_STATES.is_terminal(JobState(record.state)) and record.etag == request.etag:
             return
         async for record in self._store.watch(request.name, etag=request.etag):
@@ -71,12 +71,12 @@ class JobService(pb_grpc.JobServiceServicer):
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: object) -> pb.Job:
         """End the job with all its processes."""
-        await self._visible(request.name)
+        await visible(self._store, "jobs", request.name)
         return _to_message(await self._jobs.cancel(request.name))
 
     async def TailLogs(self, request: pb.TailLogsRequest, context: object) -> AsyncIterator[pb.TailLogsResponse]:
         """Send what the job printed, and what it prints while it is followed."""
-        await self._visible(request.name)
+        await visible(self._store, "jobs", request.name)
         if request.last_bytes < 0:
             raise invalid_field("last_bytes", "must not be negative")
         directory = self._jobs.directory_of(request.name)
@@ -93,16 +93,9 @@ class JobService(pb_grpc.JobServiceServicer):
 
     async def DeleteJob(self, request: pb.DeleteJobRequest, context: object) -> pb.DeleteJobResponse:
         """Forget a job and its directory."""
-        await self._visible(request.name)
+        await visible(self._store, "jobs", request.name)
         await self._jobs.delete(request.name)
         return pb.DeleteJobResponse()
-
-    async def _visible(self, name: str) -> JobRecord:
-        parse_name("jobs", name)
-        record = await self._store.get(name)
-        check_owner(record.owner if record else None, "job", name)
-        assert record is not None
-        return record
 
     async def _ended(self, name: str) -> bool:
         record = await self._store.get(name)

@@ -17,7 +17,7 @@ from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.failure import Failure, as_error
 from beamwire.mesh.store import Store
-from beamwire.mesh.tasks import TaskRunner
+from beamwire.mesh.tasks import TaskRunner, to_the_end
 from beamwire.services.request.model import TRANSFER_STATES, TransferRecord, TransferState
 from beamwire.services.request.ports import BufferPort, BufferView, Fitness, JobPort, JobView, Preflight
 from beamwire.services.request.receipt import receipt_of, unwanted_losses
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SETTLE_TIMEOUT = 15.0
 # What ends a transfer early must itself come to an end.
 ENDING_TIMEOUT = 60.0
+CREATE_PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Transfers:
 
     async def _drive(self, name: str) -> None:
         """Bring one transfer from the state it is in to its end."""
-        record = await self._get(name)
+        record = await self._store.require(name)
         attributes = {telemetry.ATTR_TRANSFER: name}
         with telemetry.span(telemetry.SPAN_TRANSFER_RUN, parent=record.traceparent, attributes=attributes):
             if record.state == TransferState.CANCELLING:
@@ -158,19 +159,20 @@ class Transfers:
         return None, TransferState.SUCCEEDED, "DONE"
 
     async def _advance(self, name: str) -> None:
-        record = await self._get(name)
+        record = await self._store.require(name)
         if record.state == TransferState.PENDING:
             await self._store.change(name, lambda r: _to(r, TransferState.PROVISIONING))
-        if (await self._get(name)).state == TransferState.PROVISIONING:
+        if (await self._store.require(name)).state == TransferState.PROVISIONING:
             await self._provision(name)
         await self._follow(name)
 
     async def _provision(self, name: str) -> None:
         """Buffer first and ready, then the streamer."""
-        record = await self._get(name)
-        await self._buffers.create(record)
+        record = await self._store.require(name)
+        # A cancelled creation may come about all the same: what ends the transfer must find it.
+        await to_the_end(self._buffers.create(record), CREATE_PATIENCE)
         view = await self._ready(record.buffer)
-        await self._jobs.create(record, view.connect_string)
+        await to_the_end(self._jobs.create(record, view.connect_string), CREATE_PATIENCE)
         streaming = {"connect_string": view.connect_string, "capacity_bytes": view.capacity_bytes}
         await self._store.change(name, lambda r: {**_to(r, TransferState.STREAMING), **streaming})
 
@@ -183,7 +185,7 @@ class Transfers:
 
     async def _follow(self, name: str) -> None:
         """Follow buffer and job to their ends, and draw up the receipt."""
-        record = await self._get(name)
+        record = await self._store.require(name)
         leaving_ready = asyncio.Event()
         buffer = asyncio.create_task(self._buffer_end(name, record.buffer, leaving_ready))
         job = asyncio.create_task(self._job_end(record.job))
@@ -197,7 +199,7 @@ class Transfers:
             ended = await job
             if ended.state != "COMPLETED":
                 raise _error(ended.error, Reason.PRODUCER_FAILED, "the streamer was cancelled from outside")
-            if (await self._get(name)).state == TransferState.STREAMING:
+            if (await self._store.require(name)).state == TransferState.STREAMING:
                 await self._store.change(name, lambda r: _to(r, TransferState.DRAINING))
             await self._settle(leaving_ready, buffer)
             view = await buffer
@@ -220,7 +222,7 @@ class Transfers:
     async def _buffer_end(self, name: str, buffer: str, leaving_ready: asyncio.Event) -> BufferView:
         """Show the counters of the buffer as they change, and return it once it has ended."""
         async for view in self._buffers.watch(buffer):
-            record = await self._get(name)
+            record = await self._store.require(name)
             self._store.publish(record.model_copy(update={"account": view.account}))
             if view.state != "READY":
                 leaving_ready.set()
@@ -252,7 +254,7 @@ class Transfers:
 
     async def _end_early(self, name: str, state: TransferState, cause: str, error: BeamwireError | None) -> None:
         """Tell the consumers, stop the streamer, wait for both to end, and keep the account."""
-        record = await self._get(name)
+        record = await self._store.require(name)
         detail = error.message if error else "the transfer was cancelled"
         view, _ = await asyncio.gather(
             _ending(self._stop_buffer(record, cause, detail), record.buffer),
@@ -273,12 +275,6 @@ class Transfers:
     async def _stop_job(self, record: TransferRecord) -> None:
         await self._jobs.cancel(record.job)
         await self._job_end(record.job)
-
-    async def _get(self, name: str) -> TransferRecord:
-        record = await self._store.get(name)
-        if record is None:
-            raise BeamwireError(Reason.RESOURCE_NOT_FOUND, f"{name} does not exist")
-        return record
 
 
 async def _ending(stop: Coroutine[Any, Any, T], name: str) -> T | None:

@@ -13,10 +13,10 @@ from beamwire.common.v1 import account_pb2
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, invalid_field
 from beamwire.mesh.identity import SpiffeId
-from beamwire.mesh.listing import list_page
-from beamwire.mesh.names import check_id, id_of_part, new_id, parse_name
+from beamwire.mesh.listing import list_page, visible
+from beamwire.mesh.names import check_id, id_of_part, new_id
 from beamwire.mesh.pages import Pager
-from beamwire.mesh.rpc.access import check_owner, current_caller
+from beamwire.mesh.rpc.access import current_caller
 from beamwire.mesh.rpc.convert import from_duration, to_duration, to_losses, to_timestamp
 from beamwire.mesh.rpc.status import to_status
 from beamwire.mesh.store import Store
@@ -57,7 +57,7 @@ class RequestService(pb_grpc.RequestServiceServicer):
 
     async def GetTransfer(self, request: pb.GetTransferRequest, context: object) -> pb.Transfer:
         """Read one transfer."""
-        return _to_message(await self._visible(request.name))
+        return _to_message(await visible(self._store, "transfers", request.name))
 
     async def ListTransfers(self, request: pb.ListTransfersRequest, context: object) -> pb.ListTransfersResponse:
         """List transfers."""
@@ -68,7 +68,7 @@ class RequestService(pb_grpc.RequestServiceServicer):
         self, request: pb.WatchTransferRequest, context: object
     ) -> AsyncIterator[pb.WatchTransferResponse]:
         """Send the transfer after every change until it has ended."""
-        record = await self._visible(request.name)
+        record = await visible(self._store, "transfers", request.name)
         if TRANSFER_STATES.is_terminal(TransferState(record.state)) and record.etag == request.etag:
             return
         async for record in self._store.watch(request.name, etag=request.etag):
@@ -78,15 +78,8 @@ class RequestService(pb_grpc.RequestServiceServicer):
 
     async def CancelTransfer(self, request: pb.CancelTransferRequest, context: object) -> pb.Transfer:
         """End a transfer early."""
-        await self._visible(request.name)
+        await visible(self._store, "transfers", request.name)
         return _to_message(await self._transfers.cancel(request.name))
-
-    async def _visible(self, name: str) -> TransferRecord:
-        parse_name("transfers", name)
-        record = await self._store.get(name)
-        check_owner(record.owner if record else None, "transfer", name)
-        assert record is not None
-        return record
 
 
 def _to_record(request: pb.CreateTransferRequest) -> TransferRecord:
