@@ -4,9 +4,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 SUITE ?= data control
+SCALE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gen bench format clean
+.PHONY: help demo test soak check gen bench format clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,6 +17,9 @@ demo: $(VENV)/.demo $(VENV)/.psana ## Set up, then stream a real run from xtc2 f
 
 test: $(VENV)/.dev $(VENV)/.psana ## Set up, then run every test that this machine can
 	@$(BIN)/pytest $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev ## Kill, cut and corrupt while a million frames pass, and account for each: make soak SCALE=0.1
+	@$(BIN)/python -m tests.faults --scale $(SCALE)
 
 check: $(VENV)/.dev ## Contract, style, types, arrows between rooms, docs
 	$(BIN)/python gen/generate.py --check

@@ -1,9 +1,10 @@
-"""`python -m bench data|control`: measure one suite."""
+"""`python -m bench [--quick] data|control`: measure one suite."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 
 from bench.report import publish
 
@@ -14,7 +15,11 @@ def main() -> None:
     """Run the suites that were asked for, all of them if none was."""
     parser = argparse.ArgumentParser(prog="bench", description=main.__doc__)
     parser.add_argument("suite", nargs="*", metavar="suite", help=f"of {', '.join(SUITES)}; all of them by default")
-    wanted = parser.parse_args().suite or SUITES
+    parser.add_argument("--quick", action="store_true", help="a part of the data suite, each once; also with QUICK=1")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        os.environ["QUICK"] = "1"
+    wanted = arguments.suite or SUITES
     for suite in wanted:
         if suite not in SUITES:
             parser.error(f"there is no suite {suite!r}; there are {', '.join(SUITES)}")

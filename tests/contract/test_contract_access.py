@@ -57,7 +57,7 @@ def behind_the_chain(method: MethodDescriptor) -> Callable[..., Any]:
         raise BeamwireError(Reason.UNSUPPORTED, "reached")
         yield
 
-    return stream if method.name.startswith(("Watch", "Tail")) else unary
+    return stream if method.server_streaming else unary
 
 
 def services() -> list[Service]:
@@ -88,7 +88,10 @@ async def call(channel: Any, method: MethodDescriptor) -> None:
         "response_deserializer": GetMessageClass(method.output_type).FromString,
     }
     request = GetMessageClass(method.input_type)()
-    if method.name.startswith(("Watch", "Tail")):
+    if method.client_streaming:
+        # Nothing is said: what is said to a call that is over already would end it in another way.
+        await channel.stream_stream(path_of(method), **codec)(iter(()), timeout=10).read()
+    elif method.server_streaming:
         await channel.unary_stream(path_of(method), **codec)(request, timeout=10).read()
     else:
         await channel.unary_unary(path_of(method), **codec)(request, timeout=10)

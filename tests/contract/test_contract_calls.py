@@ -44,7 +44,12 @@ def test_service_configs_retry_each_method_on_unavailable_alone(contract: Contra
     config = json.loads(proto.with_name(f"{proto.stem}_config.json").read_text())
     names = [f"{entry['service']}.{entry['method']}" for part in config["methodConfig"] for entry in part["name"]]
     package = str(proto.relative_to(PROTOS).parent).replace("/", ".")
-    assert names == [method.name for method in contract.methods if method.name.startswith(f"{package}.")]
+    # Who streams to a service begins anew by what it has read, not by what it once said.
+    assert names == [
+        method.name
+        for method in contract.methods
+        if method.name.startswith(f"{package}.") and not method.proto.client_streaming
+    ]
     for part in config["methodConfig"]:
         assert part["retryPolicy"]["retryableStatusCodes"] == [grpc.StatusCode.UNAVAILABLE.name]
         # gRPC makes at most five attempts whatever is asked for, and lets `timeout` fire early.

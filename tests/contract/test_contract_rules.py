@@ -32,15 +32,28 @@ UNITS: Final = ("_bytes", "_count", "_frames")
 # Numbers that count or measure nothing, so that no unit belongs to their names.
 PURE_NUMBERS: Final = {
     "consumer",
+    "delivery",
     "epoch",
     "event_ids",
     "exit_code",
     "first_missing_sequence",
+    "first_sequence",
+    "last_sequence",
     "page_size",
     "producer",
     "sequence",
     "shape",
+    "shard",
+    "stored_sequence",
+    "version",
 }
+# Their answers are secrets, and must not be kept for the sake of repeating the call.
+SECRET_ANSWERS: Final = {
+    "CreateJoinToken": "beamwire.certificate.v1.JoinToken",
+    "IssueTicket": "beamwire.buffer.v1.Ticket",
+}
+# Stands in for a data connection: it streams both ways, and is taken up again by what it says.
+DATA_CONNECTIONS: Final = {"Consume"}
 
 
 def snake(name: str) -> str:
@@ -94,9 +107,9 @@ def test_only_enrolment_is_open_to_strangers(contract: Contract) -> None:
 
 def test_changing_methods_are_idempotent_by_request_id(contract: Contract) -> None:
     for method in contract.methods:
-        # An answer that is a secret must not be kept for the sake of repeating the call.
-        keeps = method.proto.name != "CreateJoinToken"
-        changes = keeps and not method.proto.name.startswith(READING_VERBS)
+        name = method.proto.name
+        repeats = name not in SECRET_ANSWERS and name not in DATA_CONNECTIONS
+        changes = repeats and not name.startswith(READING_VERBS)
         assert method.request.has("request_id", STRING, "OPTIONAL") == changes, method.name
 
 
@@ -106,14 +119,16 @@ def test_requests_have_their_methods_names(contract: Contract) -> None:
         assert method.request.name == f"{package}.{method.proto.name}Request"
         assert method.response.resource or method.response.name in {
             f"{package}.{method.proto.name}Response",
-            "beamwire.certificate.v1.JoinToken",
+            SECRET_ANSWERS.get(method.proto.name),
         }
 
 
-def test_only_watches_and_logs_stream_and_only_answers_do(contract: Contract) -> None:
+def test_only_watches_and_logs_stream_and_consume_both_ways(contract: Contract) -> None:
     for method in contract.methods:
-        assert method.proto.server_streaming == method.proto.name.startswith(("Watch", "Tail")), method.name
-        assert not method.proto.client_streaming, method.name
+        both_ways = method.proto.name in DATA_CONNECTIONS
+        answers = both_ways or method.proto.name.startswith(("Watch", "Tail"))
+        assert method.proto.server_streaming == answers, method.name
+        assert method.proto.client_streaming == both_ways, method.name
 
 
 def test_create(contract: Contract) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -59,6 +60,20 @@ class CacheProcess:
     def ended(self) -> CacheStatus:
         return self.wait(lambda status: status.state == "ENDED")
 
+    def kill(self) -> None:
+        """End it as the kernel does when memory runs out."""
+        self.process.kill()
+        self.process.wait(EXIT_TIMEOUT)
+
+    def restart(self) -> None:
+        """Start it again on what it left, at the address that its peers know."""
+        path = self.directory / "cache.json"
+        config = json.loads(path.read_text())
+        port = self.connect.hosts[0][1] if self.connect.hosts else 0
+        path.write_text(json.dumps({**config, "port": port}))
+        self.process = _spawn(self.directory)
+        asyncio.run(_status(self.directory))
+
     def cpu_seconds(self) -> float:
         times = psutil.Process(self.process.pid).cpu_times()
         return times.user + times.system
@@ -89,22 +104,21 @@ def start_cache(tmp_path: Path, facility: Facility) -> Iterator[StartCache]:
             "producers": [str(user.identity)],
             "consumers": [str(user.identity)],
             "credentials": str(credentials.directory) if credentials else None,
+            "delivery": "PUSH",
+            "ring": str(directory / "ring"),
             **options,
         }
         (directory / "cache.json").write_text(json.dumps(config))
-        log = (directory / "stderr").open("wb")
-        process = subprocess.Popen([sys.executable, "-m", "beamwire.services.buffer.cache", str(directory)], stderr=log)
-        log.close()
+        process = _spawn(directory)
         caches.append(CacheProcess(directory, process, ConnectString((), buffer, 1), None))
         status = asyncio.run(_status(directory))
-        host, port = status.address.split(":")
-        transport = "tls+tcp" if secure else "tcp"
-        cache = CacheProcess(
-            directory,
-            process,
-            ConnectString.parse(f"beamwire://{host}:{port}/buffers/{buffer}?epoch=1&transport={transport}"),
-            user if secure else None,
-        )
+        transport = str(options.get("transport", "tls+tcp"))
+        if transport == "ipc":
+            text = f"beamwire://localhost/buffers/{buffer}?epoch=1&path={quote(status.address)}"
+        else:
+            text = f"beamwire://{status.address}/buffers/{buffer}?epoch=1"
+        text += f"&transport={transport}&delivery={str(config['delivery']).lower()}"
+        cache = CacheProcess(directory, process, ConnectString.parse(text), user if secure else None)
         caches[-1] = cache
         return cache
 
@@ -113,6 +127,11 @@ def start_cache(tmp_path: Path, facility: Facility) -> Iterator[StartCache]:
         if cache.process.poll() is None:
             cache.process.send_signal(signal.SIGKILL)
         cache.process.wait(EXIT_TIMEOUT)
+
+
+def _spawn(directory: Path) -> subprocess.Popen[bytes]:
+    with (directory / "stderr").open("ab") as log:
+        return subprocess.Popen([sys.executable, "-m", "beamwire.services.buffer.cache", str(directory)], stderr=log)
 
 
 async def _status(directory: Path) -> CacheStatus:

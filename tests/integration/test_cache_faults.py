@@ -9,11 +9,13 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,8 +33,10 @@ from beamwire.mesh.stream.sockets import PULL, PUSH
 from beamwire.mesh.stream.writer import FrameWriter
 from beamwire.services.buffer import control
 from beamwire.services.buffer.cache import ingest, listener
+from beamwire.services.buffer.cache.admission import Admission
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.relay import Relay
+from beamwire.services.buffer.cache.vault import open_vault
 from beamwire.services.buffer.control import CONTROL_SOCKET, CacheControl
 from beamwire.stream.v1.frame_pb2 import (
     FRAME_KIND_DATA,
@@ -368,15 +372,21 @@ def relay_of(facility, transport: Transport, **options: Any):
     """A relay and its listener in this process, so that its bounds can be made short."""
     user = facility.member("user/alice")
     allowed = frozenset([str(user.identity)])
-    config = CacheConfig(buffer="b0", transport=transport, producers=allowed, consumers=allowed, **options)
+    options = {"producers": allowed, "consumers": allowed, "delivery": "PUSH", **options}
+    config = CacheConfig(buffer="b0", transport=transport, **options)
     secure = transport == "tls+tcp"
-    relay = Relay(config, lambda urgent: None)
-    server = listener.Listener(relay, facility.member("cache/b0") if secure else None)
-    server.start()
-    try:
-        yield relay, ConnectString((("127.0.0.1", server.port),), "b0", 1, transport), user if secure else None
-    finally:
-        server.close()
+    with tempfile.TemporaryDirectory() as directory:
+        vault = open_vault(config, Path(directory))
+        relay = Relay(config, vault, lambda urgent: None)
+        credentials = facility.member("cache/b0") if secure else None
+        server = listener.Listener(relay, credentials, Admission(config), Path(directory))
+        server.start()
+        connect = ConnectString((("127.0.0.1", server.port),), "b0", 1, transport, delivery="push")
+        try:
+            yield relay, connect, user if secure else None
+        finally:
+            server.close()
+            vault.close()
 
 
 def wait_for(condition: Callable[[], bool], timeout: float = 10.0) -> None:

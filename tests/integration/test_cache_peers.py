@@ -185,7 +185,7 @@ def test_a_client_does_not_take_another_member_for_the_cache(start_cache, facili
 
 def test_other_protocols_are_refused(start_cache):
     cache = start_cache(transport="tcp")
-    for number, greeting in enumerate([b"\0SP\0\0\x10\0\0", b"GET / HT", b"\0SP\0\0\x51\0\1"], 1):
+    for number, greeting in enumerate([b"\0SP\0\0\x30\0\0", b"GET / HT", b"\0SP\0\0\x51\0\1"], 1):
         with socket.create_connection(cache.connect.hosts[0]) as sock:
             sock.sendall(greeting)
             sock.settimeout(10)

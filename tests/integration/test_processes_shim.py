@@ -115,6 +115,19 @@ async def test_a_program_that_cannot_be_started_says_why(
     assert await again.wait() == ended
 
 
+async def test_a_directory_whose_program_is_forgotten_runs_another(tmp_path: Path) -> None:
+    first = await launch(["sh", "-c", "echo first; read line"], directory=tmp_path / "p", env=ENV)
+    with pytest.raises(BeamwireError) as refused:
+        first.forget()
+    assert refused.value.reason is Reason.ILLEGAL_STATE
+    await first.terminate()
+    first.forget()
+    assert Process.attach(tmp_path / "p") is None
+    second = await launch(["sh", "-c", "echo second"], directory=tmp_path / "p", env=ENV)
+    assert (await second.wait()).exit_code == 0
+    assert (tmp_path / "p" / "stdout").read_text().splitlines() == ["first", "second"]
+
+
 async def test_a_missing_working_directory_says_so(tmp_path: Path) -> None:
     process = await launch(["true"], directory=tmp_path / "p", env=ENV, cwd=tmp_path / "nowhere")
     ended = await process.wait()

@@ -260,7 +260,7 @@ def silent_cache() -> Iterator[tuple[ConnectString, Future[socket.socket]]]:
             return peer
 
         peers = pool.submit(greet)
-        yield ConnectString((server.getsockname(),), "b0", 1, "tcp"), peers
+        yield ConnectString((server.getsockname(),), "b0", 1, "tcp", "push"), peers
         peers.result(WAIT).close()
 
 

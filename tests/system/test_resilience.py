@@ -120,7 +120,7 @@ async def test_creating_at_the_same_moment_makes_one(alice: Member):
 
 async def test_who_hangs_up_does_not_leave_a_buffer_without_a_driver(live_facility, alice: Member):
     buffer = await alice.buffer()
-    process = Process.attach(live_facility.directory / "state" / buffer.name)
+    process = Process.attach(live_facility.directory / "state" / buffer.name / "shard-0")
     assert process is not None
     with pytest.raises(BeamwireError):
         await alice.buffers.DeleteBuffer(buffer_pb.DeleteBufferRequest(name=buffer.name), timeout=0.03)
@@ -153,7 +153,7 @@ async def test_a_watch_resumed_after_the_end_ends(alice: Member):
 
 async def test_a_cache_that_hangs_does_not_keep_the_streamer_running(live_facility, alice: Member):
     transfer = await alice.begin()
-    cache = Process.attach(live_facility.directory / "state" / transfer.buffer)
+    cache = Process.attach(live_facility.directory / "state" / transfer.buffer / "shard-0")
     assert cache is not None
     os.kill(cache.pid, signal.SIGSTOP)
     try:

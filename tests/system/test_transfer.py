@@ -17,6 +17,8 @@ import yaml
 
 from beamwire.client import BeamwireError, Reason, connect
 from beamwire.mesh.processes import Process
+from beamwire.mesh.stream.connect import ConnectString
+from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.telemetry import read_spans
 from beamwire.testing import xtc2
 from tests.conftest import BIN, LiveFacility, wait_until
@@ -51,12 +53,18 @@ def last_json(text: str) -> dict:
 def leftovers(live_facility: LiveFacility) -> list[int]:
     """Return the jobs and caches of a facility that still run."""
     found = []
-    for parent in ("jobs", "buffers"):
-        for directory in (live_facility.directory / "state" / parent).glob("*"):
-            process = Process.attach(directory)
-            if process is not None and process.alive():
-                found.append(process.pid)
+    state = live_facility.directory / "state"
+    for directory in (*state.glob("jobs/*"), *state.glob("buffers/*/shard-*")):
+        process = Process.attach(directory)
+        if process is not None and process.alive():
+            found.append(process.pid)
     return found
+
+
+def cache_pid(live_facility: LiveFacility, buffer: str, shard: int = 0) -> int:
+    """Return the process id of one of a buffer's caches; 0 while there is none."""
+    process = Process.attach(live_facility.directory / "state" / buffer / f"shard-{shard}")
+    return process.pid if process is not None and process.alive() else 0
 
 
 @pytest.fixture
@@ -180,16 +188,59 @@ def test_a_producer_that_dies_fails_the_transfer_with_its_last_words(own_facilit
 
 def test_a_cache_that_dies_is_never_taken_for_the_end(own_facility):
     with connect(config_dir=own_facility.config_dir) as client:
-        stream = client.stream(synthetic(100_000, rate=200))
+        stream = client.stream({**synthetic(100_000, rate=200), "buffer": {"delivery": "push"}})
         with pytest.raises(BeamwireError) as failed, stream:
             for number, _ in enumerate(stream):
                 if number == 3:
-                    directory = own_facility.directory / "state" / stream.transfer.buffer
-                    os.kill(Process.attach(directory).pid, signal.SIGKILL)
+                    os.kill(cache_pid(own_facility, stream.transfer.buffer), signal.SIGKILL)
         assert failed.value.reason is Reason.CACHE_FAILED
         transfer = client.get_transfer(stream.transfer.name)
         assert transfer.State.Name(transfer.state) == "STATE_FAILED"
     wait_until(lambda: not leftovers(own_facility), what="the end of all jobs and caches")
+
+
+def test_a_cache_that_dies_costs_no_event(own_facility):
+    request = {**synthetic(800, rate=400), "processes": 2, "buffer": {"shard_count": 2}}
+    ids: list[int] = []
+    with connect(config_dir=own_facility.config_dir) as client:
+        with client.stream(request) as stream:
+            for number, batch in enumerate(stream):
+                ids += batch.event_ids.tolist()
+                if number in (3, 40):
+                    os.kill(cache_pid(own_facility, stream.transfer.buffer, shard=number % 2), signal.SIGKILL)
+        assert sorted(ids) == list(range(800))
+        receipt = stream.receipt
+        assert receipt.balanced
+        assert not receipt.losses
+        assert [stage.left_event_count for stage in receipt.stages] == [800] * 4
+        assert client.get_buffer(stream.transfer.buffer).restart_count == 2
+    wait_until(lambda: not leftovers(own_facility), what="the end of all jobs and caches")
+
+
+def test_two_groups_each_get_every_event_and_the_receipt_says_so(live_facility, client, tmp_path):
+    request = {**synthetic(200), "buffer": {"groups": ["training", "monitor"], "frame_lease": "30s"}}
+    transfer = client.create_transfer(request)
+    taken: dict[str, list[int]] = {}
+
+    def take(group: str) -> None:
+        with client.stream(transfer.name, group=group) as stream:
+            taken[group] = [i for batch in stream for i in batch.event_ids.tolist()]
+
+    threads = [threading.Thread(target=take, args=(group,)) for group in ("training", "monitor")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(taken["training"]) == sorted(taken["monitor"]) == list(range(200))
+    ended = wait_until(lambda: _if_ended(client.get_transfer(transfer.name)), what="the end of the transfer")
+    assert {g.group: g.acknowledged_event_count for g in ended.receipt.groups} == {"training": 200, "monitor": 200}
+    with pytest.raises(BeamwireError) as unclear, client.stream(request):
+        pass
+    assert [violation.field for violation in unclear.value.violations] == ["group"]
+    printed = live_facility.beamwire("receipt", transfer.name).stdout
+    assert "monitor" in printed
+    as_json = last_json(live_facility.beamwire("--json", "receipt", transfer.name).stdout)
+    assert [stage["stage"] for stage in as_json["stages"]] == ["source", "producers", "cache", "consumers"]
 
 
 def test_a_transfer_goes_on_while_the_service_is_killed_and_comes_back(own_facility):
@@ -215,8 +266,30 @@ def test_a_transfer_goes_on_while_the_service_is_killed_and_comes_back(own_facil
     wait_until(lambda: not leftovers(own_facility), what="the end of all jobs and caches")
 
 
-def test_a_consumer_that_dies_is_counted_and_the_transfer_is_no_success(own_facility, tmp_path):
-    request = request_file(tmp_path / "r.yaml", synthetic(2_000, rate=400))
+def test_a_consumer_that_dies_costs_no_event_where_another_goes_on(own_facility, tmp_path):
+    request = request_file(tmp_path / "r.yaml", synthetic(1_000, rate=400))
+    with connect(config_dir=own_facility.config_dir) as client:
+        transfer = client.create_transfer(request)
+        pulls = [
+            subprocess.Popen(
+                [str(BIN / "beamwire"), "--json", "pull", transfer.name, "-o", str(tmp_path / f"out{n}")],
+                env=own_facility.env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+            for n in range(2)
+        ]  # fmt: skip
+        wait_until(lambda: client.get_transfer(transfer.name).counters.sent_event_count > 100, what="some events")
+        pulls[0].kill()
+        for pull in pulls:
+            pull.communicate(timeout=60)
+        assert pulls[1].returncode == 0
+        ended = wait_until(lambda: _if_ended(client.get_transfer(transfer.name)), what="the end of the transfer")
+    assert ended.State.Name(ended.state) == "STATE_SUCCEEDED"
+    assert ended.receipt.balanced
+    assert (ended.receipt.delivered_event_count, len(ended.receipt.losses)) == (1_000, 0)
+
+
+def test_a_pushed_consumer_that_dies_is_counted_and_the_transfer_is_no_success(own_facility, tmp_path):
+    request = request_file(tmp_path / "r.yaml", {**synthetic(2_000, rate=400), "buffer": {"delivery": "push"}})
     environment = own_facility.env()
     with connect(config_dir=own_facility.config_dir) as client:
         transfer = client.create_transfer(request)
@@ -299,7 +372,11 @@ def test_another_user_sees_and_takes_nothing(live_facility, client, tmp_path):
         assert name not in {t.name for t in bob.list_transfers()}
         with pytest.raises(BeamwireError) as refused, bob.stream(address) as stolen:
             next(iter(stolen))
-        assert refused.value.reason is Reason.ROLE_NOT_ALLOWED
+        assert refused.value.reason is Reason.NOT_OWNER
+        # Nor without asking for a ticket.
+        with pytest.raises(BeamwireError) as refused, Consumer(ConnectString.parse(address), bob.credentials) as thief:
+            next(iter(thief))
+        assert refused.value.reason in (Reason.TICKET_INVALID, Reason.ROLE_NOT_ALLOWED)
         buffer = stream.transfer.buffer
         wait_until(lambda: client.get_buffer(buffer).counters.refused_peer_count, what="the count of the refusal")
 

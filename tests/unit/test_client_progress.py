@@ -90,7 +90,7 @@ def test_layouts() -> None:
 
 def test_a_receipt_of_one_frame_has_no_rate() -> None:
     rows = dict(receipt_rows(Receipt(selected_event_count=10, delivered_event_count=10, frame_count=1, balanced=True)))
-    assert rows["delivered"] == "10 events in 1 frames"
+    assert rows["delivered"] == "10 events in 1 frame"
     assert "/s" not in rows["time"]
 
 

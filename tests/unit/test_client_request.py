@@ -169,6 +169,10 @@ def test_a_transfer_is_taken_as_it_is_and_copied() -> None:
         ({"buffer": {"delivery": "pull"}}, "buffer.delivery", "one of push, acked"),
         ({"buffer": {"delivery": ["push"]}}, "buffer.delivery", "one of push, acked"),
         ({"buffer": {"consumers": "bob"}}, "buffer.consumers", "list of SPIFFE ids"),
+        ({"buffer": {"groups": "training"}}, "buffer.groups", "list of names"),
+        ({"buffer": {"frame_lease": "soon"}}, "buffer.frame_lease", "must be seconds"),
+        ({"buffer": {"shard_count": 0}}, "buffer.shard_count", "whole number"),
+        ({"buffer": {"retain_bytes": -1}}, "buffer.retain_bytes", "whole number"),
         ({"data_handlers": [{"type": "ZmqHandler"}]}, "data_handlers[0].type", "cannot be honoured"),
         ({"data_handlers": ["x"]}, "data_handlers[0].type", "cannot be honoured"),
         (

@@ -19,7 +19,8 @@ from beamwire.common.v1.account_pb2 import END_CAUSE_DONE, END_CAUSE_FAILED
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.rpc.status import to_status
-from beamwire.mesh.stream.sockets import PUSH, TlsConnection
+from beamwire.mesh.stream.link import Link
+from beamwire.mesh.stream.sockets import PAIR, PULL, PUSH, TlsConnection
 from beamwire.mesh.stream.writer import FrameWriter
 from beamwire.request.v1 import request_service_pb2 as pb
 from beamwire.request.v1.request_service_pb2 import Receipt, Transfer
@@ -36,6 +37,7 @@ from beamwire.stream.v1.frame_pb2 import (
     StreamEnd,
     StreamHeader,
 )
+from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME, Signal, Welcome
 from beamwire.testing.facility import Facility
 
 REQUEST = {"event_source": {"type": "InternalEventSource"}, "data_sources": {"x": {"type": "IntValue"}}}
@@ -58,6 +60,9 @@ class Cache:
         self.context = credentials.server_context()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.connect = f"beamwire://127.0.0.1:{self.listener.getsockname()[1]}/buffers/b1?epoch=1"
+        if break_off:
+            # An acknowledged connection would be made again.
+            self.connect += "&delivery=push"
         self.thread = threading.Thread(target=self._accept)
         self.thread.start()
 
@@ -68,11 +73,33 @@ class Cache:
             except OSError:
                 return
             with suppress(OSError, ValueError), self.context.wrap_socket(sock, server_side=True) as secured:
-                self._serve(TlsConnection(secured))
+                connection = TlsConnection(secured)
+                if connection.receive_greeting() == PULL:
+                    connection.send_greeting(PUSH)
+                    self._send_all(connection)
+                else:
+                    connection.send_greeting(PAIR)
+                    self._serve(connection)
 
     def _serve(self, connection: TlsConnection) -> None:
-        connection.receive_greeting()
-        connection.send_greeting(PUSH)
+        link = Link(connection)
+        try:
+            assert link.receive(_no_frame).hello.role == LINK_ROLE_CONSUME
+            link.send_signal(Signal(welcome=Welcome(epoch=1)))
+            self._send_all(connection)
+            acknowledged = 0
+            while acknowledged < self.frames + 1:
+                signal = link.receive(_no_frame)
+                if signal is None:
+                    return
+                acknowledged = signal.acknowledgement.delivery_count
+            self.confirmed += self.frames * EVENTS
+            self.finished.set()
+            link.finish()
+        finally:
+            link.close()
+
+    def _send_all(self, connection: TlsConnection) -> None:
         assert self.begin.wait(20)
         fields = [Field(name="x", dtype="<f8", shape=[2], unit="eV")]
         stream = StreamHeader(buffer="buffers/b1", transfer="transfers/other", producer_count=1, fields=fields)
@@ -86,10 +113,6 @@ class Cache:
             return
         end = StreamEnd(cause=self.end, detail="as told")  # type: ignore[arg-type]
         self._send(connection, FrameHeader(epoch=1, kind=FRAME_KIND_END, sequence=self.frames + 1, end=end))
-        connection.set_timeout(20)
-        connection.expect_end()
-        self.confirmed += self.frames * EVENTS
-        self.finished.set()
 
     def _send(self, connection, header, arrays=None) -> None:
         connection.send(FrameWriter().encode(header, arrays))
@@ -100,6 +123,10 @@ class Cache:
         self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         self.thread.join(20)
+
+
+def _no_frame(length: int) -> memoryview:
+    raise ValueError(f"a consumer sends no frames, and this one has {length} bytes")
 
 
 class Requests(RequestServiceServicer):

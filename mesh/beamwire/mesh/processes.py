@@ -90,6 +90,17 @@ class Process:
                     signal.pidfd_send_signal(fd, signal.SIGKILL)
         return await self.wait()
 
+    def forget(self) -> None:
+        """Makes room in the directory for the next program. What both print is kept together.
+
+        ILLEGAL_STATE if this one has not ended.
+        """
+        if self.alive():
+            raise BeamwireError(Reason.ILLEGAL_STATE, f"the program in {self.directory} runs")
+        # In this order: without exit.json one that has ended is still known as one that ended.
+        for name in ("exit.json", "process.json"):
+            (self.directory / name).unlink(missing_ok=True)
+
     def _grace(self) -> float:
         return float((_read(self.directory / "spec.json") or {"grace": 0})["grace"])
 
@@ -140,9 +151,9 @@ async def launch(
     """Starts a program in a session of its own, with exactly the environment `env`.
 
     `directory` is its own: made if need be, mode 0700. `cwd` defaults to it. What the program prints is appended to
-    `stdout` and `stderr` there. A directory runs one program ever: launching there again attaches to that one, so a
-    launch that may or may not have happened can be repeated. A program that cannot be started is a Process too, whose
-    `wait` says why. LAUNCH_FAILED if the machinery itself fails.
+    `stdout` and `stderr` there. A directory runs one program until that is forgotten: launching there again attaches to
+    it, so a launch that may or may not have happened can be repeated. A program that cannot be started is a Process
+    too, whose `wait` says why. LAUNCH_FAILED if the machinery itself fails.
     """
     spec = {
         "argv": list(argv),

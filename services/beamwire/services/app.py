@@ -29,8 +29,9 @@ from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
 from beamwire.request.v1 import request_service_pb2_grpc
-from beamwire.services.buffer.domain import Buffers, Placement
+from beamwire.services.buffer.domain import Buffers
 from beamwire.services.buffer.model import BufferRecord
+from beamwire.services.buffer.placement import Placement
 from beamwire.services.buffer.service import BufferService
 from beamwire.services.certificate.domain import CertificateRecord, Lifetimes, Registrar, TokenRecord
 from beamwire.services.certificate.service import CertificateService
@@ -136,6 +137,7 @@ async def _add_buffer(parts: _Parts) -> None:
         host=data.host,
         advertise=data.advertise,
         allow_plain_tcp=data.allow_plain_tcp,
+        allow_ipc=data.allow_ipc,
         capacity_bytes=data.capacity_bytes,
         active_buffers=parts.settings.limits.active_buffers,
         # A transfer's buffer outlives the transfer's lease by a little.
@@ -145,7 +147,7 @@ async def _add_buffer(parts: _Parts) -> None:
     )
     mint = Minter(parts.channel("buffer", "certificate"))
     buffers = Buffers(store, parts.layout.buffers, parts.settings.trust_domain, placement, mint, parts.runner)
-    service = BufferService(buffers, store, parts.pager)
+    service = BufferService(buffers, store, parts.pager, data.ticket_lifetime, parts.credentials("buffer"))
     parts.add("BufferService", buffer_service_pb2_grpc.add_BufferServiceServicer_to_server, service, database)
     parts.resume.append(buffers.resume)
 

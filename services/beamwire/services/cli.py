@@ -196,7 +196,10 @@ def token(identity: str, directory: Path, ttl: int, server_names: tuple[str, ...
 @main.command()
 @directory_option
 def clean(directory: Path) -> None:
-    """End every job and cache that a facility which is no longer served has left running."""
+    """End every job and cache that a facility which is no longer served has left running.
+
+    The frames that caches kept in shared memory are lost.
+    """
     layout, _ = load_facility(directory)
     for name in ("buffer", "job"):
         if is_open(layout.database(name)):
@@ -234,6 +237,7 @@ async def _mint(
 
 async def _clean(layout: Layout) -> int:
     from beamwire.mesh.processes import Process
+    from beamwire.services.buffer.placement import Rings
 
     ended = 0
     for directory in layout.process_directories():
@@ -241,6 +245,9 @@ async def _clean(layout: Layout) -> int:
         if process is not None and process.alive():
             await process.terminate()
             ended += 1
+    rings = Rings(layout.buffers)
+    for buffer_id in list(rings.buffers()):
+        rings.remove(buffer_id)
     return ended
 
 

@@ -52,7 +52,13 @@ class Data(Section):
         default="127.0.0.1", description="the name or address that peers dial, which goes on their certificates"
     )
     allow_plain_tcp: bool = Field(default=False, description="admit buffers without TLS, on a loopback address only")
-    capacity_bytes: int = Field(default=8 * 1024**3, gt=0, description="the largest ring one buffer may have")
+    allow_ipc: bool = Field(
+        default=True, description="admit buffers that processes of the services' user reach over a Unix socket"
+    )
+    capacity_bytes: int = Field(default=8 * 1024**3, gt=0, description="the largest ring of a buffer, with its shards")
+    ticket_lifetime: timedelta = Field(
+        default=timedelta(minutes=10), gt=timedelta(0), description="how long a ticket for a data connection is good"
+    )
 
 
 class Certificates(Section):
@@ -133,8 +139,9 @@ class Layout:
 
     def process_directories(self) -> Iterator[Path]:
         """Yield the directories of all processes that the services have started."""
-        for parent in (self.jobs, self.buffers):
-            yield from sorted(parent.glob("*"))
+        yield from sorted(self.jobs.glob("*"))
+        # A buffer may have several caches.
+        yield from sorted(self.buffers.glob("*/shard-*"))
 
 
 def load_facility(directory: Path) -> tuple[Layout, FacilitySettings]:

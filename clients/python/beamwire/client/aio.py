@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -15,6 +16,7 @@ from beamwire.buffer.v1.buffer_service_pb2_grpc import BufferServiceStub
 from beamwire.client.aiostream import AsyncStream
 from beamwire.client.config import choose_facility, config_directory
 from beamwire.client.request import ParsedRequest, Request, parse_request
+from beamwire.client.session import Reading, Via
 from beamwire.client.source import Source
 from beamwire.client.transfers import full_name, has_ended
 from beamwire.common.v1.account_pb2 import EndCause
@@ -23,6 +25,8 @@ from beamwire.job.v1.job_service_pb2_grpc import JobServiceStub
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.names import new_id
 from beamwire.mesh.rpc.channel import connect as open_channel
+from beamwire.mesh.stream.connect import ConnectString
+from beamwire.mesh.stream.ticket import Ticket, TicketSource
 from beamwire.request.v1 import request_service_pb2 as request_pb2
 from beamwire.request.v1.request_service_pb2_grpc import RequestServiceStub
 
@@ -32,9 +36,13 @@ if TYPE_CHECKING:
     from beamwire.buffer.v1.buffer_service_pb2_grpc import BufferServiceAsyncStub
     from beamwire.job.v1.job_service_pb2_grpc import JobServiceAsyncStub
     from beamwire.request.v1.request_service_pb2_grpc import RequestServiceAsyncStub
+    from beamwire.stream.v1.link_pb2 import LinkRole
 
 _CREATE_SECONDS = 60.0
 _RECONNECT_SECONDS = 30.0
+_TICKET_SECONDS = 60.0
+# A ticket that this facility cannot renew is not asked for again and again.
+_NOT_OURS_SECONDS = 86400.0
 _RECONNECT_PAUSE = 0.5
 _BUFFER_ENDED = frozenset({buffer_pb2.Buffer.STATE_ENDED, buffer_pb2.Buffer.STATE_FAILED})
 
@@ -69,12 +77,21 @@ class AsyncClient:
             _, channel = self._channels.popitem()
             await channel.close()
 
-    def stream(self, source: Source, *, consumers: int = 1, prefetch: int = 4) -> AsyncStream:
+    def stream(
+        self,
+        source: Source,
+        *,
+        consumers: int = 1,
+        prefetch: int = 4,
+        group: str = "",
+        via: Via = "data",
+        on_reconnect: Callable[[str], None] | None = None,
+    ) -> AsyncStream:
         """Return a stream of batches: from a request (created on entry), a transfer's name, or a connect string.
 
-        `consumers` is the number of connections, `prefetch` how many frames each may hold ready.
+        Arguments as for `Client.stream`. With `via="grpc"` the events pass through this event loop.
         """
-        return AsyncStream(self, source, consumers=consumers, prefetch=prefetch)
+        return AsyncStream(self, source, consumers=consumers, reading=Reading(prefetch, group, via, on_reconnect))
 
     async def create_transfer(
         self, request: Request | ParsedRequest, *, transfer_id: str = "", validate_only: bool = False
@@ -127,7 +144,7 @@ class AsyncClient:
 
     async def create_buffer(self, spec: buffer_pb2.BufferSpec, *, buffer_id: str = "") -> buffer_pb2.Buffer:
         """Start a cache of the caller's own; watch it until it is READY."""
-        return await self._buffers.CreateBuffer(
+        return await self.buffers.CreateBuffer(
             buffer_pb2.CreateBufferRequest(
                 buffer=buffer_pb2.Buffer(spec=spec), buffer_id=buffer_id, request_id=_request_id()
             )
@@ -135,7 +152,7 @@ class AsyncClient:
 
     async def get_buffer(self, name: str) -> buffer_pb2.Buffer:
         """Read a buffer with its counters, by `buffers/<id>` or `<id>`."""
-        return await self._buffers.GetBuffer(buffer_pb2.GetBufferRequest(name=full_name("buffers", name)))
+        return await self.buffers.GetBuffer(buffer_pb2.GetBufferRequest(name=full_name("buffers", name)))
 
     async def watch_buffer(self, name: str) -> AsyncIterator[buffer_pb2.Buffer]:
         """Yield the buffer now and after every change until it has ended. Survives 30 s without the service."""
@@ -143,7 +160,7 @@ class AsyncClient:
 
         async def call(etag: str) -> AsyncIterator[buffer_pb2.Buffer]:
             request = buffer_pb2.WatchBufferRequest(name=name, etag=etag)
-            async for response in self._buffers.WatchBuffer(request):
+            async for response in self.buffers.WatchBuffer(request):
                 yield response.buffer
 
         async for buffer in _watch(call, lambda buffer: buffer.state in _BUFFER_ENDED):
@@ -151,7 +168,7 @@ class AsyncClient:
 
     async def seal_buffer(self, name: str, cause: EndCause.ValueType, detail: str = "") -> buffer_pb2.Buffer:
         """Say that no more frames will come; what is held is delivered if the cause is DONE, dropped otherwise."""
-        return await self._buffers.SealBuffer(
+        return await self.buffers.SealBuffer(
             buffer_pb2.SealBufferRequest(
                 name=full_name("buffers", name), cause=cause, detail=detail, request_id=_request_id()
             )
@@ -159,8 +176,49 @@ class AsyncClient:
 
     async def delete_buffer(self, name: str) -> None:
         """Stop the cache and forget the buffer, with the frames still in it."""
-        await self._buffers.DeleteBuffer(
+        await self.buffers.DeleteBuffer(
             buffer_pb2.DeleteBufferRequest(name=full_name("buffers", name), request_id=_request_id())
+        )
+
+    async def issue_ticket(self, name: str, role: LinkRole.ValueType) -> Ticket:
+        """Get the right to produce or to consume at a buffer for some minutes."""
+        issued = await self.buffers.IssueTicket(
+            buffer_pb2.IssueTicketRequest(name=full_name("buffers", name), role=role)
+        )
+        return Ticket(issued.ticket, issued.expire_time.ToNanoseconds() / 1e9)
+
+    def tickets(self, connect: ConnectString, role: LinkRole.ValueType) -> TicketSource | None:
+        """Return what gets tickets for a buffer, for threads other than that of the running event loop.
+
+        None if its caches ask for none: those without TLS, or with delivery=push.
+        """
+        if connect.transport == "tcp" or connect.delivery == "push":
+            return None
+        loop = asyncio.get_running_loop()
+
+        def issue() -> Ticket:
+            asked = asyncio.run_coroutine_threadsafe(self._ticket(connect, role), loop)
+            try:
+                return asked.result(_TICKET_SECONDS)
+            except TimeoutError:
+                asked.cancel()
+                raise BeamwireError(Reason.TIMED_OUT, "the event loop of the client does not run") from None
+
+        return issue
+
+    async def _ticket(self, connect: ConnectString, role: LinkRole.ValueType) -> Ticket:
+        try:
+            return await self.issue_ticket(connect.buffer, role)
+        except BeamwireError as error:
+            # A facility that gives no tickets has caches that ask for none; another one's gave its ticket before.
+            if error.reason is not Reason.UNSUPPORTED and not connect.ticket:
+                raise
+            return Ticket(connect.ticket, time.time() + _NOT_OURS_SECONDS)
+
+    async def revoke_access(self, name: str, identity: str) -> buffer_pb2.Buffer:
+        """Take a member's right to use a buffer; its connections are cut within a second."""
+        return await self.buffers.RevokeAccess(
+            buffer_pb2.RevokeAccessRequest(name=full_name("buffers", name), identity=identity, request_id=_request_id())
         )
 
     async def list_jobs(self, filter: str = "", *, page_size: int = 0) -> AsyncIterator[job_pb2.Job]:  # noqa: A002
@@ -194,6 +252,7 @@ class AsyncClient:
         # Made on first use: a channel belongs to the event loop that is running.
         address = self.facility.addresses.of(service)
         if address not in self._channels:
+            _refuse_after_fork()
             self._channels[address] = open_channel(address, self.credentials)
         return self._channels[address]
 
@@ -202,12 +261,34 @@ class AsyncClient:
         return RequestServiceStub(self._channel("request"))
 
     @property
-    def _buffers(self) -> BufferServiceAsyncStub:
+    def buffers(self) -> BufferServiceAsyncStub:
+        """The generated client of the Buffer service."""
         return BufferServiceStub(self._channel("buffer"))
 
     @property
     def _jobs(self) -> JobServiceAsyncStub:
         return JobServiceStub(self._channel("job"))
+
+
+# Which process made a channel: this one, or one that it was forked from.
+_user_pid = 0
+
+
+def has_used_grpc() -> bool:
+    """Whether this process, or one that it was forked from, has called a facility."""
+    return bool(_user_pid)
+
+
+def _refuse_after_fork() -> None:
+    """Raise instead of waiting for ever, or worse: gRPC has threads, which a forked process lacks."""
+    global _user_pid
+    if _user_pid not in (0, os.getpid()):
+        raise BeamwireError(
+            Reason.ILLEGAL_STATE,
+            "this process was forked from one that has called a facility, which gRPC does not survive; fork before, or "
+            'start processes with multiprocessing\'s "spawn"',
+        )
+    _user_pid = os.getpid()
 
 
 async def _watch(call: Callable[[str], AsyncIterator[R]], ended: Callable[[R], bool]) -> AsyncIterator[R]:

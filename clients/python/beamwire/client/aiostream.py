@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from beamwire.client.batch import Batch
-from beamwire.client.session import Counters, Reader, Session
+from beamwire.client.session import Counters, Reader, Reading, Session
 from beamwire.client.source import Source
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream.frame import Frame
@@ -26,8 +26,10 @@ class AsyncStream:
     transfer did not succeed. Leaving early cancels the transfer if this stream created it.
     """
 
-    def __init__(self, client: AsyncClient, source: Source, *, consumers: int = 1, prefetch: int = 4) -> None:
-        self._session = Session(client, source, prefetch=prefetch)
+    def __init__(
+        self, client: AsyncClient, source: Source, *, consumers: int = 1, reading: Reading | None = None
+    ) -> None:
+        self._session = Session(client, source, reading)
         self._connections = consumers
         self._reader: Reader | None = None
         self._entered = False

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from beamwire.buffer.v1.buffer_service_pb2 import Buffer, BufferSpec
 from beamwire.client.aio import AsyncClient
 from beamwire.client.config import EnrolledFacility
 from beamwire.client.portal import Portal
 from beamwire.client.request import ParsedRequest, Request
+from beamwire.client.session import Reading, Via
 from beamwire.client.source import Source
 from beamwire.client.stream import Stream
 from beamwire.common.v1.account_pb2 import EndCause
 from beamwire.job.v1.job_service_pb2 import Job, TailLogsResponse
 from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.stream.connect import ConnectString
+from beamwire.mesh.stream.ticket import Ticket, TicketSource
 from beamwire.request.v1.request_service_pb2 import Transfer
+
+if TYPE_CHECKING:
+    from beamwire.stream.v1.link_pb2 import LinkRole
 
 
 def connect(facility: str | None = None, *, config_dir: Path | None = None) -> Client:
@@ -60,15 +66,30 @@ class Client:
         """What this member proves its identity with."""
         return self._client.credentials
 
-    def stream(self, source: Source, *, consumers: int = 1, prefetch: int = 4, transfer_id: str = "") -> Stream:
+    def stream(
+        self,
+        source: Source,
+        *,
+        consumers: int = 1,
+        prefetch: int = 4,
+        group: str = "",
+        via: Via = "data",
+        on_reconnect: Callable[[str], None] | None = None,
+        transfer_id: str = "",
+    ) -> Stream:
         """Return a stream of batches: from a request (created on entry), a transfer's name, or a connect string.
 
-        `consumers` is the number of connections, `prefetch` how many frames each may hold ready. `transfer_id` is the
-        id that a transfer which is created shall have; made up if empty.
+        Args:
+            source: what to read.
+            consumers: how many connections there are to each cache.
+            prefetch: how many frames each of them may hold ready.
+            group: the group whose work is shared; `default` if empty.
+            via: `data` from the caches' own ports, `grpc` through the Buffer service's: slower, and one port only.
+            on_reconnect: told of each connection that was lost and made again, in a thread of the stream's.
+            transfer_id: the id that a transfer which is created shall have; made up if empty.
         """
-        return Stream(
-            self._portal, self._client, source, consumers=consumers, prefetch=prefetch, transfer_id=transfer_id
-        )
+        reading = Reading(prefetch, group, via, on_reconnect)
+        return Stream(self._portal, self._client, source, consumers=consumers, reading=reading, transfer_id=transfer_id)
 
     def create_transfer(
         self, request: Request | ParsedRequest, *, transfer_id: str = "", validate_only: bool = False
@@ -114,6 +135,22 @@ class Client:
         """Stop the cache and forget the buffer, with the frames still in it."""
         self._portal.call(self._client.delete_buffer(name))
 
+    def issue_ticket(self, name: str, role: LinkRole.ValueType) -> Ticket:
+        """Get the right to produce or to consume at a buffer for some minutes."""
+        return self._portal.call(self._client.issue_ticket(name, role))
+
+    def tickets(self, connect: ConnectString, role: LinkRole.ValueType) -> TicketSource | None:
+        """Return what gets tickets for a buffer, from any thread; None if its caches ask for none."""
+
+        async def source() -> TicketSource | None:
+            return self._client.tickets(connect, role)
+
+        return self._portal.call(source())
+
+    def revoke_access(self, name: str, identity: str) -> Buffer:
+        """Take a member's right to use a buffer; its connections are cut within a second."""
+        return self._portal.call(self._client.revoke_access(name, identity))
+
     def list_jobs(self, filter: str = "", *, page_size: int = 0) -> Iterator[Job]:  # noqa: A002
         """Yield the caller's jobs, newest first."""
         return self._portal.iterate(self._client.list_jobs(filter, page_size=page_size))
@@ -128,5 +165,7 @@ class Client:
 
 
 def _close(portal: Portal, client: AsyncClient) -> None:
-    portal.call(client.close())
-    portal.close()
+    # In a forked process nothing of it is left to be closed.
+    if portal.alive:
+        portal.call(client.close())
+        portal.close()

@@ -20,8 +20,18 @@ class Portal:
         self._thread = threading.Thread(target=self._run, name="beamwire client", daemon=True)
         self._thread.start()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can run something: not after `close`, nor in a forked process."""
+        return self._thread.is_alive()
+
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine and return its result. If the caller is interrupted, it is cancelled and waited for."""
+        if not self._thread.is_alive():
+            coroutine.close()
+            raise BeamwireError(
+                Reason.ILLEGAL_STATE, "the client was closed before, or belongs to the process this one was forked from"
+            )
         ended = threading.Event()
         tasks: list[asyncio.Task[T]] = []
 

@@ -32,7 +32,20 @@ _STREAM_KEYS = (
 )
 _OWN_KEYS = ("processes", "buffer", "lease", "labels")
 _KEYS = frozenset(_STREAM_KEYS + _OWN_KEYS)
-_BUFFER_KEYS = frozenset({"capacity_bytes", "capacity_frames", "overflow_policy", "delivery", "transport", "consumers"})
+_BUFFER_KEYS = frozenset(
+    {
+        "capacity_bytes",
+        "capacity_frames",
+        "overflow_policy",
+        "delivery",
+        "transport",
+        "consumers",
+        "groups",
+        "frame_lease",
+        "retain_bytes",
+        "shard_count",
+    }
+)
 _HANDLER_KEYS = frozenset({"type", "write_directory", "file_prefix", "file_suffix"})
 _OLD_LAYOUT = "this is the older layout of LCLStreamer; move what is under it to the top level, each with its `type`"
 _UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -104,7 +117,7 @@ class _Conversion:
         if content.get("buffer") is not None:
             transfer.buffer_spec.CopyFrom(self._buffer(content["buffer"]))
         if content.get("lease") is not None:
-            transfer.lease.CopyFrom(self._lease(content["lease"]))
+            transfer.lease.CopyFrom(self._length("lease", content["lease"]))
         output = self._handlers(content.get("data_handlers"))
         self._problems.check()
         return ParsedRequest(transfer, output)
@@ -181,16 +194,22 @@ class _Conversion:
         spec.overflow_policy = self._choice(value, "overflow_policy", buffer_pb2.OverflowPolicy)
         spec.delivery = self._choice(value, "delivery", buffer_pb2.Delivery)
         spec.transport = self._choice(value, "transport", buffer_pb2.Transport)
-        spec.consumers.extend(self._identities("buffer.consumers", value.get("consumers")))
+        spec.retain_bytes = self._count("buffer.retain_bytes", value.get("retain_bytes"), _INT64_MAX)
+        spec.shard_count = self._count("buffer.shard_count", value.get("shard_count"), _INT32_MAX, least=1)
+        who = "SPIFFE ids, such as spiffe://facility.example/user/bob"
+        spec.consumers.extend(self._words("buffer.consumers", value.get("consumers"), who))
+        spec.groups.extend(self._words("buffer.groups", value.get("groups"), "names, such as training"))
+        if value.get("frame_lease") is not None:
+            spec.frame_lease.CopyFrom(self._length("buffer.frame_lease", value["frame_lease"]))
         return spec
 
-    def _identities(self, path: str, value: object) -> list[str]:
-        """Return the members who may read besides the owner."""
+    def _words(self, path: str, value: object, what: str) -> list[str]:
+        """Return a list of words."""
         if value is None:
             return []
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return [str(item) for item in value]
-        self._problems.add(path, "must be a list of SPIFFE ids, such as spiffe://facility.example/user/bob")
+        self._problems.add(path, f"must be a list of {what}")
         return []
 
     def _choice(self, mapping: Mapping[str, object], key: str, enum: Any) -> Any:
@@ -241,11 +260,11 @@ class _Conversion:
             return ""
         return text
 
-    def _lease(self, value: object) -> Duration:
+    def _length(self, path: str, value: object) -> Duration:
         length = Duration()
         seconds = parse_seconds(value)
         if seconds is None:
-            self._problems.add("lease", f"must be seconds or text such as 90s, 30m, 2h or 1d, not {value!r}")
+            self._problems.add(path, f"must be seconds or text such as 90s, 30m, 2h or 1d, not {value!r}")
         else:
             length.FromNanoseconds(round(seconds * 1e9))
         return length

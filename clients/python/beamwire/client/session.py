@@ -6,19 +6,23 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
+from beamwire.client.groups import DEFAULT_GROUP, choose_group, for_group
 from beamwire.client.request import ParsedRequest
 from beamwire.client.source import Source, parse_source
 from beamwire.client.transfers import failure_of, has_ended
+from beamwire.client.tunnel import Tunnel
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.names import new_id
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
+from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.frame import Frame
 from beamwire.request.v1.request_service_pb2 import Receipt, Transfer
 from beamwire.stream.v1.frame_pb2 import StreamHeader
+from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME
 
 if TYPE_CHECKING:
     from beamwire.client.aio import AsyncClient
@@ -40,9 +44,37 @@ _SYMPTOMS = frozenset(
         Reason.CANCELLED,
         Reason.LEASE_EXPIRED,
         Reason.ROLE_NOT_ALLOWED,
+        Reason.NOT_OWNER,
+        Reason.TICKET_INVALID,
+        Reason.TICKET_EXPIRED,
     }
 )
+_REFUSALS = frozenset({Reason.ROLE_NOT_ALLOWED, Reason.NOT_OWNER, Reason.TICKET_INVALID, Reason.TICKET_EXPIRED})
+_OTHER_WAY = 'if only the facility\'s own port can be reached from here, read through it: via="grpc", or --via grpc'
 _NOT_OURS = frozenset({Reason.NOT_OWNER, Reason.ROLE_NOT_ALLOWED, Reason.RESOURCE_NOT_FOUND})
+
+
+Via = Literal["data", "grpc"]
+"""How the events come: from the caches' own ports, or through the Buffer service's, for who can reach no other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a stream is read: frames each connection may hold ready, the group whose work is shared, the way they come.
+
+    `on_reconnect` is told, in the thread that reads a connection, of each connection that was lost and made again.
+    """
+
+    prefetch: int = 4
+    group: str = ""
+    via: Via = "data"
+    on_reconnect: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.prefetch < 1:
+            raise invalid_field("prefetch", f"must be at least 1, not {self.prefetch}")
+        if self.via not in get_args(Via):
+            raise invalid_field("via", f"must be {' or '.join(get_args(Via))}, not {self.via!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,13 +130,17 @@ class Reader:
 class Session:
     """A transfer (or a bare buffer) being read. `open`, `dial`, then `conclude` at the end and `close` in any case."""
 
-    def __init__(self, client: AsyncClient, source: Source, *, prefetch: int, transfer_id: str = "") -> None:
+    def __init__(
+        self, client: AsyncClient, source: Source, reading: Reading | None = None, *, transfer_id: str = ""
+    ) -> None:
         self._client = client
-        if prefetch < 1:
-            raise invalid_field("prefetch", f"must be at least 1, not {prefetch}")
         self._source = parse_source(source)
-        self._prefetch = prefetch
+        self._reading = reading or Reading()
+        self._group = self._reading.group
+        if isinstance(self._source, ParsedRequest):
+            self._source = for_group(self._source, self._group)
         self._transfer_id = transfer_id or new_id()
+        self._tunnel: Tunnel | None = None
         self._readers: list[Reader] = []
         self._changed = asyncio.Condition()
         self._left = asyncio.Event()
@@ -158,11 +194,31 @@ class Session:
                 await self.conclude(None)
                 return None
             connect = ConnectString.parse(transfer.connect_string)
-        credentials = None if connect.transport == "tcp" else self._client.credentials
-        consumer = Consumer(connect, credentials, connections=connections, prefetch=self._prefetch)
-        reader = Reader(consumer, connections * len(connect.hosts))
+            self._group = choose_group(self._reading.group, transfer)
+        reader = Reader(self._consumer(connect, connections), connections * len(connect.places))
         self._readers.append(reader)
         return reader
+
+    def _consumer(self, connect: ConnectString, connections: int) -> Consumer:
+        reading = self._reading
+        tunnelled = reading.via == "grpc"
+        if tunnelled and connect.delivery == "push":
+            raise BeamwireError(
+                Reason.UNSUPPORTED, f"buffers/{connect.buffer} has delivery=push, which cannot be read through gRPC"
+            )
+        if tunnelled and self._tunnel is None:
+            self._tunnel = Tunnel(lambda: self._client.buffers)
+        return Consumer(
+            connect.without_ticket() if tunnelled else connect,
+            None if connect.transport == "tcp" else self._client.credentials,
+            connections=connections,
+            prefetch=reading.prefetch,
+            group=self._group,
+            # Through the service no ticket is shown: it brings its own.
+            tickets=None if tunnelled else self._client.tickets(connect, LINK_ROLE_CONSUME),
+            on_reconnect=reading.on_reconnect,
+            dialer=self._tunnel.dial if self._tunnel is not None else dial,
+        )
 
     async def conclude(self, error: BeamwireError | None) -> None:
         """Find out how it ended, from the end or the failure that a reader saw; wait for the receipt.
@@ -174,6 +230,8 @@ class Session:
             return
         if error is not None and (self._closing or error.reason not in _SYMPTOMS):
             raise error
+        if error is not None and error.reason is Reason.CACHE_FAILED and self._reading.via == "data":
+            error.add_note(_OTHER_WAY)
         transfer = await self._outcome(_patience(error))
         if transfer is None:
             if error is not None:
@@ -196,6 +254,8 @@ class Session:
         self._closing = True
         for reader in self._readers:
             await asyncio.to_thread(reader.close)
+        if self._tunnel is not None:
+            await self._tunnel.close()
         try:
             if self._create is not None and not self._has_ended():
                 await self._cancel(self._create)
@@ -281,12 +341,17 @@ class Session:
 
     def _check_count(self, receipt: Receipt) -> None:
         connections = sum(reader.connections for reader in self._readers)
-        others = len(receipt.consumers) > connections
-        if not others and self.counters.events != receipt.delivered_event_count:
+        group = self._group or DEFAULT_GROUP
+        mine = [consumer for consumer in receipt.consumers if not receipt.groups or consumer.group == group]
+        delivered = next(
+            (counted.acknowledged_event_count for counted in receipt.groups if counted.group == group),
+            receipt.delivered_event_count,
+        )
+        if len(mine) <= connections and self.counters.events != delivered:
             raise BeamwireError(
                 Reason.RECEIPT_UNBALANCED,
                 f"this program, the only consumer, read {self.counters.events} events, but the receipt says that "
-                f"{receipt.delivered_event_count} were delivered",
+                f"{delivered} were delivered",
             )
 
     def _has_ended(self) -> bool:
@@ -303,4 +368,4 @@ class Session:
 def _patience(error: BeamwireError | None) -> float | None:
     if error is None:
         return None
-    return _REFUSAL_SECONDS if error.reason is Reason.ROLE_NOT_ALLOWED else _EXPLANATION_SECONDS
+    return _REFUSAL_SECONDS if error.reason in _REFUSALS else _EXPLANATION_SECONDS

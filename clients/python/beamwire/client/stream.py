@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 
 from beamwire.client.batch import Batch
 from beamwire.client.portal import Portal
-from beamwire.client.session import Counters, Reader, Session
+from beamwire.client.session import Counters, Reader, Reading, Session
 from beamwire.client.source import Source
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.request.v1.request_service_pb2 import Receipt, Transfer
@@ -33,12 +33,12 @@ class Stream:
         source: Source,
         *,
         consumers: int = 1,
-        prefetch: int = 4,
+        reading: Reading | None = None,
         transfer_id: str = "",
     ) -> None:
         self._portal = portal
         self._consumers = consumers
-        self._session = Session(client, source, prefetch=prefetch, transfer_id=transfer_id)
+        self._session = Session(client, source, reading, transfer_id=transfer_id)
         self._parts: list[Part] | None = None
         self._entered = False
 

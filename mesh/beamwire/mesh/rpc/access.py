@@ -9,6 +9,7 @@ from functools import cache, lru_cache
 from typing import Final, NoReturn
 
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from google.protobuf import descriptor, descriptor_pool
 
 from beamwire.common.v1 import access_pb2
@@ -25,10 +26,11 @@ _UNLIMITED: Final = frozenset({Role.SERVICE, Role.OPERATOR})
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who makes the present call; without an id on the enrolment listener only."""
+    """Who makes the present call, and with which certificate (its SHA-256); neither on the enrolment listener."""
 
     id: SpiffeId | None
     role: Role | None
+    certificate_sha256: bytes = b""
 
     def __str__(self) -> str:
         return "anonymous" if self.id is None else str(self.id)
@@ -80,6 +82,11 @@ def _parse(pem: bytes) -> tuple[x509.Certificate, ...]:
     return tuple(x509.load_pem_x509_certificates(pem))
 
 
+@lru_cache(maxsize=1024)
+def _fingerprint(pem: bytes) -> bytes:
+    return _parse(pem)[0].fingerprint(hashes.SHA256())
+
+
 def identify(auth_context: Mapping[str, Iterable[bytes]], verifier: Verifier) -> Caller:
     """Who is at the other end of a gRPC connection; CERTIFICATE_INVALID or _EXPIRED if that is not proven now."""
     leaf_pem = next(iter(auth_context.get("x509_pem_cert", ())), None)
@@ -92,7 +99,7 @@ def identify(auth_context: Mapping[str, Iterable[bytes]], verifier: Verifier) ->
     chain_pem = next(iter(auth_context.get("x509_pem_cert_chain", ())), b"")
     identity = verifier.verify(_parse(leaf_pem)[0], _parse(chain_pem) if chain_pem else ())
     try:
-        return Caller(identity, identity.role)
+        return Caller(identity, identity.role, _fingerprint(leaf_pem))
     except BeamwireError as error:
         raise BeamwireError(Reason.CERTIFICATE_INVALID, str(error), metadata={"check": "name"}) from error
 

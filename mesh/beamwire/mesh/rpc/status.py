@@ -29,6 +29,8 @@ CODES: Final[dict[Reason, grpc.StatusCode]] = {
     Reason.ROLE_NOT_ALLOWED: grpc.StatusCode.PERMISSION_DENIED,
     Reason.NOT_OWNER: grpc.StatusCode.PERMISSION_DENIED,
     Reason.ACCESS_UNDECLARED: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.TICKET_INVALID: grpc.StatusCode.PERMISSION_DENIED,
+    Reason.TICKET_EXPIRED: grpc.StatusCode.PERMISSION_DENIED,
     Reason.LIMIT_REACHED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.SERVICE_UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     Reason.DRAINING: grpc.StatusCode.UNAVAILABLE,

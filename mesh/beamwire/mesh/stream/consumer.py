@@ -1,99 +1,66 @@
-"""What a client receives with: several connections to the caches of a buffer, one iterator of frames."""
+"""What a client receives with: the caches of a buffer, one iterator of frames."""
 
 from __future__ import annotations
 
 import logging
-import socket
 import threading
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-from beamwire.common.v1 import account_pb2
-from beamwire.mesh import telemetry
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.stream.acked_receiver import LEAST_MESSAGES, AckedReceiver
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.dial import dial
-from beamwire.mesh.stream.frame import Frame, corrupt, parse_header, read_payload
-from beamwire.mesh.stream.inbox import ClosedError, Inbox
-from beamwire.mesh.stream.pool import BufferPool
-from beamwire.mesh.stream.sockets import PULL, Connection, interrupt
-from beamwire.stream.v1.frame_pb2 import FRAME_KIND_DATA, FRAME_KIND_END, FRAME_KIND_HEADER, StreamEnd, StreamHeader
+from beamwire.mesh.stream.feed import Share
+from beamwire.mesh.stream.frame import Frame
+from beamwire.mesh.stream.push_receiver import PushReceiver
+from beamwire.mesh.stream.reconnecting import RECONNECT_TIMEOUT, Way
+from beamwire.mesh.stream.ticket import TicketSource
+from beamwire.stream.v1.frame_pb2 import StreamEnd, StreamHeader
+from beamwire.stream.v1.link_pb2 import Credit, Start
 
-LARGEST_MESSAGE: Final = 2**36
-_CLOSE_TIMEOUT: Final = 10.0
-_INTERRUPT_PERIOD: Final = 0.1
-_REASONS: Final = {
-    account_pb2.END_CAUSE_FAILED: Reason.PRODUCER_FAILED,
-    account_pb2.END_CAUSE_CANCELLED: Reason.CANCELLED,
-    account_pb2.END_CAUSE_EXPIRED: Reason.LEASE_EXPIRED,
-    account_pb2.END_CAUSE_TRUNCATED: Reason.STREAM_TRUNCATED,
-}
+PREFETCH_BYTES: Final = 64 * 1024 * 1024
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class ConsumerCounters:
-    """What was handed to the caller so far: DATA frames, events in them, bytes of their messages."""
+    """What was handed to the caller so far: DATA frames, events in them, bytes of their messages.
+
+    `duplicates` are frames that came again and were not handed over again, `rejected` messages that were not what the
+    cache had been given, `evicted` frames that were asked for and that the cache no longer had, and `reconnects`
+    connections that were lost and made again.
+    """
 
     frames: int = 0
     events: int = 0
     bytes: int = 0
-
-
-class _Link:
-    """One connection and the thread that reads it."""
-
-    def __init__(self, host: tuple[str, int]) -> None:
-        self.host = host
-        self.socket: socket.socket | None = None
-        self.connection: Connection | None = None
-        self.thread: threading.Thread | None = None
-
-    def interrupt(self) -> None:
-        if self.socket is not None:
-            interrupt(self.socket)
-
-    def join(self) -> None:
-        """Wait for the thread, which was told to stop and interrupted."""
-        if self.thread is None or self.thread is threading.current_thread():
-            return
-        self.thread.join(_INTERRUPT_PERIOD)
-        while self.thread.is_alive():
-            # It was interrupted just before it began to wait: while it dials, a socket forgets that.
-            self.interrupt()
-            self.thread.join(_INTERRUPT_PERIOD)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ended:
-    """A connection came to its END; the caller has seen all that came before it."""
-
-    link: _Link
-    end: StreamEnd
-
-
-@dataclass(frozen=True, slots=True)
-class _Arrival:
-    """A DATA frame and the length of its message."""
-
-    frame: Frame
-    size: int
+    duplicates: int = 0
+    rejected: int = 0
+    evicted: int = 0
+    reconnects: int = 0
 
 
 class Consumer:
-    """Iterates over the DATA frames of a buffer.
+    """Iterates over the DATA frames of a buffer; one thread does so.
 
-    Each host is dialed `connections` times, each connection is read `prefetch` frames ahead. When the caller has taken
-    the last frame, the END is confirmed to the cache. The arrays of a frame are views: their memory is used again when
-    the last of them is gone, so a caller that keeps frames keeps memory.
+    Each host is dialed `connections` times. The arrays of a frame are views: their memory is used again when the last
+    of them is gone, so a caller that keeps frames keeps memory.
 
-    Iterating raises BeamwireError: STREAM_TRUNCATED if a connection closes without END, FRAME_CORRUPT,
-    PRODUCER_FAILED, CANCELLED, LEASE_EXPIRED as the END says, CANCELLED after `close`, and what `dial` raises.
+    With delivery `acked`, each connection may be `prefetch` messages (64 at least) or `prefetch_bytes` ahead of the
+    caller, and a frame is acknowledged when the caller has asked for the next one. Consumers of the same `group`
+    share the work; `start` says where a new group begins. A lost connection is dialed again for `reconnect_timeout`
+    seconds, `on_reconnect` is told of each loss and return; `dialer` makes the connections, where `dial` does not
+    reach. With delivery `push`, each connection is read `prefetch` frames ahead, and a lost connection ends the
+    stream.
+
+    Iterating raises BeamwireError: STREAM_TRUNCATED if a connection closes without END, FRAME_CORRUPT (`push`),
+    PRODUCER_FAILED, CANCELLED, LEASE_EXPIRED as the END says, CANCELLED after `close`, what `dial` raises, and what the
+    cache gives as its reason.
     """
 
     def __init__(
@@ -104,62 +71,74 @@ class Consumer:
         connections: int = 1,
         prefetch: int = 4,
         dial_timeout: float = 30.0,
+        group: str = "",
+        start: Start | None = None,
+        prefetch_bytes: int = PREFETCH_BYTES,
+        tickets: TicketSource | None = None,
+        on_reconnect: Callable[[str], None] | None = None,
+        reconnect_timeout: float = RECONNECT_TIMEOUT,
+        dialer: Way = dial,
     ) -> None:
-        self.counters = ConsumerCounters()
-        self.end: StreamEnd | None = None
-        self._connect = connect
-        self._credentials = credentials
-        self._dial_timeout = dial_timeout
-        self._links = [_Link(host) for host in connect.hosts for _ in range(connections)]
-        limit = len(self._links) * prefetch
-        self._pool = BufferPool(spare=limit + len(self._links))
-        self._inbox: Inbox[_Arrival | _Ended | BeamwireError] = Inbox(limit)
-        self._stop = threading.Event()
+        self._counters = ConsumerCounters()
         self._lock = threading.Lock()
-        self._described = threading.Event()
-        self._stream: StreamHeader | None = None
-        self._failure: BeamwireError | None = None
-        self._coming_failure: BeamwireError | None = None
-        self._open_links = len(self._links)
-        for number, link in enumerate(self._links):
-            link.thread = threading.Thread(target=self._run, args=(link,), name=f"consumer-{number}", daemon=True)
-            link.thread.start()
+        self._on_reconnect = on_reconnect
+        self._receiver: PushReceiver | AckedReceiver
+        if connect.delivery == "push":
+            self._receiver = PushReceiver(
+                connect, credentials, connections=connections, prefetch=prefetch, dial_timeout=dial_timeout
+            )
+        else:
+            credit = Credit(message_count=max(prefetch, LEAST_MESSAGES), size_bytes=prefetch_bytes)
+            self._receiver = AckedReceiver(
+                connect,
+                credentials,
+                connections=connections,
+                share=Share(group, start, credit),
+                dial_timeout=dial_timeout,
+                reconnect_timeout=reconnect_timeout,
+                tickets=tickets,
+                tell=self._tell,
+                way=dialer,
+            )
+
+    @property
+    def counters(self) -> ConsumerCounters:
+        """What was done so far; changes with the stream."""
+        receiver = self._receiver
+        if isinstance(receiver, AckedReceiver):
+            self._counters.duplicates = receiver.deliveries.duplicates
+            self._counters.rejected = receiver.rejected_messages
+            self._counters.evicted = receiver.evicted_frames
+        return self._counters
 
     @property
     def stream(self) -> StreamHeader:
         """What the stream is; waits until the first producer has said so. BeamwireError if that will not happen."""
-        self._described.wait()
-        if self._stream is None:
-            nobody = BeamwireError(Reason.STREAM_TRUNCATED, "the stream ended before any producer described it")
-            raise self._failure or self._coming_failure or nobody
-        return self._stream
+        return self._receiver.stream
+
+    @property
+    def end(self) -> StreamEnd | None:
+        """How the caches ended whose END came so far; None before the first."""
+        return self._receiver.end
 
     def __iter__(self) -> Iterator[Frame]:
         return self
 
     def __next__(self) -> Frame:
-        while True:
-            if self._failure is not None:
-                raise self._failure
-            if self._stop.is_set():
-                raise StopIteration
-            try:
-                item = self._inbox.get()
-            except ClosedError:
-                continue
-            if isinstance(item, _Arrival):
-                self.counters.frames += 1
-                self.counters.events += item.frame.header.event_count
-                self.counters.bytes += item.size
-                return item.frame
-            if isinstance(item, _Ended):
-                self._finish(item)
-            else:
-                self._shut(item)
+        arrival = self._receiver.take()
+        if arrival is None:
+            raise StopIteration
+        self._counters.frames += 1
+        self._counters.events += arrival.frame.header.event_count
+        self._counters.bytes += arrival.size
+        return arrival.frame
 
     def close(self) -> None:
-        """Leave the stream; what was not taken yet is lost. Calls that wait in other threads end at once."""
-        self._shut(BeamwireError(Reason.CANCELLED, "the consumer was closed"))
+        """Leave the stream. Calls that wait in other threads end at once.
+
+        With delivery `acked`, the cache gives what the caller has not done with to others; with `push` it is lost.
+        """
+        self._receiver.shut(BeamwireError(Reason.CANCELLED, "the consumer was closed"))
 
     def __enter__(self) -> Self:
         return self
@@ -169,135 +148,10 @@ class Consumer:
     ) -> None:
         self.close()
 
-    def _finish(self, ended: _Ended) -> None:
-        """Close a connection in good order, which tells the cache that everything was taken."""
-        connection = ended.link.connection
-        assert connection is not None
-        try:
-            connection.set_timeout(_CLOSE_TIMEOUT)
-            connection.finish()
-            connection.abort_on_close(False)
-        except (OSError, ValueError) as error:
-            _log.warning("the cache at %s:%d cannot be told that all was received: %s", *ended.link.host, error)
-        connection.close()
-        self._open_links -= 1
-        if self.end is None or self.end.cause == account_pb2.END_CAUSE_DONE:
-            self.end = ended.end
-        if not self._open_links:
-            self._shut(_error_of(self.end))
-
-    def _shut(self, why: BeamwireError | None) -> None:
+    def _tell(self, story: str, returned: bool) -> None:
+        # From the threads of the connections.
         with self._lock:
-            if not self._stop.is_set():
-                self._failure = why
-            self._stop.set()
-            for link in self._links:
-                link.interrupt()
-        self._inbox.close()
-        self._described.set()
-        for link in self._links:
-            link.join()
-            if link.connection is not None:
-                link.connection.close()
-
-    def _run(self, link: _Link) -> None:
-        try:
-            try:
-                self._open(link)
-                self._receive(link)
-            except BeamwireError as error:
-                self._fail(error)
-            except ClosedError:
-                raise
-            except Exception as error:
-                # Whatever it is, it must end the iteration rather than this thread alone.
-                _log.exception("the consumer failed")
-                self._fail(BeamwireError(Reason.INTERNAL, f"the consumer failed: {error!r}"))
-        except ClosedError:
-            return
-
-    def _fail(self, error: BeamwireError) -> None:
-        """The caller gets the frames that came before, then the error; one who waits for the HEADER gets it at once."""
-        self._coming_failure = error
-        self._described.set()
-        self._inbox.put(error)
-
-    def _open(self, link: _Link) -> None:
-        connection = dial(
-            self._connect,
-            link.host,
-            self._credentials,
-            PULL,
-            timeout=self._dial_timeout,
-            stop=self._stop,
-            opened=lambda sock: self._opened(link, sock),
-        )
-        # Until END was confirmed, the cache must be able to tell our death from a good end.
-        connection.abort_on_close(True)
-        with self._lock:
-            link.connection = connection
-            if self._stop.is_set():
-                raise ClosedError
-
-    def _opened(self, link: _Link, sock: socket.socket) -> None:
-        with self._lock:
-            link.socket = sock
-            if self._stop.is_set():
-                raise ClosedError
-
-    def _receive(self, link: _Link) -> None:
-        connection = link.connection
-        assert connection is not None
-        where = f"the cache at {link.host[0]}:{link.host[1]}"
-        while True:
-            try:
-                message = self._receive_message(connection)
-            except OSError as error:
-                raise BeamwireError(Reason.STREAM_TRUNCATED, f"{where} broke the connection ({error})") from error
-            if message is None:
-                raise BeamwireError(Reason.STREAM_TRUNCATED, f"{where} closed the connection without END")
-            end = self._take(message)
-            if end is not None:
-                self._described.set()
-                self._inbox.put(_Ended(link, end))
-                return
-
-    def _receive_message(self, connection: Connection) -> memoryview | None:
-        length = connection.receive_length()
-        if length is None:
-            return None
-        if length > LARGEST_MESSAGE:
-            raise corrupt(f"it claims to have {length} bytes")
-        message = self._pool.acquire(max(length, 1)).data[:length]
-        connection.receive_into(message)
-        return message
-
-    def _take(self, message: memoryview) -> StreamEnd | None:
-        """Pass on what a message says. The END, if it is one."""
-        header, start = parse_header(message)
-        if header.epoch != self._connect.epoch:
-            raise corrupt(f"it belongs to epoch {header.epoch} and not to {self._connect.epoch}")
-        attributes = {telemetry.ATTR_PRODUCER: header.producer, telemetry.ATTR_SEQUENCE: header.sequence}
-        traced = (
-            telemetry.span(telemetry.SPAN_FRAME_RECEIVE, parent=header.traceparent, attributes=attributes)
-            if header.traceparent
-            else nullcontext()
-        )
-        with traced:
-            frame = read_payload(header, message[start:])
-        if header.kind == FRAME_KIND_DATA:
-            self._inbox.put(_Arrival(frame, len(message)))
-        elif header.kind == FRAME_KIND_HEADER:
-            self._stream = header.stream
-            self._described.set()
-        elif header.kind == FRAME_KIND_END:
-            return header.end
-        return None
-
-
-def _error_of(end: StreamEnd) -> BeamwireError | None:
-    """What an END says that did not end well."""
-    if end.cause == account_pb2.END_CAUSE_DONE:
-        return None
-    detail = end.detail or account_pb2.EndCause.Name(end.cause)
-    return BeamwireError(_REASONS.get(end.cause, Reason.FRAME_CORRUPT), f"the stream did not end well: {detail}")
+            self._counters.reconnects += returned
+        _log.warning("consumer: %s", story)
+        if self._on_reconnect is not None:
+            self._on_reconnect(story)

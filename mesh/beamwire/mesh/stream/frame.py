@@ -7,16 +7,18 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from crc32c import crc32c
 from google.protobuf.message import DecodeError
 
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.stream.checksum import crc32c
 from beamwire.stream.v1.frame_pb2 import (
     CODEC_UNSPECIFIED,
+    FRAME_KIND_BUNDLE,
     FRAME_KIND_DATA,
     FRAME_KIND_END,
     FRAME_KIND_HEADER,
@@ -37,7 +39,8 @@ MAX_DIMENSIONS: Final = 32
 _DTYPE: Final = re.compile(r"\|b1|\|[iu]1|<[iu][248]|<f[248]|<c(8|16)|\|S[1-9][0-9]{0,8}|<U[1-9][0-9]{0,7}")
 _MAX_BYTES: Final = 2**62
 _MAX_CODE_POINT: Final = 0x10FFFF
-_KINDS: Final = frozenset({FRAME_KIND_HEADER, FRAME_KIND_DATA, FRAME_KIND_END, FRAME_KIND_MARK})
+_KINDS: Final = frozenset({FRAME_KIND_HEADER, FRAME_KIND_DATA, FRAME_KIND_END, FRAME_KIND_MARK, FRAME_KIND_BUNDLE})
+_FEWEST_FRAMES: Final = 2
 
 
 class Ragged(NamedTuple):
@@ -112,23 +115,29 @@ def parse_header(message: memoryview) -> tuple[FrameHeader, int]:
     except DecodeError as error:
         raise corrupt(f"its header cannot be parsed ({error})") from error
     _check_header(header)
+    if header.kind == FRAME_KIND_BUNDLE:
+        frame_places(header, len(message) - start)
     return header, start
 
 
 def decode(message: memoryview) -> Frame:
     """Read a frame without a copy. The message must be aligned to 64 bytes if its arrays shall be.
 
-    BeamwireError FRAME_CORRUPT if anything about it is wrong, its checksum included.
+    BeamwireError FRAME_CORRUPT if anything about it is wrong, its checksum included; of a bundle, if anything about a
+    frame in it is.
     """
     header, start = parse_header(message)
-    return read_payload(header, message[start:])
+    frame = read_payload(header, message[start:])
+    if header.kind == FRAME_KIND_BUNDLE:
+        read_bundled(header, frame.payload)
+    return frame
 
 
 def read_payload(header: FrameHeader, payload: memoryview) -> Frame:
-    """The frame of a header that was parsed and its payload; errors as `decode`."""
+    """The frame of a header that was parsed and its payload; errors as `decode`, but for the frames in a bundle."""
     if crc32c(payload) != header.payload_crc32c:
         raise corrupt("the checksum of its payload is wrong")
-    if header.media_type:
+    if header.media_type or header.kind == FRAME_KIND_BUNDLE:
         return Frame(header, payload, {})
     arrays: dict[str, AnyArray] = {}
     end = 0
@@ -141,17 +150,60 @@ def read_payload(header: FrameHeader, payload: memoryview) -> Frame:
     return Frame(header, payload, arrays)
 
 
+def frame_places(header: FrameHeader, size: int) -> list[tuple[int, int]]:
+    """Where each frame of a bundle begins and ends in a payload of `size` bytes.
+
+    BeamwireError FRAME_CORRUPT if they do not fill it.
+    """
+    places = []
+    end = 0
+    for length in header.frame_sizes_bytes:
+        if length < PREFIX.size:
+            raise corrupt(f"it bundles a frame of {length} bytes")
+        begin = align(end)
+        end = begin + length
+        places.append((begin, end))
+    if end != size:
+        raise corrupt(f"its payload has {size} bytes, its frames end at {end}")
+    return places
+
+
+def read_bundled(header: FrameHeader, payload: memoryview) -> list[Frame]:
+    """The frames in a bundle whose own checksum was compared.
+
+    BeamwireError FRAME_CORRUPT if anything about one of them is wrong, or they are not what the bundle says.
+    """
+    epoch, producer, sequence = header.epoch, header.producer, header.sequence
+    members = []
+    events = 0
+    for begin, end in frame_places(header, len(payload)):
+        member, start = parse_header(payload[begin:end])
+        if member.kind != FRAME_KIND_DATA or member.epoch != epoch or member.producer != producer:
+            raise corrupt("it bundles what are not DATA frames of its producer and epoch")
+        if member.sequence != sequence:
+            raise corrupt(f"it bundles frame {member.sequence} where {sequence} should be")
+        members.append(read_payload(member, payload[begin + start : end]))
+        sequence += 1
+        events += member.event_count
+    if events != header.event_count:
+        raise corrupt(f"it claims {header.event_count} events, its frames have {events}")
+    return members
+
+
 def _check_header(header: FrameHeader) -> None:
-    if header.kind not in _KINDS:
-        raise corrupt(f"its kind is {header.kind}, which this program does not know")
-    if len(header.event_ids) != header.event_count:
-        raise corrupt(f"it has {len(header.event_ids)} event ids for {header.event_count} events")
-    if header.kind != FRAME_KIND_DATA and (header.event_count or header.arrays or header.media_type):
+    kind, events = header.kind, header.event_count
+    if kind not in _KINDS:
+        raise corrupt(f"its kind is {kind}, which this program does not know")
+    if len(header.event_ids) != (0 if kind == FRAME_KIND_BUNDLE else events):
+        raise corrupt(f"it has {len(header.event_ids)} event ids for {events} events")
+    if kind != FRAME_KIND_DATA and (header.arrays or header.media_type or (events and kind != FRAME_KIND_BUNDLE)):
         raise corrupt("it carries data, and its kind is not DATA")
-    if header.HasField("stream") != (header.kind == FRAME_KIND_HEADER):
+    if header.HasField("stream") != (kind == FRAME_KIND_HEADER):
         raise corrupt("exactly the frames of kind HEADER describe the stream")
-    if header.HasField("end") != (header.kind == FRAME_KIND_END):
+    if header.HasField("end") != (kind == FRAME_KIND_END):
         raise corrupt("exactly the frames of kind END say how it ended")
+    if header.frame_sizes_bytes if kind != FRAME_KIND_BUNDLE else len(header.frame_sizes_bytes) < _FEWEST_FRAMES:
+        raise corrupt("exactly the frames of kind BUNDLE hold frames, two at least")
     if header.media_type and header.arrays:
         raise corrupt("it has both arrays and a media type")
     if len(header.arrays) > 1 and len({array.name for array in header.arrays}) != len(header.arrays):
@@ -159,42 +211,54 @@ def _check_header(header: FrameHeader) -> None:
 
 
 def _view(array: Array, payload: memoryview, previous_end: int) -> AnyArray:
-    name = array.name
-    if not is_array_type(array.dtype):
-        raise corrupt(f"array {name!r} has the element type {array.dtype[:50]!r}, which is not allowed")
+    begin, size = array.offset_bytes, array.size_bytes
+    try:
+        dtype, shape, needed = _kind(array.dtype, tuple(array.shape))
+    except ValueError as error:
+        raise corrupt(f"array {array.name[:50]!r} {error}") from error
     if array.codec != CODEC_UNSPECIFIED:
-        raise corrupt(f"array {name!r} has codec {array.codec}, which this program does not know")
-    dtype = np.dtype(array.dtype)
-    shape = tuple(array.shape)
-    # numpy refuses shapes whose axes multiply to too much even if one of them is 0.
-    extent = math.prod(max(axis, 1) for axis in shape) * dtype.itemsize
-    if not 0 < len(shape) <= MAX_DIMENSIONS or extent > _MAX_BYTES:
-        raise corrupt(f"array {name!r} has an impossible shape")
-    if math.prod(shape) * dtype.itemsize != array.size_bytes:
-        raise corrupt(f"array {name!r} has {array.size_bytes} bytes, which is not what its shape and type need")
-    if array.offset_bytes % ALIGNMENT or array.offset_bytes < previous_end:
-        raise corrupt(f"array {name!r} begins at {array.offset_bytes}, which is not aligned or inside the one before")
-    if array.offset_bytes + array.size_bytes > len(payload):
-        raise corrupt(f"array {name!r} ends beyond the payload")
-    view: AnyArray = np.ndarray(shape, dtype, buffer=payload, offset=array.offset_bytes if array.size_bytes else 0)
-    if dtype.kind == "U" and view.size:
-        points: AnyArray = np.ndarray((array.size_bytes // 4,), "<u4", buffer=payload, offset=array.offset_bytes)
+        raise corrupt(f"array {array.name[:50]!r} has codec {array.codec}, which this program does not know")
+    if needed != size:
+        raise corrupt(f"array {array.name[:50]!r} has {size} bytes, which is not what its shape and type need")
+    if begin % ALIGNMENT or begin < previous_end:
+        raise corrupt(f"array {array.name[:50]!r} begins at {begin}, which is not aligned or inside the one before")
+    if begin + size > len(payload):
+        raise corrupt(f"array {array.name[:50]!r} ends beyond the payload")
+    view: AnyArray = np.ndarray(shape, dtype, payload, begin if size else 0)
+    if dtype.kind == "U" and size:
+        points: AnyArray = np.ndarray((size // 4,), "<u4", payload, begin)
         if points.max() > _MAX_CODE_POINT:
-            raise corrupt(f"array {name!r} holds something that is not text")
+            raise corrupt(f"array {array.name[:50]!r} holds something that is not text")
     return view
 
 
+# The frames of a stream are mostly alike. What is refused is not kept.
+@lru_cache(maxsize=256)
+def _kind(dtype: str, shape: tuple[int, ...]) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """The element type, the shape, and how many bytes they need; ValueError if there is no such array."""
+    if not is_array_type(dtype):
+        raise ValueError(f"has the element type {dtype[:50]!r}, which is not allowed")
+    element = np.dtype(dtype)
+    # numpy refuses shapes whose axes multiply to too much even if one of them is 0.
+    extent = math.prod(max(axis, 1) for axis in shape) * element.itemsize
+    if not 0 < len(shape) <= MAX_DIMENSIONS or extent > _MAX_BYTES:
+        raise ValueError("has an impossible shape")
+    return element, shape, math.prod(shape) * element.itemsize
+
+
 def _check_axes(header: FrameHeader, arrays: Mapping[str, AnyArray]) -> None:
-    companions = {array.row_offsets for array in header.arrays if array.row_offsets}
-    for array in header.arrays:
-        if array.row_offsets:
-            _check_rows(array.name, arrays[array.name], arrays.get(array.row_offsets), header.event_count)
-        elif array.name not in companions and array.shape[0] != header.event_count:
-            raise corrupt(f"array {array.name!r} has {array.shape[0]} rows for {header.event_count} events")
+    events = header.event_count
+    rows = {array.name: array.row_offsets for array in header.arrays if array.row_offsets}
+    companions = set(rows.values())
+    for name, array in arrays.items():
+        if name in rows:
+            _check_rows(name, array, arrays.get(rows[name]), events)
+        elif len(array) != events and name not in companions:
+            raise corrupt(f"array {name[:50]!r} has {len(array)} rows for {events} events")
 
 
 def _check_rows(name: str, values: AnyArray, offsets: AnyArray | None, events: int) -> None:
     if offsets is None or offsets.dtype.str != "<i8" or offsets.shape != (events + 1,):
-        raise corrupt(f"array {name!r} is ragged and has no int64 row offsets for {events} events")
+        raise corrupt(f"array {name[:50]!r} is ragged and has no int64 row offsets for {events} events")
     if offsets[0] != 0 or offsets[-1] != len(values) or np.any(offsets[1:] < offsets[:-1]):
-        raise corrupt(f"the row offsets of array {name!r} do not divide its {len(values)} values")
+        raise corrupt(f"the row offsets of array {name[:50]!r} do not divide its {len(values)} values")

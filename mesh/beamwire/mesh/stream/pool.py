@@ -35,16 +35,23 @@ def allocate(size: int) -> mmap.mmap:
 
 
 class BufferPool:
-    """Blocks of memory by size, `spare` free ones of each size at most. Safe to share between threads."""
+    """Blocks of memory by size, safe to share between threads.
 
-    def __init__(self, spare: int = 8) -> None:
+    Of each size, `spare` free ones are kept at most, or more if they have `spare_bytes` together.
+    """
+
+    def __init__(self, spare: int = 8, spare_bytes: int = 0) -> None:
         self._spare = spare
+        self._spare_bytes = spare_bytes
         self._free: dict[int, deque[mmap.mmap]] = {}
 
     def acquire(self, size: int) -> PooledMemory:
         """A block of at least `size` bytes, shape (capacity,), with whatever its last user left in it."""
         capacity = max(_SMALLEST, 1 << (size - 1).bit_length())
-        free = self._free.setdefault(capacity, deque(maxlen=self._spare))
+        free = self._free.get(capacity)
+        if free is None:
+            spare = max(self._spare, self._spare_bytes // capacity)
+            free = self._free.setdefault(capacity, deque(maxlen=spare))
         try:
             memory = free.pop()
         except IndexError:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
-import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,11 +19,12 @@ from beamwire.common.v1 import account_pb2
 from beamwire.mesh import telemetry
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.stream.acked_sender import AckedSender
 from beamwire.mesh.stream.connect import ConnectString
-from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.frame import AnyArray, Ragged
-from beamwire.mesh.stream.sockets import PUSH
-from beamwire.mesh.stream.writer import FrameWriter
+from beamwire.mesh.stream.push_sender import PushSender
+from beamwire.mesh.stream.reconnecting import RECONNECT_TIMEOUT
+from beamwire.mesh.stream.ticket import TicketSource
 from beamwire.stream.v1.frame_pb2 import (
     FRAME_KIND_DATA,
     FRAME_KIND_END,
@@ -35,24 +36,34 @@ from beamwire.stream.v1.frame_pb2 import (
 )
 
 CLOSE_TIMEOUT: Final = 3600.0
-_SHORTEST_TIMEOUT: Final = 0.001
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class ProducerCounters:
-    """What a producer did so far: DATA frames, events in them, bytes of all its messages, events it skipped."""
+    """What a producer did so far: DATA frames, events in them, bytes of all its messages, events it skipped.
+
+    `reconnects` counts the connections it lost and made again.
+    """
 
     frames: int = 0
     events: int = 0
     bytes: int = 0
     skipped: int = 0
+    reconnects: int = 0
 
 
 class Producer:
     """Sends the frames of one rank to a buffer. Calls from several threads are carried out one after the other.
 
-    Blocks while the buffer is full. As a context manager it sends END when the block is left: DONE, or FAILED with the
-    exception as the detail.
+    With delivery `acked`, a frame is kept until the cache has said that it is stored; a lost connection is dialed again
+    for `reconnect_timeout` seconds, `on_reconnect` is told of each loss and return. With `push`, a lost connection is
+    an error. Blocks while the buffer is full. As a context manager it sends END when the block is left: DONE, or FAILED
+    with the exception as the detail.
+
+    A producer that was started anew is told how much of what its predecessor sent is stored: it passes over
+    `resumed_frame_count` frames, which have `resumed_event_count` events, and goes on behind them.
     """
 
     def __init__(
@@ -63,27 +74,45 @@ class Producer:
         *,
         producer: int = 0,
         dial_timeout: float = 30.0,
+        tickets: TicketSource | None = None,
+        on_reconnect: Callable[[str], None] | None = None,
+        reconnect_timeout: float = RECONNECT_TIMEOUT,
     ) -> None:
         self.counters = ProducerCounters()
-        host = connect.hosts[producer % len(connect.hosts)]
-        self._address = f"{host[0]}:{host[1]}"
         self._epoch = connect.epoch
         self._producer = producer
         self._sequence = 0
         self._skipped: Counter[int] = Counter()
         self._digest = hashlib.sha256()
-        self._writer = FrameWriter()
         self._lock = threading.Lock()
-        self._open = True
-        self._connection = dial(connect, host, credentials, PUSH, timeout=dial_timeout)
-        with self._lock:
-            self._send(self._header(FRAME_KIND_HEADER, stream=header))
+        self._on_reconnect = on_reconnect
+        first = self._header(FRAME_KIND_HEADER, stream=header)
+        self._sender: PushSender | AckedSender
+        if connect.delivery == "push":
+            host = connect.hosts[producer % len(connect.hosts)]
+            self._sender = PushSender(connect, host, credentials, first, dial_timeout=dial_timeout)
+        else:
+            self._sender = AckedSender(
+                connect,
+                connect.places[producer % len(connect.places)],
+                credentials,
+                first,
+                dial_timeout=dial_timeout,
+                reconnect_timeout=reconnect_timeout,
+                tickets=tickets,
+                tell=self._tell,
+            )
+        self.resumed_frame_count = self._sender.stored_frame_count
+        self.resumed_event_count = self._sender.stored_event_count
+        self._sequence = self._sender.stored_sequence + 1
+        self._epoch = self._sender.epoch
+        self.counters.bytes = self._sender.message_bytes
 
     def send(self, arrays: Mapping[str, AnyArray | Ragged], event_ids: npt.NDArray[np.uint64]) -> None:
         """Send a batch. The first axis of each array, and the row offsets of a ragged one, count the events.
 
         `event_ids` is uint64 of shape (events,). The arrays may be changed when this returns. BeamwireError
-        CACHE_FAILED if the connection is lost, INVALID_FIELD if an array cannot be sent.
+        CACHE_FAILED if the connection is lost (for good), INVALID_FIELD if an array cannot be sent.
         """
         with self._lock:
             self._send_data(self._data_header(event_ids), arrays, event_ids)
@@ -110,29 +139,21 @@ class Producer:
         *,
         timeout: float = CLOSE_TIMEOUT,
     ) -> None:
-        """Send END and wait until the cache has read everything, `timeout` seconds at most. Once only.
+        """Send END and wait until the cache has taken everything, `timeout` seconds at most. Once only.
 
         BeamwireError CACHE_FAILED if the connection is lost before, TIMED_OUT if the cache is still full then.
         """
         with self._lock:
             self._check_open()
             header = self._header(FRAME_KIND_END, end=self._summary(cause, detail))
-            deadline = time.monotonic() + timeout
-            try:
-                self._connection.set_timeout(timeout)
-                self._send(header)
-                self._connection.set_timeout(max(deadline - time.monotonic(), _SHORTEST_TIMEOUT))
-                self._connection.finish()
-            except (OSError, ValueError) as error:
-                raise self._failed(error) from error
-            finally:
-                self._shut()
+            self._sender.end(header, timeout)
+            self.counters.bytes = self._sender.message_bytes
 
     def close(self) -> None:
         """Give up without END; the stream then misses this producer. Nothing happens after `end`."""
-        self._connection.interrupt()
+        self._sender.interrupt()
         with self._lock:
-            self._shut()
+            self._sender.close()
 
     def __enter__(self) -> Self:
         return self
@@ -140,7 +161,7 @@ class Producer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if not self._open:
+        if not self._sender.open:
             return
         if error is None:
             self.end()
@@ -182,63 +203,40 @@ class Producer:
             self._send(header, payload, event_ids)
 
     def _check_open(self) -> None:
-        if not self._open:
+        if not self._sender.open:
             raise BeamwireError(Reason.ILLEGAL_STATE, "the producer has ended or lost its connection; make a new one")
 
     def _send(
         self,
         header: FrameHeader,
-        payload: Mapping[str, AnyArray | Ragged] | memoryview | None = None,
-        event_ids: npt.NDArray[np.uint64] | None = None,
+        payload: Mapping[str, AnyArray | Ragged] | memoryview,
+        event_ids: npt.NDArray[np.uint64],
     ) -> None:
         self._check_open()
-        if isinstance(payload, memoryview):
-            message = self._writer.encode_opaque(header, payload)
-        else:
-            message = self._writer.encode(header, payload)
-        try:
-            self._connection.send(message)
-            self._count(len(message), event_ids)
-        except OSError as error:
-            self._abort()
-            raise self._failed(error) from error
-        except BaseException:
-            # Ctrl-C: what would be sent now would land inside this frame, or END would not count it.
-            self._abort()
-            raise
-
-    def _count(self, size: int, event_ids: npt.NDArray[np.uint64] | None) -> None:
+        self._sender.wait_for_room()
+        self._sender.send(header, payload)
         self._sequence += 1
-        self.counters.bytes += size
-        if event_ids is not None:
-            self._digest.update(event_ids.astype("<u8", copy=False).tobytes())
-            self.counters.frames += 1
-            self.counters.events += len(event_ids)
+        self._digest.update(event_ids.astype("<u8", copy=False).tobytes())
+        self.counters.bytes = self._sender.message_bytes
+        self.counters.frames += 1
+        self.counters.events += len(event_ids)
+
+    def _tell(self, story: str, returned: bool) -> None:
+        self.counters.reconnects += returned
+        _log.warning("producer %d: %s", self._producer, story)
+        if self._on_reconnect is not None:
+            self._on_reconnect(story)
 
     def _summary(self, cause: account_pb2.EndCause.ValueType, detail: str) -> StreamEnd:
         losses = [account_pb2.Loss(cause=c, event_count=n) for c, n in sorted(self._skipped.items())]  # type: ignore[arg-type]
+        sent = self.resumed_event_count + self.counters.events
         return StreamEnd(
             cause=cause,
             detail=detail,
-            selected_event_count=self.counters.events + self.counters.skipped,
-            sent_event_count=self.counters.events,
-            sent_frame_count=self.counters.frames,
+            selected_event_count=sent + self.counters.skipped,
+            sent_event_count=sent,
+            sent_frame_count=self.resumed_frame_count + self.counters.frames,
             skipped=losses,
-            event_digest=self._digest.digest(),
+            # The ids that a predecessor has sent are not known.
+            event_digest=b"" if self.resumed_frame_count else self._digest.digest(),
         )
-
-    def _failed(self, error: Exception) -> BeamwireError:
-        # One with an errno is the kernel's word that the peer is gone.
-        if isinstance(error, TimeoutError) and error.errno is None:
-            return BeamwireError(Reason.TIMED_OUT, f"the cache at {self._address} did not read everything in time")
-        story = f"the cache at {self._address} closed or lost the connection at frame {self._sequence} ({error})"
-        return BeamwireError(Reason.CACHE_FAILED, story, metadata={"address": self._address})
-
-    def _abort(self) -> None:
-        with suppress(OSError):
-            self._connection.abort_on_close(True)
-        self._shut()
-
-    def _shut(self) -> None:
-        self._open = False
-        self._connection.close()

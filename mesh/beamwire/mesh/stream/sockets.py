@@ -1,15 +1,20 @@
 """Scalability protocols over sockets: greetings, messages with their length in front, and closing in good order.
 
-Speaks the TCP mapping of nanomsg and NNG, `tcp://` and `tls+tcp://`, for PUSH and PULL.
+Speaks the TCP mapping of nanomsg and NNG, `tcp://` and `tls+tcp://`, for PUSH, PULL and PAIR.
 """
 
 from __future__ import annotations
 
+import fcntl
+import select
 import socket
 import ssl
 import struct
+import sys
+import termios
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
@@ -17,6 +22,7 @@ from beamwire.mesh.stream.writer import MESSAGE_LENGTH
 
 PUSH: Final = 0x50
 PULL: Final = 0x51
+PAIR: Final = 0x10
 
 _TIMEVAL: Final = struct.Struct("@ll")
 _GREETING: Final = struct.Struct(">4sHH")
@@ -24,11 +30,15 @@ _SIGNATURE: Final = b"\0SP\0"
 # Messages up to this size are read several at a time.
 _SMALL: Final = 32 * 1024
 _AHEAD: Final = 64 * 1024
+# The kernel takes 1024 at once.
+_MOST_PARTS: Final = 1024
 _SEND_BUFFER: Final = 4 * 1024 * 1024
 _OPTIONS: Final = (
-    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     # The receive buffer is left to the kernel, which fits it to the round trip.
     (socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER),
+)
+_TCP_OPTIONS: Final = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     # A peer whose host is gone is noticed after 25 seconds, however idle the stream.
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
@@ -51,6 +61,9 @@ class Connection(ABC):
         self._small = False
         self._deadline: float | None = None
         self._patient = False
+        self._over = False
+        # What is read together with each length, if it is not read far ahead.
+        self._lead = MESSAGE_LENGTH.size
 
     def fileno(self) -> int:
         """The descriptor of the socket, to wait on."""
@@ -74,6 +87,21 @@ class Connection(ABC):
         """From now on TimeoutError if for so long no byte comes inside a message; between messages wait for ever."""
 
     @abstractmethod
+    def bound_waits(self, seconds: float) -> None:
+        """From now on TimeoutError if for so long no byte comes or goes; the call may then be made again.
+
+        For one thread that receives with `look`, `receive_length` and `receive_some` and sends with `send_some`.
+        """
+
+    @abstractmethod
+    def send_some(self, data: memoryview) -> int:
+        """Send at least one byte; how many."""
+
+    def gather_some(self, parts: Sequence[memoryview]) -> int:
+        """As `send_some`, of what the parts are together."""
+        return self.send_some(parts[0])
+
+    @abstractmethod
     def send(self, data: memoryview | bytes) -> None:
         """Send all of it: messages, each with its length in front."""
 
@@ -84,6 +112,14 @@ class Connection(ABC):
     @abstractmethod
     def _receive(self, target: memoryview, flags: int = 0) -> int:
         """Receive at least one byte; 0 if the peer said that no more will come."""
+
+    @abstractmethod
+    def _receive_now(self, target: memoryview) -> int:
+        """As `_receive`, and BlockingIOError or SSLWantReadError if nothing is there."""
+
+    @abstractmethod
+    def leave(self) -> None:
+        """Say that nothing more comes, and wait for nothing; afterwards only `close` makes sense."""
 
     def send_greeting(self, protocol: int) -> None:
         """Say which protocol this side speaks."""
@@ -104,9 +140,8 @@ class Connection(ABC):
             rest = self._end - self._begin
             self._ahead[:rest] = bytes(self._ahead[self._begin : self._end])
             self._begin, self._end = 0, rest
-            # After a large message only the length is read, so that the next one lands where it belongs.
             try:
-                count = self._read(self._ahead[rest : _AHEAD if self._small else MESSAGE_LENGTH.size])
+                count = 0 if self._over else self._read(self._ahead[rest : self._reach])
             except TimeoutError:
                 if rest or not self._patient:
                     raise
@@ -120,6 +155,44 @@ class Connection(ABC):
         self._begin += MESSAGE_LENGTH.size
         self._small = length <= _SMALL
         return int(length)
+
+    @property
+    def _reach(self) -> int:
+        # After a large message little more than the length is read, so that the next one lands where it belongs.
+        return _AHEAD if self._small else self._lead
+
+    def read_ahead(self, count: int) -> None:
+        """From now on try to read so many bytes of each message together with its length."""
+        self._lead = MESSAGE_LENGTH.size + count
+
+    def look(self) -> bool:
+        """Whether bytes of the next message, or the peer's close, are there; after `bound_waits` only."""
+        if self._end > self._begin or self._over:
+            return True
+        self._begin = self._end = 0
+        try:
+            self._end = self._receive_now(self._ahead[: self._reach])
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        self._over = not self._end
+        return True
+
+    def receive_some(self, target: memoryview) -> int:
+        """Receive at least one byte of the message whose length was received; how many."""
+        have = min(len(target), self._end - self._begin)
+        if have:
+            target[:have] = self._ahead[self._begin : self._begin + have]
+            self._begin += have
+            return have
+        have = self._read(target, socket.MSG_WAITALL)
+        if not have:
+            raise PeerClosedError("the peer closed the connection inside a message")
+        return have
+
+    def waiting_bytes(self) -> int:
+        """How much the kernel has received that nobody has read yet."""
+        count = fcntl.ioctl(self._socket, termios.FIONREAD, bytes(4))
+        return int.from_bytes(count, sys.byteorder)
 
     def receive_into(self, target: memoryview) -> None:
         """Fill the target with what comes next."""
@@ -157,6 +230,17 @@ class Connection(ABC):
         """End every call that waits in another thread, at once; the connection is of no more use."""
         interrupt(self._socket)
 
+    def drain(self, seconds: float) -> None:
+        """Throw away what still comes until the peer closes, for so long at most, lest `close` take back what was sent.
+
+        Without TLS, so nothing can be received afterwards.
+        """
+        deadline = time.monotonic() + seconds
+        while (remaining := deadline - time.monotonic()) > 0:
+            self._socket.settimeout(remaining)
+            if not socket.socket.recv(self._socket, _AHEAD):
+                return
+
     def stop_receiving(self) -> None:
         """End a `receive` that waits in another thread; the peer is told nothing before the connection is closed."""
         with suppress(OSError):
@@ -168,7 +252,7 @@ class Connection(ABC):
 
 
 class PlainConnection(Connection):
-    """SP over TCP."""
+    """SP over TCP, or over a Unix socket in the same way."""
 
     def send(self, data: memoryview | bytes) -> None:  # noqa: D102
         self._socket.sendall(data)
@@ -181,15 +265,36 @@ class PlainConnection(Connection):
         self._patient = True
         self.set_timeout(None)
         # By the kernel: with a timeout of Python's the socket would not block, and a large frame would come in pieces.
-        self._socket.setsockopt(
-            socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
-        )
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+
+    def bound_waits(self, seconds: float) -> None:  # noqa: D102
+        self.bound_stalls(seconds)
+        self._patient = False
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(seconds))
+
+    def send_some(self, data: memoryview) -> int:  # noqa: D102
+        try:
+            return self._socket.send(data)
+        except BlockingIOError as error:
+            raise TimeoutError("timed out") from error
+
+    def gather_some(self, parts: Sequence[memoryview]) -> int:  # noqa: D102
+        try:
+            return self._socket.sendmsg(parts[:_MOST_PARTS])
+        except BlockingIOError as error:
+            raise TimeoutError("timed out") from error
+
+    def leave(self) -> None:  # noqa: D102
+        self._socket.shutdown(socket.SHUT_WR)
 
     def _receive(self, target: memoryview, flags: int = 0) -> int:
         try:
             return self._socket.recv_into(target, len(target), flags)
         except BlockingIOError as error:
             raise TimeoutError("timed out") from error
+
+    def _receive_now(self, target: memoryview) -> int:
+        return self._socket.recv_into(target, len(target), socket.MSG_DONTWAIT)
 
 
 class TlsConnection(Connection):
@@ -198,6 +303,7 @@ class TlsConnection(Connection):
     def __init__(self, sock: ssl.SSLSocket) -> None:
         super().__init__(sock)
         self._tls = sock
+        self._longest_wait: float | None = None
 
     def send(self, data: memoryview | bytes) -> None:  # noqa: D102
         # Each call writes one record. SSLSocket.sendall does the same with more Python around it.
@@ -217,8 +323,48 @@ class TlsConnection(Connection):
         self._patient = True
         self.set_timeout(seconds)
 
+    def bound_waits(self, seconds: float) -> None:  # noqa: D102
+        # Python would ask the kernel before it asks OpenSSL; without blocking it is the other way round.
+        self.set_timeout(0)
+        self._longest_wait = seconds
+
+    def send_some(self, data: memoryview) -> int:  # noqa: D102
+        while True:
+            try:
+                return self._tls.write(data)
+            except ssl.SSLWantWriteError:
+                self._wait(select.POLLOUT)
+            except ssl.SSLWantReadError:
+                self._wait(select.POLLIN)
+
+    def leave(self) -> None:  # noqa: D102
+        self.set_timeout(0)
+        # It sends its close and then looks for that of the peer, which may come later, or behind other things.
+        with suppress(ssl.SSLError):
+            self._tls.unwrap()
+        socket.socket.shutdown(self._tls, socket.SHUT_WR)
+
     def _receive(self, target: memoryview, flags: int = 0) -> int:
+        if self._longest_wait is None:
+            return self._tls.recv_into(target, len(target))
+        while True:
+            try:
+                return self._tls.recv_into(target, len(target))
+            except ssl.SSLWantReadError:
+                self._wait(select.POLLIN)
+
+    def _receive_now(self, target: memoryview) -> int:
         return self._tls.recv_into(target, len(target))
+
+    def _wait(self, event: int) -> None:
+        poll = select.poll()
+        poll.register(self._tls, event)
+        if self._longest_wait is not None and not poll.poll(self._longest_wait * 1000):
+            raise TimeoutError("timed out")
+
+
+def _timeval(seconds: float) -> bytes:
+    return _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
 
 
 def interrupt(sock: socket.socket) -> None:
@@ -228,9 +374,25 @@ def interrupt(sock: socket.socket) -> None:
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
 
+def secure(context: ssl.SSLContext, sock: socket.socket, *, server_hostname: str | None = None) -> ssl.SSLSocket:
+    """TLS on a connected socket, its handshake still to be done; OSError if the peer is gone.
+
+    A server names no host.
+    """
+    # Python would find out by itself, and lose the socket.
+    sock.getpeername()
+    return context.wrap_socket(
+        sock,
+        server_side=server_hostname is None,
+        server_hostname=server_hostname,
+        do_handshake_on_connect=False,
+        suppress_ragged_eofs=False,
+    )
+
+
 def tune(sock: socket.socket) -> None:
     """Set what every socket of the data plane has."""
-    for level, option, value in _OPTIONS:
+    for level, option, value in _OPTIONS if sock.family == socket.AF_UNIX else _OPTIONS + _TCP_OPTIONS:
         sock.setsockopt(level, option, value)
 
 

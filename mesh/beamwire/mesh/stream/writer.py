@@ -1,15 +1,18 @@
-"""Writes frames: arrays go straight into memory that is used again, header and lengths around them."""
+"""Writes frames: arrays go straight into the memory they are sent from, header and lengths around them."""
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Iterator, Mapping
-from typing import Final
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Final, NamedTuple
 
 import numpy as np
-from crc32c import crc32c
 
 from beamwire.mesh.errors import invalid_field
+from beamwire.mesh.stream import checksum
+from beamwire.mesh.stream.checksum import crc32c
 from beamwire.mesh.stream.frame import (
     MAGIC,
     MAX_DIMENSIONS,
@@ -21,12 +24,90 @@ from beamwire.mesh.stream.frame import (
     is_array_type,
 )
 from beamwire.mesh.stream.pool import BufferPool
-from beamwire.stream.v1.frame_pb2 import Array, FrameHeader
+from beamwire.stream.v1.frame_pb2 import FrameHeader
 
 # SP says before each message how long it is.
 MESSAGE_LENGTH: Final = struct.Struct(">Q")
-_ANY_CHECKSUM: Final = 0xFFFFFFFF
+# The last field of a header, `payload_crc32c`: its tag and its value.
+_CHECKSUM_FIELD: Final = struct.Struct("<BI")
+_CHECKSUM_TAG: Final = FrameHeader.PAYLOAD_CRC32C_FIELD_NUMBER << 3 | 5
 _ROW_OFFSETS: Final = ".row_offsets"
+
+# The name of an array, that of its row offsets, its element type, its shape.
+_Spec = tuple[str, str, np.dtype[np.generic], tuple[int, ...]]
+
+
+class _Segment(NamedTuple):
+    """Where an array goes in the payload, and as what."""
+
+    begin: int
+    end: int
+    dtype: str
+    as_it_is: bool
+
+
+class _Layout(NamedTuple):
+    """How arrays lie in the payload, and what the header says about that."""
+
+    segments: tuple[_Segment, ...]
+    encoded: bytes
+    size: int
+
+
+class Draft(NamedTuple):
+    """A frame of which all is known but the checksums: `size` bytes are needed to write it."""
+
+    encoded: bytes
+    layout: _Layout
+    arrays: list[AnyArray]
+    start: int
+    size: int
+
+    def write(self, target: memoryview) -> int:
+        """Write the frame into `size` bytes of memory; returns the CRC-32C of its payload."""
+        payload = np.frombuffer(target, np.uint8, self.size - self.start, self.start)
+        crc, end = 0, 0
+        for segment, array in zip(self.layout.segments, self.arrays, strict=True):
+            if segment.begin > end:
+                payload[end : segment.begin] = 0
+                crc = crc32c(target[self.start + end : self.start + segment.begin], crc)
+            end = segment.end
+            crc = _place(array, segment, payload, crc)
+        finish(self.encoded, crc, target)
+        return crc
+
+
+def draft(header: FrameHeader, payload: Mapping[str, AnyArray | Ragged] | memoryview | bytes | None = None) -> Draft:
+    """A frame with these arrays, or with these bytes as its opaque payload.
+
+    What the header says about arrays and checksum is cleared. The first axis of each array counts the events of the
+    header. BeamwireError INVALID_FIELD says which array cannot be sent.
+    """
+    header.ClearField("arrays")
+    header.ClearField("payload_crc32c")
+    if isinstance(payload, memoryview | bytes):
+        arrays: list[AnyArray] = [np.frombuffer(payload, np.uint8)]
+        layout = _Layout((_Segment(0, len(payload), "|u1", as_it_is=True),), b"", len(payload))
+    else:
+        specs, arrays = _flatten(payload or {}, header.event_count)
+        layout = _lay_out(specs)
+    encoded = header.SerializeToString() + layout.encoded
+    start = header_end(encoded)
+    return Draft(encoded, layout, arrays, start, start + layout.size)
+
+
+def header_end(encoded: bytes) -> int:
+    """Where the payload begins behind a header that is encoded but for its checksum."""
+    return align(PREFIX.size + len(encoded) + _CHECKSUM_FIELD.size)
+
+
+def finish(encoded: bytes, payload_crc32c: int, target: memoryview) -> None:
+    """Write prefix and header in front of a payload that is in its place, `header_end` bytes behind."""
+    header = encoded + _CHECKSUM_FIELD.pack(_CHECKSUM_TAG, payload_crc32c)
+    PREFIX.pack_into(target, 0, MAGIC, VERSION, 0, len(header), crc32c(header))
+    end = PREFIX.size + len(header)
+    start = align(end)
+    target[PREFIX.size : start] = header.ljust(start - PREFIX.size, b"\0")
 
 
 class FrameWriter:
@@ -42,85 +123,68 @@ class FrameWriter:
         Fills the header's arrays and checksum. The first axis of each array counts the events of the header.
         BeamwireError INVALID_FIELD says which array cannot be sent.
         """
-        segments, size = _lay_out(header, arrays or {})
-        start = self._make_room(header, size)
-        payload = self._memory.data[start : start + size]
-        checksum, end = 0, 0
-        for spec, array in segments:
-            payload[end : spec.offset_bytes] = bytes(spec.offset_bytes - end)
-            checksum = crc32c(payload[end : spec.offset_bytes], checksum)
-            end = spec.offset_bytes + spec.size_bytes
-            checksum = _place(array, spec.dtype, payload[spec.offset_bytes : end], checksum)
-        return self._finish(header, checksum, start, size)
+        return self._write(header, draft(header, arrays))
 
     def encode_opaque(self, header: FrameHeader, data: memoryview) -> memoryview:
         """The SP message of a frame whose payload are these bytes, as `encode`."""
-        start = self._make_room(header, len(data))
-        checksum = _place_bytes(data, self._memory.data[start : start + len(data)], 0)
-        return self._finish(header, checksum, start, len(data))
+        return self._write(header, draft(header, data))
 
-    def _make_room(self, header: FrameHeader, size: int) -> int:
-        """Where the payload begins: behind as much as the header can need, so that it can be written last."""
-        header.payload_crc32c = _ANY_CHECKSUM
-        start = align(MESSAGE_LENGTH.size) + align(PREFIX.size + header.ByteSize())
-        if start + size > len(self._memory):
-            self._memory = self._pool.acquire(start + size)
-        return start
-
-    def _finish(self, header: FrameHeader, checksum: int, payload: int, size: int) -> memoryview:
-        header.payload_crc32c = checksum
-        encoded = header.SerializeToString()
-        before = align(PREFIX.size + len(encoded))
-        memory = self._memory.data[payload - before - MESSAGE_LENGTH.size : payload + size]
-        MESSAGE_LENGTH.pack_into(memory, 0, before + size)
-        frame = memory[MESSAGE_LENGTH.size :]
-        PREFIX.pack_into(frame, 0, MAGIC, VERSION, 0, len(encoded), crc32c(encoded))
-        end = PREFIX.size + len(encoded)
-        frame[PREFIX.size : end] = encoded
-        frame[end:before] = bytes(before - end)
-        return memory
+    def _write(self, header: FrameHeader, frame: Draft) -> memoryview:
+        # The frame is aligned in memory, its length before it.
+        start = align(MESSAGE_LENGTH.size)
+        if start + frame.size > len(self._memory):
+            self._memory = self._pool.acquire(start + frame.size)
+        message = self._memory.data[start - MESSAGE_LENGTH.size : start + frame.size]
+        MESSAGE_LENGTH.pack_into(message, 0, frame.size)
+        crc = frame.write(message[MESSAGE_LENGTH.size :])
+        header.MergeFromString(frame.layout.encoded)
+        header.payload_crc32c = crc
+        return message
 
 
-def _lay_out(header: FrameHeader, arrays: Mapping[str, AnyArray | Ragged]) -> tuple[list[tuple[Array, AnyArray]], int]:
-    """The segments in order, their places written into the header, and the size of the payload."""
-    del header.arrays[:]
-    segments = []
-    end = 0
-    for name, row_offsets, array in _flatten(arrays, header.event_count):
-        dtype = array.dtype.newbyteorder("<").str
-        if not is_array_type(dtype):
-            raise invalid_field("arrays", f"{name!r} has the element type {array.dtype}, which cannot be sent")
-        if array.ndim > MAX_DIMENSIONS:
-            raise invalid_field("arrays", f"{name!r} has {array.ndim} axes; at most {MAX_DIMENSIONS} can be sent")
-        spec = header.arrays.add(
-            name=name,
-            dtype=dtype,
-            shape=array.shape,
-            offset_bytes=align(end),
-            size_bytes=array.nbytes,
-            row_offsets=row_offsets,
-        )
-        end = spec.offset_bytes + spec.size_bytes
-        segments.append((spec, array))
-    if len({spec.name for spec, _ in segments}) != len(segments):
-        raise invalid_field("arrays", f"no array may be called like another one with {_ROW_OFFSETS!r} behind it")
-    return segments, end
-
-
-def _flatten(arrays: Mapping[str, AnyArray | Ragged], events: int) -> Iterator[tuple[str, str, AnyArray]]:
+def _flatten(arrays: Mapping[str, AnyArray | Ragged], events: int) -> tuple[tuple[_Spec, ...], list[AnyArray]]:
+    """What there is to send, in order: ragged arrays as two."""
+    specs: list[_Spec] = []
+    flat: list[AnyArray] = []
     for name, value in arrays.items():
         if isinstance(value, Ragged):
             offsets = np.asarray(value.row_offsets, np.int64)
             _check_rows(name, value.values, offsets, events)
-            yield name, name + _ROW_OFFSETS, value.values
-            yield name + _ROW_OFFSETS, "", offsets
+            specs.append((name, name + _ROW_OFFSETS, value.values.dtype, value.values.shape))
+            specs.append((name + _ROW_OFFSETS, "", offsets.dtype, offsets.shape))
+            flat += [value.values, offsets]
             continue
         array = np.asarray(value)
         if array.ndim == 0 or array.shape[0] != events:
             raise invalid_field(
                 "arrays", f"{name!r} has shape {array.shape}; its first axis must count {events} events"
             )
-        yield name, "", array
+        specs.append((name, "", array.dtype, array.shape))
+        flat.append(array)
+    return tuple(specs), flat
+
+
+# The frames of a stream are mostly alike: what is said about their arrays is worked out once.
+@lru_cache(maxsize=64)
+def _lay_out(specs: tuple[_Spec, ...]) -> _Layout:
+    header = FrameHeader()
+    segments = []
+    end = 0
+    for name, row_offsets, element, shape in specs:
+        dtype = element.newbyteorder("<").str
+        if not is_array_type(dtype):
+            raise invalid_field("arrays", f"{name!r} has the element type {element}, which cannot be sent")
+        if len(shape) > MAX_DIMENSIONS:
+            raise invalid_field("arrays", f"{name!r} has {len(shape)} axes; at most {MAX_DIMENSIONS} can be sent")
+        begin, size = align(end), math.prod(shape) * element.itemsize
+        header.arrays.add(
+            name=name, dtype=dtype, shape=shape, offset_bytes=begin, size_bytes=size, row_offsets=row_offsets
+        )
+        end = begin + size
+        segments.append(_Segment(begin, end, dtype, element.str == dtype))
+    if len({name for name, *_ in specs}) != len(specs):
+        raise invalid_field("arrays", f"no array may be called like another one with {_ROW_OFFSETS!r} behind it")
+    return _Layout(tuple(segments), header.SerializeToString(), end)
 
 
 def _check_rows(name: str, values: AnyArray, offsets: AnyArray, events: int) -> None:
@@ -130,18 +194,12 @@ def _check_rows(name: str, values: AnyArray, offsets: AnyArray, events: int) -> 
         raise invalid_field("arrays", f"the row offsets of {name!r} do not divide its values")
 
 
-def _place(array: AnyArray, dtype: str, target: memoryview, checksum: int) -> int:
+def _place(array: AnyArray, segment: _Segment, payload: checksum.Bytes, crc: int) -> int:
     """Copy and return the checksum of all so far."""
-    if array.flags.c_contiguous and array.dtype.str == dtype and array.size:
-        return _place_bytes(array.reshape(-1).view(np.uint8).data, target, checksum)
-    if array.size:
-        np.copyto(np.ndarray(array.shape, dtype, buffer=target), array)
-    return crc32c(target, checksum)
-
-
-def _place_bytes(source: memoryview, target: memoryview, checksum: int) -> int:
-    if len(source):
-        # numpy copies without holding the interpreter's lock; a memoryview does not.
-        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
-    # Of the source: a large copy goes past the processor's cache, so the target would have to be fetched again.
-    return crc32c(source, checksum)
+    target = payload[segment.begin : segment.end]
+    if not len(target):
+        return crc
+    if segment.as_it_is and array.flags.c_contiguous:
+        return checksum.copy(np.frombuffer(array, np.uint8), target, crc)
+    np.copyto(np.ndarray(array.shape, segment.dtype, buffer=target.data), array)
+    return crc32c(target.data, crc)

@@ -22,6 +22,8 @@ _FIRST_DELAY: Final = 0.01
 _LONGEST_DELAY: Final = 0.2
 
 CacheState = Literal["READY", "DRAINING", "ENDED", "FAILED"]
+# A `beamwire.buffer.v1.Flow` without its prefix; empty while it is not known.
+Flow = Literal["", "FLOWING", "NO_PRODUCER", "NO_READER", "FULL", "STARVED"]
 
 
 class _Message(BaseModel):
@@ -55,6 +57,25 @@ class ConsumerStatus(_Message):
     sent_bytes: int = 0
     confirmed: bool = False
     address: str = ""
+    group: str = ""
+    acknowledged_frame_count: int = 0
+    acknowledged_event_count: int = 0
+    shard: int = 0
+
+
+class GroupStatus(_Message):
+    """What one group of consumers took: `beamwire.buffer.v1.GroupCounters`, `losses` as events by cause."""
+
+    group: str
+    declared: bool = False
+    consumer_count: int = 0
+    acknowledged_frame_count: int = 0
+    acknowledged_event_count: int = 0
+    acknowledged_bytes: int = 0
+    pending_frame_count: int = 0
+    in_flight_frame_count: int = 0
+    redelivered_frame_count: int = 0
+    losses: dict[str, int] = {}
 
 
 class Counters(_Message):
@@ -74,16 +95,22 @@ class Counters(_Message):
     consumers: tuple[ConsumerStatus, ...] = ()
     refused_peer_count: int = 0
     last_refusal: str = ""
+    groups: tuple[GroupStatus, ...] = ()
 
 
 class CacheStatus(_Message):
     """One line from a cache. `address` is host:port; times are in seconds since 1970, 0 before the first DATA frame.
 
-    `end_cause` is the name of an EndCause without its prefix, empty while the stream goes on.
+    `end_cause` is the name of an EndCause without its prefix, empty while the stream goes on. `epoch` is the one that
+    the cache serves: higher than it was told if it found nothing of what it had stored. `restarted` tells that it went
+    on with what it found.
     """
 
     state: CacheState
     address: str
+    epoch: int = 1
+    flow: Flow = ""
+    restarted: bool = False
     end_cause: str = ""
     end_detail: str = ""
     counters: Counters = Counters()
@@ -134,6 +161,10 @@ class CacheControl:
     async def seal(self, cause: str, detail: str = "") -> CacheStatus:
         """Say that no more frames will come. `cause` is an EndCause without its prefix. Only the first seal counts."""
         return _parse(await self._ask({"op": "seal", "cause": cause, "detail": detail}))
+
+    async def revoke(self, identity: str) -> CacheStatus:
+        """Cut the connections of a SPIFFE id and let it in no more."""
+        return _parse(await self._ask({"op": "revoke", "identity": identity}))
 
     async def stop(self) -> None:
         """Ask the process to end: at once after ENDED, else as SIGTERM does."""

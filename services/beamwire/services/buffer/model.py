@@ -5,12 +5,12 @@ from __future__ import annotations
 from datetime import datetime
 from enum import StrEnum
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from beamwire.mesh.failure import Failure
 from beamwire.mesh.states import StateMachine
 from beamwire.mesh.store import Record
-from beamwire.services.buffer.control import Counters
+from beamwire.services.buffer.control import CacheStatus, Counters
 
 
 class BufferState(StrEnum):
@@ -36,18 +36,33 @@ BUFFER_STATES = StateMachine(
 )
 
 
+DEFAULT_GROUP = "default"
+
+
 class BufferSpec(BaseModel, frozen=True):
-    """What a buffer should be. `producers` and `consumers` are SPIFFE ids; the lease is in seconds."""
+    """What a buffer should be: `beamwire.buffer.v1.BufferSpec`, its enums as words.
+
+    `producers` and `consumers` are SPIFFE ids; leases are in seconds; a PUSH buffer has no groups.
+    """
 
     capacity_bytes: int = 256 * 1024 * 1024
     capacity_frames: int = 1024
     overflow_policy: str = "BLOCK"
-    delivery: str = "PUSH"
+    delivery: str = "ACKED"
     transport: str = "TLS_TCP"
     producer_count: int = 1
     producers: tuple[str, ...] = ()
     consumers: tuple[str, ...] = ()
     lease: float = 24 * 3600.0
+    groups: tuple[str, ...] = ()
+    frame_lease: float = 300.0
+    retain_bytes: int = 0
+    shard_count: int = 1
+
+    @property
+    def acked(self) -> bool:
+        """Whether frames are kept until they were acknowledged."""
+        return self.delivery == "ACKED"
 
 
 class Seal(BaseModel, frozen=True):
@@ -57,18 +72,43 @@ class Seal(BaseModel, frozen=True):
     detail: str = ""
 
 
+class Shard(BaseModel, frozen=True):
+    """One cache process of a buffer: what its successor needs to know.
+
+    `address` is host:port or a path, once peers may dial it; `ring` the file that holds its frames, empty if they are
+    in memory of its own; `last` its last word, once its stream has ended.
+    """
+
+    address: str = ""
+    ring: str = ""
+    restart_count: int = 0
+    last: CacheStatus | None = None
+
+
 class BufferRecord(Record):
-    """What is stored of a buffer. `state` is a BufferState by value; the counters are stored when the state changes."""
+    """What is stored of a buffer. `state` is a BufferState by value; the counters are stored when the state changes.
+
+    `ticket_key` is the secret that its tickets are made with, in hexadecimal; `revoked` are SPIFFE ids.
+    """
 
     spec: BufferSpec
     transfer: str = ""
     connect_string: str = ""
     epoch: int = 1
+    shards: tuple[Shard, ...] = (Shard(),)
     counters: Counters | None = None
+    flow: str = ""
     first_frame_time: datetime | None = None
     last_frame_time: datetime | None = None
     end_cause: str = ""
     seal: Seal | None = None
+    revoked: tuple[str, ...] = ()
+    ticket_key: str = Field(default="", repr=False)
     error: Failure | None = None
     expire_time: datetime
     traceparent: str = ""
+
+    @property
+    def restart_count(self) -> int:
+        """How often its caches were started again."""
+        return sum(shard.restart_count for shard in self.shards)

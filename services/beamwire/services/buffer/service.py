@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
 
 from beamwire.buffer.v1 import buffer_service_pb2 as pb
 from beamwire.buffer.v1 import buffer_service_pb2_grpc as pb_grpc
 from beamwire.common.v1 import account_pb2
+from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.identity import Role, SpiffeId
 from beamwire.mesh.listing import list_page, visible
-from beamwire.mesh.names import RESERVED, check_id, new_id
+from beamwire.mesh.names import RESERVED, check_id, new_id, parse_name
 from beamwire.mesh.pages import Pager
 from beamwire.mesh.rpc.access import current_caller
 from beamwire.mesh.rpc.convert import from_duration, to_duration, to_losses, to_timestamp
 from beamwire.mesh.rpc.status import to_status
 from beamwire.mesh.store import Store
-from beamwire.services.buffer.control import ConsumerStatus, Counters, ProducerStatus
+from beamwire.mesh.stream.connect import ConnectString
+from beamwire.services.buffer import tickets
+from beamwire.services.buffer.consume import Consumptions, Requests, Responses, certificate_end
+from beamwire.services.buffer.control import ConsumerStatus, Counters, GroupStatus, ProducerStatus
 from beamwire.services.buffer.domain import Buffers
-from beamwire.services.buffer.model import BUFFER_STATES, BufferRecord, BufferSpec, BufferState, Seal
+from beamwire.services.buffer.model import (
+    BUFFER_STATES,
+    DEFAULT_GROUP,
+    BufferRecord,
+    BufferSpec,
+    BufferState,
+    Seal,
+)
+from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME, LINK_ROLE_PRODUCE
+
+if TYPE_CHECKING:
+    import grpc
 
 FILTER_KEYS = {"state": "state", "owner": "owner"}
 
@@ -27,10 +44,19 @@ FILTER_KEYS = {"state": "state", "owner": "owner"}
 class BufferService(pb_grpc.BufferServiceServicer):
     """Answers for the buffers of one facility."""
 
-    def __init__(self, buffers: Buffers, store: Store[BufferRecord], pager: Pager) -> None:
+    def __init__(
+        self,
+        buffers: Buffers,
+        store: Store[BufferRecord],
+        pager: Pager,
+        ticket_lifetime: timedelta,
+        credentials: Credentials,
+    ) -> None:
+        self._consumptions = Consumptions(store, credentials, ticket_lifetime)
         self._buffers = buffers
         self._store = store
         self._pager = pager
+        self._ticket_lifetime = ticket_lifetime
 
     async def CreateBuffer(self, request: pb.CreateBufferRequest, context: object) -> pb.Buffer:
         """Start a cache."""
@@ -79,6 +105,33 @@ class BufferService(pb_grpc.BufferServiceServicer):
         cause = account_pb2.EndCause.Name(request.cause).removeprefix("END_CAUSE_")
         return _to_message(await self._buffers.seal(request.name, Seal(cause=cause, detail=request.detail)))
 
+    async def IssueTicket(self, request: pb.IssueTicketRequest, context: object) -> pb.Ticket:
+        """Give the caller the right to produce or to consume for some minutes."""
+        parse_name("buffers", request.name)
+        if request.role not in (LINK_ROLE_PRODUCE, LINK_ROLE_CONSUME):
+            raise invalid_field("role", "is not one that this release knows; it is PRODUCE or CONSUME")
+        caller = current_caller()
+        record = tickets.admit(await self._store.get(request.name), request.name, caller, request.role)
+        ticket = tickets.issue(record, str(caller), request.role, caller.certificate_sha256, self._ticket_lifetime)
+        expire_time = datetime.fromtimestamp(ticket.expire_time, UTC)
+        connect_string = ""
+        if record.connect_string:
+            connect_string = str(replace(ConnectString.parse(record.connect_string), ticket=ticket.text))
+        return pb.Ticket(ticket=ticket.text, expire_time=to_timestamp(expire_time), connect_string=connect_string)
+
+    def Consume(self, request_iterator: Requests, context: grpc.aio.ServicerContext[Any, Any]) -> Responses:
+        """Consume a cache for a caller that can reach no other port than this."""
+        return self._consumptions.consume(request_iterator, current_caller(), certificate_end(context.auth_context()))
+
+    async def RevokeAccess(self, request: pb.RevokeAccessRequest, context: object) -> pb.Buffer:
+        """Take a member's right to use a buffer."""
+        await visible(self._store, "buffers", request.name)
+        try:
+            identity = str(SpiffeId.parse(request.identity))
+        except BeamwireError as error:
+            raise invalid_field("identity", error.message) from error
+        return _to_message(await self._buffers.revoke(request.name, identity))
+
     async def DeleteBuffer(self, request: pb.DeleteBufferRequest, context: object) -> pb.DeleteBufferResponse:
         """Stop and forget a buffer."""
         await visible(self._store, "buffers", request.name)
@@ -94,16 +147,26 @@ def _to_spec(message: pb.BufferSpec, owner: str) -> BufferSpec:
             except BeamwireError as error:
                 raise invalid_field(f"buffer.spec.{field}[{index}]", error.message) from error
     default = BufferSpec()
+    delivery = _word(pb.Delivery.Name(message.delivery), "DELIVERY_", default.delivery)
+    groups = tuple(message.groups)
     return BufferSpec(
         capacity_bytes=message.capacity_bytes or default.capacity_bytes,
         capacity_frames=message.capacity_frames or default.capacity_frames,
         overflow_policy=_word(pb.OverflowPolicy.Name(message.overflow_policy), "OVERFLOW_POLICY_", "BLOCK"),
-        delivery=_word(pb.Delivery.Name(message.delivery), "DELIVERY_", "PUSH"),
+        delivery=delivery,
         transport=_word(pb.Transport.Name(message.transport), "TRANSPORT_", "TLS_TCP"),
         producer_count=message.producer_count or default.producer_count,
         producers=tuple(message.producers) or (owner,),
         consumers=tuple(message.consumers) or (owner,),
         lease=from_duration(message.lease).total_seconds() if message.HasField("lease") else default.lease,
+        groups=groups or (DEFAULT_GROUP,) if delivery == "ACKED" else groups,
+        frame_lease=(
+            from_duration(message.frame_lease).total_seconds()
+            if message.HasField("frame_lease")
+            else default.frame_lease
+        ),
+        retain_bytes=message.retain_bytes,
+        shard_count=message.shard_count or default.shard_count,
     )
 
 
@@ -123,6 +186,10 @@ def _from_spec(spec: BufferSpec) -> pb.BufferSpec:
         producers=spec.producers,
         consumers=spec.consumers,
         lease=to_duration(timedelta(seconds=spec.lease)),
+        groups=spec.groups,
+        frame_lease=to_duration(timedelta(seconds=spec.frame_lease)),
+        retain_bytes=spec.retain_bytes,
+        shard_count=spec.shard_count,
     )
 
 
@@ -141,11 +208,12 @@ def _to_message(record: BufferRecord) -> pb.Buffer:
         update_time=to_timestamp(record.update_time),
         expire_time=to_timestamp(record.expire_time),
         etag=record.etag,
+        restart_count=record.restart_count,
     )
 
 
 def _to_counters(record: BufferRecord, counters: Counters) -> pb.BufferCounters:
-    plain = counters.model_dump(exclude={"losses", "producers", "consumers"})
+    plain = counters.model_dump(exclude={"losses", "producers", "consumers", "groups"})
     return pb.BufferCounters(
         **plain,
         read_time=to_timestamp(datetime.now(UTC)),
@@ -154,6 +222,8 @@ def _to_counters(record: BufferRecord, counters: Counters) -> pb.BufferCounters:
         losses=to_losses(counters.losses),
         producers=map(_to_producer, counters.producers),
         consumers=map(_to_consumer, counters.consumers),
+        groups=map(_to_group, counters.groups),
+        flow=pb.Flow.Value(f"FLOW_{record.flow or 'UNSPECIFIED'}"),
     )
 
 
@@ -163,3 +233,7 @@ def _to_producer(producer: ProducerStatus) -> pb.ProducerCounters:
 
 def _to_consumer(consumer: ConsumerStatus) -> pb.ConsumerCounters:
     return pb.ConsumerCounters(**consumer.model_dump())
+
+
+def _to_group(group: GroupStatus) -> pb.GroupCounters:
+    return pb.GroupCounters(**group.model_dump(exclude={"losses"}), losses=to_losses(group.losses))

@@ -24,7 +24,13 @@ from beamwire.mesh.failure import Failure
 from beamwire.mesh.identity import Role, SpiffeId
 from beamwire.mesh.rpc.convert import from_losses, to_duration
 from beamwire.mesh.rpc.status import from_status
-from beamwire.services.request.model import BufferAccount, ConsumerAccount, ProducerAccount, TransferRecord
+from beamwire.services.request.model import (
+    BufferAccount,
+    ConsumerAccount,
+    GroupAccount,
+    ProducerAccount,
+    TransferRecord,
+)
 from beamwire.services.request.ports import BufferView, JobView
 
 STREAMER = "beamwire.services.streamer"
@@ -176,7 +182,10 @@ class JobClient:
 
 
 def _plain(
-    message: buffer_pb.ProducerCounters | buffer_pb.ConsumerCounters | buffer_pb.BufferCounters,
+    message: buffer_pb.ProducerCounters
+    | buffer_pb.ConsumerCounters
+    | buffer_pb.GroupCounters
+    | buffer_pb.BufferCounters,
 ) -> dict[str, object]:
     """Return the scalar fields of counters by name."""
     return {f.name: getattr(message, f.name) for f in message.DESCRIPTOR.fields if f.message_type is None}
@@ -193,6 +202,9 @@ def _buffer_view(buffer: buffer_pb.Buffer) -> BufferView:
                 for p in counters.producers
             ],
             "consumers": [ConsumerAccount.model_validate(_plain(c)) for c in counters.consumers],
+            "groups": [
+                GroupAccount.model_validate({**_plain(g), "losses": from_losses(g.losses)}) for g in counters.groups
+            ],
             "streaming_seconds": counters.last_frame_time.seconds
             - counters.first_frame_time.seconds
             + (counters.last_frame_time.nanos - counters.first_frame_time.nanos) / 1e9,
@@ -201,7 +213,8 @@ def _buffer_view(buffer: buffer_pb.Buffer) -> BufferView:
     return BufferView(
         state=buffer_pb.Buffer.State.Name(buffer.state).removeprefix("STATE_"),
         connect_string=buffer.connect_string,
-        capacity_bytes=buffer.spec.capacity_bytes,
+        capacity_bytes=buffer.spec.capacity_bytes * buffer.spec.shard_count,
+        overflow_policy=buffer_pb.OverflowPolicy.Name(buffer.spec.overflow_policy).removeprefix("OVERFLOW_POLICY_"),
         account=account,
         end_cause=account_pb2.EndCause.Name(buffer.end_cause).removeprefix("END_CAUSE_"),
         error=_failure(buffer.error),

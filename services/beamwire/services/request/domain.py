@@ -20,7 +20,7 @@ from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner, to_the_end
 from beamwire.services.request.model import TRANSFER_STATES, TransferRecord, TransferState
 from beamwire.services.request.ports import BufferPort, BufferView, Fitness, JobPort, JobView, Preflight
-from beamwire.services.request.receipt import receipt_of, unwanted_losses
+from beamwire.services.request.receipt import imbalances, receipt_of, unwanted_losses
 
 T = TypeVar("T")
 
@@ -242,12 +242,8 @@ class Transfers:
         if view.end_cause != "DONE":
             raise BeamwireError(Reason.PRODUCER_FAILED, f"the stream ended as {view.end_cause}, not DONE")
         if not receipt.balanced:
-            raise BeamwireError(
-                Reason.RECEIPT_UNBALANCED,
-                f"{receipt.selected_event_count} events were selected, but {receipt.delivered_event_count} delivered"
-                f" and {sum(receipt.losses.values())} lost do not add up to that",
-            )
-        if lost := unwanted_losses(receipt):
+            raise BeamwireError(Reason.RECEIPT_UNBALANCED, "; ".join(imbalances(view.account)))
+        if lost := unwanted_losses(receipt, view.overflow_policy):
             causes = ", ".join(f"{count} {cause}" for cause, count in sorted(lost.items()))
             raise BeamwireError(Reason.EVENTS_LOST, f"events did not reach a consumer: {causes}", metadata=_texts(lost))
         await self._store.change(name, lambda r: {**_to(r, TransferState.SUCCEEDED), "receipt": receipt})

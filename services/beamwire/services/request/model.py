@@ -71,6 +71,25 @@ class ConsumerAccount(BaseModel, frozen=True):
     sent_bytes: int = 0
     confirmed: bool = False
     address: str = ""
+    group: str = ""
+    acknowledged_frame_count: int = 0
+    acknowledged_event_count: int = 0
+    shard: int = 0
+
+
+class GroupAccount(BaseModel, frozen=True):
+    """What one group of consumers took; `declared` if the buffer was made for it."""
+
+    group: str
+    declared: bool = False
+    consumer_count: int = 0
+    acknowledged_frame_count: int = 0
+    acknowledged_event_count: int = 0
+    acknowledged_bytes: int = 0
+    pending_frame_count: int = 0
+    in_flight_frame_count: int = 0
+    redelivered_frame_count: int = 0
+    losses: dict[str, int] = Field(default_factory=dict)
 
 
 class BufferAccount(BaseModel, frozen=True):
@@ -85,7 +104,22 @@ class BufferAccount(BaseModel, frozen=True):
     losses: dict[str, int] = Field(default_factory=dict)
     producers: tuple[ProducerAccount, ...] = ()
     consumers: tuple[ConsumerAccount, ...] = ()
+    groups: tuple[GroupAccount, ...] = ()
     streaming_seconds: float = 0.0
+
+
+class StageAccount(BaseModel, frozen=True):
+    """One stage on the way of the events: what came in, what left for the next one, what was lost there and why."""
+
+    stage: str
+    entered_event_count: int
+    left_event_count: int
+    losses: dict[str, int] = Field(default_factory=dict)
+
+    @property
+    def balance(self) -> int:
+        """Events that came in and that nobody can account for; 0 if it balances."""
+        return self.entered_event_count - self.left_event_count - sum(self.losses.values())
 
 
 class Receipt(BaseModel, frozen=True):
@@ -101,6 +135,8 @@ class Receipt(BaseModel, frozen=True):
     streaming_seconds: float
     producers: tuple[ProducerAccount, ...] = ()
     consumers: tuple[ConsumerAccount, ...] = ()
+    groups: tuple[GroupAccount, ...] = ()
+    stages: tuple[StageAccount, ...] = ()
 
 
 class TransferRecord(Record):

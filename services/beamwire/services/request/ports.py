@@ -27,6 +27,7 @@ class BufferView:
     state: str
     connect_string: str
     capacity_bytes: int
+    overflow_policy: str
     account: BufferAccount
     end_cause: str
     error: Failure | None

@@ -26,8 +26,10 @@ from beamwire.services.request.domain import Transfers
 from beamwire.services.request.model import (
     TRANSFER_STATES,
     ConsumerAccount,
+    GroupAccount,
     ProducerAccount,
     Receipt,
+    StageAccount,
     TransferRecord,
     TransferState,
 )
@@ -241,6 +243,8 @@ def _to_receipt(receipt: Receipt) -> pb.Receipt:
         streaming_duration=to_duration(timedelta(seconds=receipt.streaming_seconds)),
         producers=map(_to_producer, receipt.producers),
         consumers=map(_to_consumer, receipt.consumers),
+        groups=map(_to_group, receipt.groups),
+        stages=map(_to_stage, receipt.stages),
     )
 
 
@@ -251,3 +255,11 @@ def _to_producer(producer: ProducerAccount) -> buffer_pb.ProducerCounters:
 
 def _to_consumer(consumer: ConsumerAccount) -> buffer_pb.ConsumerCounters:
     return buffer_pb.ConsumerCounters(**consumer.model_dump())
+
+
+def _to_group(group: GroupAccount) -> buffer_pb.GroupCounters:
+    return buffer_pb.GroupCounters(**group.model_dump(exclude={"losses"}), losses=to_losses(group.losses))
+
+
+def _to_stage(stage: StageAccount) -> pb.StageAccount:
+    return pb.StageAccount(**stage.model_dump(exclude={"losses"}), losses=to_losses(stage.losses))

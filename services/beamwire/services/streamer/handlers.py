@@ -51,11 +51,17 @@ class BufferDataHandler:
     def open(self, info: StreamInfo) -> None:
         """Dials, and sends what the stream is; raises BeamwireError SERVICE_UNAVAILABLE if nobody answers."""
         from beamwire.mesh.stream.producer import Producer
+        from beamwire.services.streamer.tickets import ticket_source
 
         header = stream_header(info, f"buffers/{self._connect.buffer}")
         credentials = self._credentials() if self._connect.transport != "tcp" else None
         self._producer = Producer(
-            self._connect, credentials, header, producer=info.share.rank, dial_timeout=self.DIAL_TIMEOUT
+            self._connect,
+            credentials,
+            header,
+            producer=info.share.rank,
+            dial_timeout=self.DIAL_TIMEOUT,
+            tickets=ticket_source(credentials, self._connect),
         )
 
     def send(self, message: Message) -> None:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from beamwire.client.cli import completion, get, members, push, transfers
+from beamwire.client.cli import bench, completion, get, members, push, transfers
 from beamwire.client.cli.context import Cli, Group
 from beamwire.client.cli.failures import TerminatedError, exit_code, explain
 
@@ -34,6 +34,7 @@ for command in (
     transfers.logs,
     get.pull,
     push.push,
+    bench.bench,
     members.whoami,
     members.facilities,
     completion.completion,

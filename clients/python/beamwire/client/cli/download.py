@@ -10,11 +10,11 @@ from pathlib import Path
 from beamwire.client.cli.context import Cli, as_dict, to_json
 from beamwire.client.cli.display import Display, choose_display
 from beamwire.client.cli.progress import Meter
-from beamwire.client.cli.text import aligned, receipt_rows, size
+from beamwire.client.cli.text import aligned, counted, receipt_rows, size
 from beamwire.client.client import Client
 from beamwire.client.files.naming import Target
 from beamwire.client.files.writer import Format, Writer
-from beamwire.client.session import Counters
+from beamwire.client.session import Counters, Via
 from beamwire.client.source import Source
 from beamwire.client.stream import Part, Stream
 from beamwire.client.transfers import short_name
@@ -46,6 +46,15 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Way:
+    """How the events come: over how many connections, shared with which group, from which port."""
+
+    consumers: int
+    group: str
+    via: Via
+
+
+@dataclass(frozen=True, slots=True)
 class Download:
     """A download that went well."""
 
@@ -57,11 +66,21 @@ class Download:
 
 
 def download(
-    cli: Cli, client: Client, source: Source, output: Output, *, stem: str, consumers: int, transfer_id: str = ""
+    cli: Cli,
+    client: Client,
+    source: Source,
+    output: Output,
+    way: Way,
+    *,
+    stem: str,
+    transfer_id: str = "",
 ) -> Download:
     """Read a stream to its end into files. On any failure nothing is left that could be mistaken for all of it."""
+    consumers = way.consumers
     writers = output.writers(stem, consumers)
-    stream = client.stream(source, consumers=consumers, transfer_id=transfer_id)
+    stream = client.stream(
+        source, consumers=consumers, group=way.group, via=way.via, on_reconnect=cli.say, transfer_id=transfer_id
+    )
     begin = time.monotonic()
     try:
         with ThreadPoolExecutor(consumers, thread_name_prefix="writer") as pool, stream:
@@ -109,8 +128,9 @@ def report(cli: Cli, done: Download) -> None:
         return
     rate = done.counters.events / done.seconds if done.seconds else 0.0
     rows = receipt_rows(done.receipt) if done.receipt else []
+    read = done.counters
     rows += [
-        ("read here", f"{done.counters.events} events in {done.counters.frames} frames, {size(done.counters.bytes)}"),
+        ("read here", f"{counted(read.events, 'event')} in {counted(read.frames, 'frame')}, {size(read.bytes)}"),
         ("in all", f"{done.seconds:.1f} s from the request on, {rate:.4g} events/s"),
         ("files", _listing(done.files)),
     ]

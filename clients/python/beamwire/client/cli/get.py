@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from beamwire.client.cli.context import Cli, Command, pass_cli
-from beamwire.client.cli.download import Output, download, report, stem_of
+from beamwire.client.cli.download import Output, Way, download, report, stem_of
 from beamwire.client.cli.text import dry_run_text
 from beamwire.client.files.writer import Format
+from beamwire.client.groups import for_group
 from beamwire.client.request import ParsedRequest, parse_request
+from beamwire.client.session import Via
 from beamwire.mesh.errors import invalid_field
 from beamwire.mesh.names import new_id
 
@@ -31,6 +33,13 @@ def _output_options(function: Callable[..., None]) -> Callable[..., None]:
             help="hdf5: one file per consumer; npz: one per frame; none: only count.",
         ),
         click.option("--overwrite", is_flag=True, help="Replace files that exist."),
+        click.option(
+            "--via",
+            type=click.Choice(get_args(Via)),
+            default="data",
+            help="data: from the caches' own ports; grpc: through the facility's one port, slower.",
+        ),
+        click.option("--group", default="", metavar="NAME", help="Share the events with the consumers of this group."),
     ]
     for option in reversed(options):
         function = option(function)
@@ -52,6 +61,8 @@ def get(
     consumers: int,
     format_: str,
     overwrite: bool,
+    group: str,
+    via: Via,
     processes: int | None,
     max_events: int | None,
     labels: tuple[str, ...],
@@ -60,6 +71,7 @@ def get(
     """Ask for the events that REQUEST (a YAML file) describes, and write them to files."""
     parsed = parse_request(request)
     _override(parsed, processes, max_events, labels)
+    parsed = for_group(parsed, group)
     where = Output(
         directory=output or parsed.output.directory or Path(),
         prefix=parsed.output.prefix,
@@ -73,7 +85,15 @@ def get(
             cli.answer(dry_run_text(checked), checked)
             return
         transfer_id = new_id()
-        done = download(cli, client, parsed, where, stem=transfer_id, consumers=consumers, transfer_id=transfer_id)
+        done = download(
+            cli,
+            client,
+            parsed,
+            where,
+            Way(consumers, group, via),
+            stem=transfer_id,
+            transfer_id=transfer_id,
+        )
     report(cli, done)
 
 
@@ -81,11 +101,20 @@ def get(
 @click.argument("source", metavar="CONNECT_OR_TRANSFER")
 @_output_options
 @pass_cli
-def pull(cli: Cli, source: str, output: Path | None, consumers: int, format_: str, overwrite: bool) -> None:
+def pull(
+    cli: Cli,
+    source: str,
+    output: Path | None,
+    consumers: int,
+    format_: str,
+    overwrite: bool,
+    group: str,
+    via: Via,
+) -> None:
     """Take events from a stream that exists: a transfer, or a buffer by its connect string."""
     where = Output(directory=output or Path(), format=Format(format_), overwrite=overwrite)
     with cli.client() as client:
-        done = download(cli, client, source, where, stem=stem_of(source), consumers=consumers)
+        done = download(cli, client, source, where, Way(consumers, group, via), stem=stem_of(source))
     report(cli, done)
 
 

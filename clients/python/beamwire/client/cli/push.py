@@ -11,7 +11,7 @@ import numpy as np
 
 from beamwire.buffer.v1.buffer_service_pb2 import Buffer, BufferSpec
 from beamwire.client.cli.context import Cli, Command, as_dict, pass_cli
-from beamwire.client.cli.text import aligned, size
+from beamwire.client.cli.text import aligned, counted, size
 from beamwire.client.client import Client
 from beamwire.client.files.arrays import is_array_file, media_type, read_arrays
 from beamwire.client.transfers import loss_word
@@ -20,6 +20,7 @@ from beamwire.mesh.rpc.status import from_status
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.producer import Producer, ProducerCounters
 from beamwire.stream.v1.frame_pb2 import StreamHeader
+from beamwire.stream.v1.link_pb2 import LINK_ROLE_PRODUCE
 
 _LEAST_CAPACITY = 256 * 2**20
 # The header of a frame needs room beside its payload.
@@ -41,21 +42,23 @@ def push(cli: Cli, files: tuple[Path, ...], connect_text: str | None) -> None:
     with cli.client() as client:
         if connect_text:
             connect = ConnectString.parse(connect_text)
-            sent = _send(client, connect, files)
-            cli.answer(f"sent {sent.frames} frames, {size(sent.bytes)}", {"frames": sent.frames, "events": sent.events})
+            sent = _send(cli, client, connect, files)
+            said = f"sent {counted(sent.frames, 'frame')}, {size(sent.bytes)}"
+            cli.answer(said, {"frames": sent.frames, "events": sent.events})
             return
-        with _own_buffer(client, files) as buffer:
+        largest = max(path.stat().st_size for path in files) + _HEADER_ROOM
+        spec = BufferSpec(capacity_bytes=max(_LEAST_CAPACITY, 2 * largest), producer_count=1)
+        with own_buffer(client, spec) as buffer:
             click.echo(buffer.connect_string, err=True)
-            sent = _send(client, ConnectString.parse(buffer.connect_string), files)
+            sent = _send(cli, client, ConnectString.parse(buffer.connect_string), files)
             ended = _await_delivery(client, buffer.name)
     _report(cli, sent, ended)
 
 
 @contextmanager
-def _own_buffer(client: Client, files: tuple[Path, ...]) -> Iterator[Buffer]:
-    """A buffer of the caller's own that can take the files; deleted in the end."""
-    largest = max(path.stat().st_size for path in files) + _HEADER_ROOM
-    created = client.create_buffer(BufferSpec(capacity_bytes=max(_LEAST_CAPACITY, 2 * largest), producer_count=1))
+def own_buffer(client: Client, spec: BufferSpec) -> Iterator[Buffer]:
+    """A buffer of the caller's own, ready to be dialed; deleted in the end."""
+    created = client.create_buffer(spec)
     try:
         for buffer in client.watch_buffer(created.name):
             _check(buffer)
@@ -67,7 +70,7 @@ def _own_buffer(client: Client, files: tuple[Path, ...]) -> Iterator[Buffer]:
         client.delete_buffer(created.name)
 
 
-def _send(client: Client, connect: ConnectString, files: tuple[Path, ...]) -> ProducerCounters:
+def _send(cli: Cli, client: Client, connect: ConnectString, files: tuple[Path, ...]) -> ProducerCounters:
     """Send the files in order, then END."""
     first = read_arrays(files[0], 0) if is_array_file(files[0]) else None
     header = StreamHeader(
@@ -77,7 +80,9 @@ def _send(client: Client, connect: ConnectString, files: tuple[Path, ...]) -> Pr
         expected_event_count=0 if any(map(is_array_file, files)) else len(files),
     )
     credentials = None if connect.transport == "tcp" else client.credentials
-    producer = Producer(connect, credentials, header)
+    producer = Producer(
+        connect, credentials, header, tickets=client.tickets(connect, LINK_ROLE_PRODUCE), on_reconnect=cli.say
+    )
     try:
         for path in files:
             _send_file(producer, path)
@@ -112,10 +117,13 @@ def _check(buffer: Buffer) -> None:
 def _report(cli: Cli, sent: ProducerCounters, buffer: Buffer) -> None:
     """Print what became of the events; losses end the command with an error."""
     counters = buffer.counters
-    losses = [(f"lost: {loss_word(loss.cause)}", f"{loss.event_count} events") for loss in counters.losses]
+    losses = [(f"lost: {loss_word(loss.cause)}", counted(loss.event_count, "event")) for loss in counters.losses]
     rows = [
-        ("sent", f"{sent.events} events in {sent.frames} frames, {size(sent.bytes)}"),
-        ("delivered", f"{counters.delivered_event_count} events to {len(counters.consumers)} consumers"),
+        ("sent", f"{counted(sent.events, 'event')} in {counted(sent.frames, 'frame')}, {size(sent.bytes)}"),
+        (
+            "delivered",
+            f"{counted(counters.delivered_event_count, 'event')} to {counted(len(counters.consumers), 'consumer')}",
+        ),
         *losses,
     ]
     cli.answer(aligned(rows), {"buffer": buffer.name, "events": sent.events, "counters": as_dict(counters)})

@@ -8,12 +8,15 @@ from datetime import UTC, datetime
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from beamwire.buffer.v1.buffer_service_pb2 import GroupCounters
 from beamwire.client.transfers import failure_of, has_ended, loss_word, short_name, state_word
-from beamwire.common.v1.account_pb2 import EndCause
-from beamwire.request.v1.request_service_pb2 import Component, Receipt, Transfer
+from beamwire.common.v1.account_pb2 import EndCause, Loss
+from beamwire.request.v1.request_service_pb2 import Component, Receipt, StageAccount, Transfer
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 Row = tuple[str, str]
+STAGE_HEADER = ("STAGE", "CAME", "LEFT", "LOST", "WHY")
+GROUP_HEADER = ("GROUP", "EVENTS", "FRAMES AGAIN", "LOST", "WHY")
 
 
 def size(count: float) -> str:
@@ -66,6 +69,11 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun: `1 frame`, `2 frames`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def receipt_rows(receipt: Receipt) -> list[Row]:
     """Return the account: what was selected, what came, what did not and why, and whether that balances."""
     seconds = receipt.streaming_duration.ToNanoseconds() / 1e9
@@ -74,14 +82,39 @@ def receipt_rows(receipt: Receipt) -> list[Row]:
     if seconds > 0:
         rate = f" at {receipt.delivered_event_count / seconds:.4g} events/s, {size(receipt.sent_bytes / seconds)}/s"
     return [
-        ("selected", f"{receipt.selected_event_count} events"),
-        ("delivered", f"{receipt.delivered_event_count} events in {receipt.frame_count} frames"),
-        *((f"lost: {loss_word(loss.cause)}", f"{loss.event_count} events") for loss in receipt.losses),
+        ("selected", counted(receipt.selected_event_count, "event")),
+        (
+            "delivered",
+            f"{counted(receipt.delivered_event_count, 'event')} in {counted(receipt.frame_count, 'frame')}",
+        ),
+        *((f"lost: {loss_word(loss.cause)}", counted(loss.event_count, "event")) for loss in receipt.losses),
         ("balanced", "yes" if receipt.balanced else "NO"),
         ("ended", EndCause.Name(receipt.end_cause).removeprefix("END_CAUSE_").lower()),
         ("sent", size(receipt.sent_bytes)),
         ("time", duration(seconds) + rate),
     ]
+
+
+def receipt_text(receipt: Receipt) -> str:
+    """Return the account as a table of stages, one of the groups if there are several, and the sums."""
+    parts = [columns(STAGE_HEADER, [_stage_row(stage) for stage in receipt.stages])] if receipt.stages else []
+    if len(receipt.groups) > 1:
+        parts.append(columns(GROUP_HEADER, [_group_row(group) for group in receipt.groups]))
+    return "\n\n".join([*parts, aligned(receipt_rows(receipt))])
+
+
+def _stage_row(stage: StageAccount) -> list[str]:
+    return [stage.stage, str(stage.entered_event_count), str(stage.left_event_count), *_lost(stage.losses)]
+
+
+def _group_row(group: GroupCounters) -> list[str]:
+    name = group.group if group.declared else f"{group.group} (joined)"
+    return [name, str(group.acknowledged_event_count), str(group.redelivered_frame_count), *_lost(group.losses)]
+
+
+def _lost(losses: Sequence[Loss]) -> list[str]:
+    causes = ", ".join(f"{loss.event_count} {loss_word(loss.cause)}" for loss in losses)
+    return [str(sum(loss.event_count for loss in losses)), causes]
 
 
 def transfer_text(transfer: Transfer) -> str:
@@ -101,7 +134,10 @@ def transfer_text(transfer: Transfer) -> str:
 def dry_run_text(transfer: Transfer) -> str:
     """Return what would be done for a request that was only checked."""
     expected = transfer.counters.expected_event_count
-    rows = [*_request(transfer), ("would send", f"{expected} events" if expected else "as many events as there are")]
+    rows = [
+        *_request(transfer),
+        ("would send", counted(expected, "event") if expected else "as many events as there are"),
+    ]
     return "the request is valid\n" + aligned(rows, "  ")
 
 
@@ -148,7 +184,7 @@ def _request(transfer: Transfer) -> list[Row]:
         *((f"field {name}", _component(source)) for name, source in sorted(config.data_sources.items())),
         ("pipeline", " | ".join(map(_component, config.processing_pipeline))),
         ("serializer", _component(config.data_serializer) if config.HasField("data_serializer") else ""),
-        ("at most", f"{config.max_event_count} events" if config.max_event_count else ""),
+        ("at most", counted(config.max_event_count, "event") if config.max_event_count else ""),
         ("processes", str(transfer.process_count or 1)),
     ]
 
@@ -172,7 +208,7 @@ def _progress(transfer: Transfer) -> list[Row]:
     counters = transfer.counters
     return [
         ("received", f"{counters.received_event_count} of {counters.expected_event_count or '?'} events"),
-        ("delivered", f"{counters.sent_event_count} events, {size(counters.sent_bytes)}"),
+        ("delivered", f"{counted(counters.sent_event_count, 'event')}, {size(counters.sent_bytes)}"),
         ("held", f"{size(counters.held_bytes)} of {size(counters.capacity_bytes)}"),
         ("producers", str(counters.connected_producer_count)),
         ("consumers", str(counters.connected_consumer_count)),

@@ -13,7 +13,15 @@ from beamwire.client.cli.display import choose_display
 from beamwire.client.cli.failures import FAILED
 from beamwire.client.cli.get import parse_labels
 from beamwire.client.cli.progress import Meter
-from beamwire.client.cli.text import TRANSFER_HEADER, aligned, columns, receipt_rows, transfer_row, transfer_text
+from beamwire.client.cli.text import (
+    TRANSFER_HEADER,
+    aligned,
+    columns,
+    receipt_rows,
+    receipt_text,
+    transfer_row,
+    transfer_text,
+)
 from beamwire.client.client import Client
 from beamwire.client.transfers import failure_of, has_ended, state_word
 from beamwire.job.v1.job_service_pb2 import LOG_STREAM_STDERR
@@ -98,7 +106,7 @@ def receipt(cli: Cli, transfer: str) -> None:
             Reason.ILLEGAL_STATE,
             f"{found.name} is {state_word(found)} and has no receipt before its end; `beamwire watch` waits for it",
         )
-    cli.answer(aligned(receipt_rows(found.receipt)), found.receipt)
+    cli.answer(receipt_text(found.receipt), found.receipt)
     if not found.receipt.balanced or found.state != Transfer.STATE_SUCCEEDED:
         click.get_current_context().exit(FAILED)
 

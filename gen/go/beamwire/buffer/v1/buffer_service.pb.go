@@ -10,6 +10,7 @@ package bufferv1
 
 import (
 	v1 "github.com/beamwire/beamwire/gen/go/beamwire/common/v1"
+	v11 "github.com/beamwire/beamwire/gen/go/beamwire/stream/v1"
 	_ "google.golang.org/genproto/googleapis/api/annotations"
 	status "google.golang.org/genproto/googleapis/rpc/status"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
@@ -32,12 +33,13 @@ const (
 type Delivery int32
 
 const (
-	// The default of this release, PUSH.
+	// The default, ACKED.
 	Delivery_DELIVERY_UNSPECIFIED Delivery = 0
 	// At most once: round robin over the consumers that are ready. A frame on its way to a consumer
 	// that dies is lost and counted.
 	Delivery_DELIVERY_PUSH Delivery = 1
-	// At least once on the wire, exactly once to the caller. Not in this release.
+	// At least once on the wire, exactly once to the caller: the cache keeps a frame until it was
+	// acknowledged, and delivers it again if its consumer dies. Survives the death of the cache too.
 	Delivery_DELIVERY_ACKED Delivery = 2
 )
 
@@ -90,11 +92,12 @@ const (
 	OverflowPolicy_OVERFLOW_POLICY_UNSPECIFIED OverflowPolicy = 0
 	// The producer waits.
 	OverflowPolicy_OVERFLOW_POLICY_BLOCK OverflowPolicy = 1
-	// The oldest frame makes room and is counted as lost. Not in this release.
+	// The oldest frame that is not on its way makes room and is counted as lost.
 	OverflowPolicy_OVERFLOW_POLICY_DROP_OLDEST OverflowPolicy = 2
-	// The new frame is dropped and counted as lost. Not in this release.
+	// The new frame is dropped and counted as lost.
 	OverflowPolicy_OVERFLOW_POLICY_DROP_NEWEST OverflowPolicy = 3
-	// The oldest frames move to disk. Not in this release.
+	// The producer waits, but frames are kept on disk: `capacity_bytes` may exceed the memory, and
+	// what was acknowledged to a producer survives a restart of the machine. ACKED only.
 	OverflowPolicy_OVERFLOW_POLICY_SPILL OverflowPolicy = 4
 )
 
@@ -154,6 +157,10 @@ const (
 	// NNG's `tcp://`, without any protection. Only on a loopback address, and only where the
 	// operator allows it.
 	Transport_TRANSPORT_TCP Transport = 2
+	// A Unix socket, for peers on the host of the cache that run as its user; consumers of ours copy
+	// frames from memory that the cache shares with them. Only with delivery ACKED, and only where the
+	// operator allows it. docs/link.md tells how it is spoken.
+	Transport_TRANSPORT_IPC Transport = 3
 )
 
 // Enum value maps for Transport.
@@ -162,11 +169,13 @@ var (
 		0: "TRANSPORT_UNSPECIFIED",
 		1: "TRANSPORT_TLS_TCP",
 		2: "TRANSPORT_TCP",
+		3: "TRANSPORT_IPC",
 	}
 	Transport_value = map[string]int32{
 		"TRANSPORT_UNSPECIFIED": 0,
 		"TRANSPORT_TLS_TCP":     1,
 		"TRANSPORT_TCP":         2,
+		"TRANSPORT_IPC":         3,
 	}
 )
 
@@ -195,6 +204,71 @@ func (x Transport) Number() protoreflect.EnumNumber {
 // Deprecated: Use Transport.Descriptor instead.
 func (Transport) EnumDescriptor() ([]byte, []int) {
 	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{2}
+}
+
+// What keeps a stream from going faster, in one word.
+type Flow int32
+
+const (
+	// Not known: the buffer is not READY.
+	Flow_FLOW_UNSPECIFIED Flow = 0
+	// Frames come and go.
+	Flow_FLOW_FLOWING Flow = 1
+	// No producer is connected, and some have not ended.
+	Flow_FLOW_NO_PRODUCER Flow = 2
+	// A declared group has no consumer: the buffer fills up.
+	Flow_FLOW_NO_READER Flow = 3
+	// Producers wait, because there is no room.
+	Flow_FLOW_FULL Flow = 4
+	// Consumers wait, because there is nothing to read.
+	Flow_FLOW_STARVED Flow = 5
+)
+
+// Enum value maps for Flow.
+var (
+	Flow_name = map[int32]string{
+		0: "FLOW_UNSPECIFIED",
+		1: "FLOW_FLOWING",
+		2: "FLOW_NO_PRODUCER",
+		3: "FLOW_NO_READER",
+		4: "FLOW_FULL",
+		5: "FLOW_STARVED",
+	}
+	Flow_value = map[string]int32{
+		"FLOW_UNSPECIFIED": 0,
+		"FLOW_FLOWING":     1,
+		"FLOW_NO_PRODUCER": 2,
+		"FLOW_NO_READER":   3,
+		"FLOW_FULL":        4,
+		"FLOW_STARVED":     5,
+	}
+)
+
+func (x Flow) Enum() *Flow {
+	p := new(Flow)
+	*p = x
+	return p
+}
+
+func (x Flow) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Flow) Descriptor() protoreflect.EnumDescriptor {
+	return file_beamwire_buffer_v1_buffer_service_proto_enumTypes[3].Descriptor()
+}
+
+func (Flow) Type() protoreflect.EnumType {
+	return &file_beamwire_buffer_v1_buffer_service_proto_enumTypes[3]
+}
+
+func (x Flow) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Flow.Descriptor instead.
+func (Flow) EnumDescriptor() ([]byte, []int) {
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{3}
 }
 
 // `STARTING -> READY -> DRAINING -> ENDED`, or from each of them `-> FAILED`.
@@ -246,11 +320,11 @@ func (x Buffer_State) String() string {
 }
 
 func (Buffer_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_beamwire_buffer_v1_buffer_service_proto_enumTypes[3].Descriptor()
+	return file_beamwire_buffer_v1_buffer_service_proto_enumTypes[4].Descriptor()
 }
 
 func (Buffer_State) Type() protoreflect.EnumType {
-	return &file_beamwire_buffer_v1_buffer_service_proto_enumTypes[3]
+	return &file_beamwire_buffer_v1_buffer_service_proto_enumTypes[4]
 }
 
 func (x Buffer_State) Number() protoreflect.EnumNumber {
@@ -259,7 +333,7 @@ func (x Buffer_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Buffer_State.Descriptor instead.
 func (Buffer_State) EnumDescriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{4, 0}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{5, 0}
 }
 
 // What a buffer should be.
@@ -282,7 +356,19 @@ type BufferSpec struct {
 	// The SPIFFE ids that may consume. Default: the owner.
 	Consumers []string `protobuf:"bytes,8,rep,name=consumers,proto3" json:"consumers,omitempty"`
 	// How long the buffer may live. Default one day.
-	Lease         *durationpb.Duration `protobuf:"bytes,9,opt,name=lease,proto3" json:"lease,omitempty"`
+	Lease *durationpb.Duration `protobuf:"bytes,9,opt,name=lease,proto3" json:"lease,omitempty"`
+	// The groups that are to get every event, each on its own; the consumers of a group share the
+	// work. A frame is kept until all of them have acknowledged it. Default: one, `default`. Others may
+	// join and read what is there, but are not waited for. ACKED only; at most 16.
+	Groups []string `protobuf:"bytes,10,rep,name=groups,proto3" json:"groups,omitempty"`
+	// How long a delivery may stay unacknowledged before it goes to another consumer. Default 5 minutes.
+	FrameLease *durationpb.Duration `protobuf:"bytes,11,opt,name=frame_lease,json=frameLease,proto3" json:"frame_lease,omitempty"`
+	// How much of what every group has acknowledged is kept for replay, as long as nothing newer needs
+	// the room. Default 0.
+	RetainBytes int64 `protobuf:"varint,12,opt,name=retain_bytes,json=retainBytes,proto3" json:"retain_bytes,omitempty"`
+	// How many cache processes share the work: producers are spread over them, consumers dial all.
+	// `capacity_bytes` and `capacity_frames` are for each. Default 1; not more than there are producers.
+	ShardCount    int32 `protobuf:"varint,13,opt,name=shard_count,json=shardCount,proto3" json:"shard_count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -378,6 +464,34 @@ func (x *BufferSpec) GetLease() *durationpb.Duration {
 		return x.Lease
 	}
 	return nil
+}
+
+func (x *BufferSpec) GetGroups() []string {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *BufferSpec) GetFrameLease() *durationpb.Duration {
+	if x != nil {
+		return x.FrameLease
+	}
+	return nil
+}
+
+func (x *BufferSpec) GetRetainBytes() int64 {
+	if x != nil {
+		return x.RetainBytes
+	}
+	return 0
+}
+
+func (x *BufferSpec) GetShardCount() int32 {
+	if x != nil {
+		return x.ShardCount
+	}
+	return 0
 }
 
 // What one producer did, as the cache saw it.
@@ -516,10 +630,138 @@ func (x *ProducerCounters) GetFirstMissingSequence() int64 {
 	return 0
 }
 
+// What one group of consumers took, as the cache saw it.
+type GroupCounters struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its name.
+	Group string `protobuf:"bytes,1,opt,name=group,proto3" json:"group,omitempty"`
+	// True if the buffer was made for it: it gets every event, or the loss is counted.
+	Declared bool `protobuf:"varint,2,opt,name=declared,proto3" json:"declared,omitempty"`
+	// How many of its consumers are connected.
+	ConsumerCount int32 `protobuf:"varint,3,opt,name=consumer_count,json=consumerCount,proto3" json:"consumer_count,omitempty"`
+	// DATA frames that it acknowledged.
+	AcknowledgedFrameCount int64 `protobuf:"varint,4,opt,name=acknowledged_frame_count,json=acknowledgedFrameCount,proto3" json:"acknowledged_frame_count,omitempty"`
+	// Events in them.
+	AcknowledgedEventCount int64 `protobuf:"varint,5,opt,name=acknowledged_event_count,json=acknowledgedEventCount,proto3" json:"acknowledged_event_count,omitempty"`
+	// Bytes of their messages.
+	AcknowledgedBytes int64 `protobuf:"varint,6,opt,name=acknowledged_bytes,json=acknowledgedBytes,proto3" json:"acknowledged_bytes,omitempty"`
+	// DATA frames that wait for it.
+	PendingFrameCount int64 `protobuf:"varint,7,opt,name=pending_frame_count,json=pendingFrameCount,proto3" json:"pending_frame_count,omitempty"`
+	// DATA frames that are on their way, or in the hands of a consumer.
+	InFlightFrameCount int64 `protobuf:"varint,8,opt,name=in_flight_frame_count,json=inFlightFrameCount,proto3" json:"in_flight_frame_count,omitempty"`
+	// DATA frames that were delivered again, because a consumer died, was too slow, or got them broken.
+	RedeliveredFrameCount int64 `protobuf:"varint,9,opt,name=redelivered_frame_count,json=redeliveredFrameCount,proto3" json:"redelivered_frame_count,omitempty"`
+	// Events it should have got and will not, by cause.
+	Losses        []*v1.Loss `protobuf:"bytes,10,rep,name=losses,proto3" json:"losses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GroupCounters) Reset() {
+	*x = GroupCounters{}
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GroupCounters) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GroupCounters) ProtoMessage() {}
+
+func (x *GroupCounters) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GroupCounters.ProtoReflect.Descriptor instead.
+func (*GroupCounters) Descriptor() ([]byte, []int) {
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *GroupCounters) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *GroupCounters) GetDeclared() bool {
+	if x != nil {
+		return x.Declared
+	}
+	return false
+}
+
+func (x *GroupCounters) GetConsumerCount() int32 {
+	if x != nil {
+		return x.ConsumerCount
+	}
+	return 0
+}
+
+func (x *GroupCounters) GetAcknowledgedFrameCount() int64 {
+	if x != nil {
+		return x.AcknowledgedFrameCount
+	}
+	return 0
+}
+
+func (x *GroupCounters) GetAcknowledgedEventCount() int64 {
+	if x != nil {
+		return x.AcknowledgedEventCount
+	}
+	return 0
+}
+
+func (x *GroupCounters) GetAcknowledgedBytes() int64 {
+	if x != nil {
+		return x.AcknowledgedBytes
+	}
+	return 0
+}
+
+func (x *GroupCounters) GetPendingFrameCount() int64 {
+	if x != nil {
+		return x.PendingFrameCount
+	}
+	return 0
+}
+
+func (x *GroupCounters) GetInFlightFrameCount() int64 {
+	if x != nil {
+		return x.InFlightFrameCount
+	}
+	return 0
+}
+
+func (x *GroupCounters) GetRedeliveredFrameCount() int64 {
+	if x != nil {
+		return x.RedeliveredFrameCount
+	}
+	return 0
+}
+
+func (x *GroupCounters) GetLosses() []*v1.Loss {
+	if x != nil {
+		return x.Losses
+	}
+	return nil
+}
+
 // What one consumer connection took, as the cache saw it.
 type ConsumerCounters struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Counts the consumer connections of the buffer from 1. 0 stands for connections that ended long ago, counted together.
+	// Counts the consumer connections of its cache process from 1. 0 stands for connections that ended long ago, counted
+	// together.
 	Consumer int32 `protobuf:"varint,1,opt,name=consumer,proto3" json:"consumer,omitempty"`
 	// The identity on its certificate; empty without TLS.
 	Identity string `protobuf:"bytes,2,opt,name=identity,proto3" json:"identity,omitempty"`
@@ -534,14 +776,22 @@ type ConsumerCounters struct {
 	// True once it closed in good order after END: everything written to it was read.
 	Confirmed bool `protobuf:"varint,7,opt,name=confirmed,proto3" json:"confirmed,omitempty"`
 	// Its address, `host:port`.
-	Address       string `protobuf:"bytes,8,opt,name=address,proto3" json:"address,omitempty"`
+	Address string `protobuf:"bytes,8,opt,name=address,proto3" json:"address,omitempty"`
+	// The group whose work it shares.
+	Group string `protobuf:"bytes,9,opt,name=group,proto3" json:"group,omitempty"`
+	// DATA frames that it acknowledged.
+	AcknowledgedFrameCount int64 `protobuf:"varint,10,opt,name=acknowledged_frame_count,json=acknowledgedFrameCount,proto3" json:"acknowledged_frame_count,omitempty"`
+	// Events in them.
+	AcknowledgedEventCount int64 `protobuf:"varint,11,opt,name=acknowledged_event_count,json=acknowledgedEventCount,proto3" json:"acknowledged_event_count,omitempty"`
+	// The cache process that it is connected to, counted from 0.
+	Shard         int32 `protobuf:"varint,12,opt,name=shard,proto3" json:"shard,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ConsumerCounters) Reset() {
 	*x = ConsumerCounters{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[2]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -553,7 +803,7 @@ func (x *ConsumerCounters) String() string {
 func (*ConsumerCounters) ProtoMessage() {}
 
 func (x *ConsumerCounters) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[2]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -566,7 +816,7 @@ func (x *ConsumerCounters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsumerCounters.ProtoReflect.Descriptor instead.
 func (*ConsumerCounters) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{2}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *ConsumerCounters) GetConsumer() int32 {
@@ -625,6 +875,34 @@ func (x *ConsumerCounters) GetAddress() string {
 	return ""
 }
 
+func (x *ConsumerCounters) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *ConsumerCounters) GetAcknowledgedFrameCount() int64 {
+	if x != nil {
+		return x.AcknowledgedFrameCount
+	}
+	return 0
+}
+
+func (x *ConsumerCounters) GetAcknowledgedEventCount() int64 {
+	if x != nil {
+		return x.AcknowledgedEventCount
+	}
+	return 0
+}
+
+func (x *ConsumerCounters) GetShard() int32 {
+	if x != nil {
+		return x.Shard
+	}
+	return 0
+}
+
 // What the cache counted since it started.
 type BufferCounters struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -642,7 +920,8 @@ type BufferCounters struct {
 	SentEventCount int64 `protobuf:"varint,6,opt,name=sent_event_count,json=sentEventCount,proto3" json:"sent_event_count,omitempty"`
 	// Bytes of all frames written to consumers.
 	SentBytes int64 `protobuf:"varint,7,opt,name=sent_bytes,json=sentBytes,proto3" json:"sent_bytes,omitempty"`
-	// Events written to consumers that closed in good order after END.
+	// Events that consumers have taken: acknowledged by every declared group, or written to PUSH
+	// consumers that closed in good order after END.
 	DeliveredEventCount int64 `protobuf:"varint,8,opt,name=delivered_event_count,json=deliveredEventCount,proto3" json:"delivered_event_count,omitempty"`
 	// Frames in the ring now.
 	HeldFrameCount int64 `protobuf:"varint,9,opt,name=held_frame_count,json=heldFrameCount,proto3" json:"held_frame_count,omitempty"`
@@ -662,13 +941,17 @@ type BufferCounters struct {
 	FirstFrameTime *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=first_frame_time,json=firstFrameTime,proto3" json:"first_frame_time,omitempty"`
 	// When the last DATA frame was written to a consumer, or arrived.
 	LastFrameTime *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=last_frame_time,json=lastFrameTime,proto3" json:"last_frame_time,omitempty"`
+	// Each group, the declared ones first.
+	Groups []*GroupCounters `protobuf:"bytes,18,rep,name=groups,proto3" json:"groups,omitempty"`
+	// What keeps the stream from going faster.
+	Flow          Flow `protobuf:"varint,19,opt,name=flow,proto3,enum=beamwire.buffer.v1.Flow" json:"flow,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *BufferCounters) Reset() {
 	*x = BufferCounters{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[3]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -680,7 +963,7 @@ func (x *BufferCounters) String() string {
 func (*BufferCounters) ProtoMessage() {}
 
 func (x *BufferCounters) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[3]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -693,7 +976,7 @@ func (x *BufferCounters) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BufferCounters.ProtoReflect.Descriptor instead.
 func (*BufferCounters) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{3}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *BufferCounters) GetReadTime() *timestamppb.Timestamp {
@@ -815,6 +1098,20 @@ func (x *BufferCounters) GetLastFrameTime() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *BufferCounters) GetGroups() []*GroupCounters {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *BufferCounters) GetFlow() Flow {
+	if x != nil {
+		return x.Flow
+	}
+	return Flow_FLOW_UNSPECIFIED
+}
+
 // A cache that bulk events flow through.
 type Buffer struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -843,14 +1140,16 @@ type Buffer struct {
 	// When the lease ends.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	// Changes with every change.
-	Etag          string `protobuf:"bytes,13,opt,name=etag,proto3" json:"etag,omitempty"`
+	Etag string `protobuf:"bytes,13,opt,name=etag,proto3" json:"etag,omitempty"`
+	// How often a cache process died and was started again on what it had stored.
+	RestartCount  int32 `protobuf:"varint,14,opt,name=restart_count,json=restartCount,proto3" json:"restart_count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Buffer) Reset() {
 	*x = Buffer{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[4]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -862,7 +1161,7 @@ func (x *Buffer) String() string {
 func (*Buffer) ProtoMessage() {}
 
 func (x *Buffer) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[4]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -875,7 +1174,7 @@ func (x *Buffer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Buffer.ProtoReflect.Descriptor instead.
 func (*Buffer) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{4}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Buffer) GetName() string {
@@ -969,6 +1268,13 @@ func (x *Buffer) GetEtag() string {
 	return ""
 }
 
+func (x *Buffer) GetRestartCount() int32 {
+	if x != nil {
+		return x.RestartCount
+	}
+	return 0
+}
+
 // Asks for a buffer.
 type CreateBufferRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -986,7 +1292,7 @@ type CreateBufferRequest struct {
 
 func (x *CreateBufferRequest) Reset() {
 	*x = CreateBufferRequest{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[5]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -998,7 +1304,7 @@ func (x *CreateBufferRequest) String() string {
 func (*CreateBufferRequest) ProtoMessage() {}
 
 func (x *CreateBufferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[5]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1011,7 +1317,7 @@ func (x *CreateBufferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateBufferRequest.ProtoReflect.Descriptor instead.
 func (*CreateBufferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{5}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *CreateBufferRequest) GetBuffer() *Buffer {
@@ -1053,7 +1359,7 @@ type GetBufferRequest struct {
 
 func (x *GetBufferRequest) Reset() {
 	*x = GetBufferRequest{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[6]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1065,7 +1371,7 @@ func (x *GetBufferRequest) String() string {
 func (*GetBufferRequest) ProtoMessage() {}
 
 func (x *GetBufferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[6]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1078,7 +1384,7 @@ func (x *GetBufferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBufferRequest.ProtoReflect.Descriptor instead.
 func (*GetBufferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{6}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *GetBufferRequest) GetName() string {
@@ -1103,7 +1409,7 @@ type ListBuffersRequest struct {
 
 func (x *ListBuffersRequest) Reset() {
 	*x = ListBuffersRequest{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[7]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1115,7 +1421,7 @@ func (x *ListBuffersRequest) String() string {
 func (*ListBuffersRequest) ProtoMessage() {}
 
 func (x *ListBuffersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[7]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1128,7 +1434,7 @@ func (x *ListBuffersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBuffersRequest.ProtoReflect.Descriptor instead.
 func (*ListBuffersRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{7}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListBuffersRequest) GetPageSize() int32 {
@@ -1165,7 +1471,7 @@ type ListBuffersResponse struct {
 
 func (x *ListBuffersResponse) Reset() {
 	*x = ListBuffersResponse{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[8]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1177,7 +1483,7 @@ func (x *ListBuffersResponse) String() string {
 func (*ListBuffersResponse) ProtoMessage() {}
 
 func (x *ListBuffersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[8]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1190,7 +1496,7 @@ func (x *ListBuffersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListBuffersResponse.ProtoReflect.Descriptor instead.
 func (*ListBuffersResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{8}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListBuffersResponse) GetBuffers() []*Buffer {
@@ -1220,7 +1526,7 @@ type WatchBufferRequest struct {
 
 func (x *WatchBufferRequest) Reset() {
 	*x = WatchBufferRequest{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[9]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1232,7 +1538,7 @@ func (x *WatchBufferRequest) String() string {
 func (*WatchBufferRequest) ProtoMessage() {}
 
 func (x *WatchBufferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[9]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1245,7 +1551,7 @@ func (x *WatchBufferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchBufferRequest.ProtoReflect.Descriptor instead.
 func (*WatchBufferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{9}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *WatchBufferRequest) GetName() string {
@@ -1273,7 +1579,7 @@ type WatchBufferResponse struct {
 
 func (x *WatchBufferResponse) Reset() {
 	*x = WatchBufferResponse{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[10]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1285,7 +1591,7 @@ func (x *WatchBufferResponse) String() string {
 func (*WatchBufferResponse) ProtoMessage() {}
 
 func (x *WatchBufferResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[10]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1298,7 +1604,7 @@ func (x *WatchBufferResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchBufferResponse.ProtoReflect.Descriptor instead.
 func (*WatchBufferResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{10}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WatchBufferResponse) GetBuffer() *Buffer {
@@ -1325,7 +1631,7 @@ type SealBufferRequest struct {
 
 func (x *SealBufferRequest) Reset() {
 	*x = SealBufferRequest{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[11]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1337,7 +1643,7 @@ func (x *SealBufferRequest) String() string {
 func (*SealBufferRequest) ProtoMessage() {}
 
 func (x *SealBufferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[11]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1350,7 +1656,7 @@ func (x *SealBufferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealBufferRequest.ProtoReflect.Descriptor instead.
 func (*SealBufferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{11}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SealBufferRequest) GetName() string {
@@ -1381,6 +1687,404 @@ func (x *SealBufferRequest) GetRequestId() string {
 	return ""
 }
 
+// Asks for a ticket.
+type IssueTicketRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `buffers/{buffer}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// What for.
+	Role          v11.LinkRole `protobuf:"varint,2,opt,name=role,proto3,enum=beamwire.stream.v1.LinkRole" json:"role,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IssueTicketRequest) Reset() {
+	*x = IssueTicketRequest{}
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IssueTicketRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IssueTicketRequest) ProtoMessage() {}
+
+func (x *IssueTicketRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IssueTicketRequest.ProtoReflect.Descriptor instead.
+func (*IssueTicketRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *IssueTicketRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *IssueTicketRequest) GetRole() v11.LinkRole {
+	if x != nil {
+		return x.Role
+	}
+	return v11.LinkRole(0)
+}
+
+// The right of one member to one role on one buffer, for some minutes. Not a resource: nobody keeps it.
+type Ticket struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What to show to the cache. A secret.
+	Ticket string `protobuf:"bytes,1,opt,name=ticket,proto3" json:"ticket,omitempty"`
+	// Until when it is good. Ask for the next one before.
+	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	// The buffer's connect string with the ticket in it. A secret too.
+	ConnectString string `protobuf:"bytes,3,opt,name=connect_string,json=connectString,proto3" json:"connect_string,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Ticket) Reset() {
+	*x = Ticket{}
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Ticket) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Ticket) ProtoMessage() {}
+
+func (x *Ticket) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Ticket.ProtoReflect.Descriptor instead.
+func (*Ticket) Descriptor() ([]byte, []int) {
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *Ticket) GetTicket() string {
+	if x != nil {
+		return x.Ticket
+	}
+	return ""
+}
+
+func (x *Ticket) GetExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpireTime
+	}
+	return nil
+}
+
+func (x *Ticket) GetConnectString() string {
+	if x != nil {
+		return x.ConnectString
+	}
+	return ""
+}
+
+// Names a member that may no longer use a buffer.
+type RevokeAccessRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `buffers/{buffer}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Its SPIFFE id.
+	Identity string `protobuf:"bytes,2,opt,name=identity,proto3" json:"identity,omitempty"`
+	// A UUID4 that makes repeating the call harmless.
+	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeAccessRequest) Reset() {
+	*x = RevokeAccessRequest{}
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeAccessRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeAccessRequest) ProtoMessage() {}
+
+func (x *RevokeAccessRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeAccessRequest.ProtoReflect.Descriptor instead.
+func (*RevokeAccessRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *RevokeAccessRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RevokeAccessRequest) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
+func (x *RevokeAccessRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// What a consumer says.
+type ConsumeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `buffers/{buffer}`, in the first request only.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Which of the buffer's shards, in the first request only.
+	Shard int32 `protobuf:"varint,2,opt,name=shard,proto3" json:"shard,omitempty"`
+	// Hello first, then acknowledgements.
+	Signal        *v11.Signal `protobuf:"bytes,3,opt,name=signal,proto3" json:"signal,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsumeRequest) Reset() {
+	*x = ConsumeRequest{}
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsumeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsumeRequest) ProtoMessage() {}
+
+func (x *ConsumeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsumeRequest.ProtoReflect.Descriptor instead.
+func (*ConsumeRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *ConsumeRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ConsumeRequest) GetShard() int32 {
+	if x != nil {
+		return x.Shard
+	}
+	return 0
+}
+
+func (x *ConsumeRequest) GetSignal() *v11.Signal {
+	if x != nil {
+		return x.Signal
+	}
+	return nil
+}
+
+// What the cache sends.
+type ConsumeResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// A signal, or bytes of a frame.
+	//
+	// Types that are valid to be assigned to Content:
+	//
+	//	*ConsumeResponse_Signal
+	//	*ConsumeResponse_Piece
+	Content       isConsumeResponse_Content `protobuf_oneof:"content"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsumeResponse) Reset() {
+	*x = ConsumeResponse{}
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsumeResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsumeResponse) ProtoMessage() {}
+
+func (x *ConsumeResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsumeResponse.ProtoReflect.Descriptor instead.
+func (*ConsumeResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *ConsumeResponse) GetContent() isConsumeResponse_Content {
+	if x != nil {
+		return x.Content
+	}
+	return nil
+}
+
+func (x *ConsumeResponse) GetSignal() *v11.Signal {
+	if x != nil {
+		if x, ok := x.Content.(*ConsumeResponse_Signal); ok {
+			return x.Signal
+		}
+	}
+	return nil
+}
+
+func (x *ConsumeResponse) GetPiece() *FramePiece {
+	if x != nil {
+		if x, ok := x.Content.(*ConsumeResponse_Piece); ok {
+			return x.Piece
+		}
+	}
+	return nil
+}
+
+type isConsumeResponse_Content interface {
+	isConsumeResponse_Content()
+}
+
+type ConsumeResponse_Signal struct {
+	// Welcome first.
+	Signal *v11.Signal `protobuf:"bytes,1,opt,name=signal,proto3,oneof"`
+}
+
+type ConsumeResponse_Piece struct {
+	// A piece of a frame.
+	Piece *FramePiece `protobuf:"bytes,2,opt,name=piece,proto3,oneof"`
+}
+
+func (*ConsumeResponse_Signal) isConsumeResponse_Content() {}
+
+func (*ConsumeResponse_Piece) isConsumeResponse_Content() {}
+
+// A piece of a frame; its pieces follow each other.
+type FramePiece struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The bytes.
+	Data []byte `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	// Bytes of the whole frame.
+	FrameSizeBytes uint64 `protobuf:"varint,2,opt,name=frame_size_bytes,json=frameSizeBytes,proto3" json:"frame_size_bytes,omitempty"`
+	// Where in the frame they begin.
+	OffsetBytes   uint64 `protobuf:"varint,3,opt,name=offset_bytes,json=offsetBytes,proto3" json:"offset_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FramePiece) Reset() {
+	*x = FramePiece{}
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FramePiece) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FramePiece) ProtoMessage() {}
+
+func (x *FramePiece) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FramePiece.ProtoReflect.Descriptor instead.
+func (*FramePiece) Descriptor() ([]byte, []int) {
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *FramePiece) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *FramePiece) GetFrameSizeBytes() uint64 {
+	if x != nil {
+		return x.FrameSizeBytes
+	}
+	return 0
+}
+
+func (x *FramePiece) GetOffsetBytes() uint64 {
+	if x != nil {
+		return x.OffsetBytes
+	}
+	return 0
+}
+
 // Names a buffer to delete.
 type DeleteBufferRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1394,7 +2098,7 @@ type DeleteBufferRequest struct {
 
 func (x *DeleteBufferRequest) Reset() {
 	*x = DeleteBufferRequest{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[12]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1406,7 +2110,7 @@ func (x *DeleteBufferRequest) String() string {
 func (*DeleteBufferRequest) ProtoMessage() {}
 
 func (x *DeleteBufferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[12]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1419,7 +2123,7 @@ func (x *DeleteBufferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteBufferRequest.ProtoReflect.Descriptor instead.
 func (*DeleteBufferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{12}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *DeleteBufferRequest) GetName() string {
@@ -1445,7 +2149,7 @@ type DeleteBufferResponse struct {
 
 func (x *DeleteBufferResponse) Reset() {
 	*x = DeleteBufferResponse{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[13]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1457,7 +2161,7 @@ func (x *DeleteBufferResponse) String() string {
 func (*DeleteBufferResponse) ProtoMessage() {}
 
 func (x *DeleteBufferResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[13]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1470,14 +2174,14 @@ func (x *DeleteBufferResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteBufferResponse.ProtoReflect.Descriptor instead.
 func (*DeleteBufferResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{13}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{20}
 }
 
 var File_beamwire_buffer_v1_buffer_service_proto protoreflect.FileDescriptor
 
 const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\n" +
-	"'beamwire/buffer/v1/buffer_service.proto\x12\x12beamwire.buffer.v1\x1a\x1fbeamwire/common/v1/access.proto\x1a beamwire/common/v1/account.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xea\x03\n" +
+	"'beamwire/buffer/v1/buffer_service.proto\x12\x12beamwire.buffer.v1\x1a\x1fbeamwire/common/v1/access.proto\x1a beamwire/common/v1/account.proto\x1a\x1dbeamwire/stream/v1/link.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\x9a\x05\n" +
 	"\n" +
 	"BufferSpec\x12+\n" +
 	"\x0ecapacity_bytes\x18\x01 \x01(\x03B\x04\xe2A\x01\x01R\rcapacityBytes\x12-\n" +
@@ -1488,7 +2192,14 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\x0eproducer_count\x18\x06 \x01(\x05B\x04\xe2A\x01\x01R\rproducerCount\x12\"\n" +
 	"\tproducers\x18\a \x03(\tB\x04\xe2A\x01\x01R\tproducers\x12\"\n" +
 	"\tconsumers\x18\b \x03(\tB\x04\xe2A\x01\x01R\tconsumers\x125\n" +
-	"\x05lease\x18\t \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\x05lease\"\xcf\x03\n" +
+	"\x05lease\x18\t \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\x05lease\x12\x1c\n" +
+	"\x06groups\x18\n" +
+	" \x03(\tB\x04\xe2A\x01\x01R\x06groups\x12@\n" +
+	"\vframe_lease\x18\v \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\n" +
+	"frameLease\x12'\n" +
+	"\fretain_bytes\x18\f \x01(\x03B\x04\xe2A\x01\x01R\vretainBytes\x12%\n" +
+	"\vshard_count\x18\r \x01(\x05B\x04\xe2A\x01\x01R\n" +
+	"shardCount\"\xcf\x03\n" +
 	"\x10ProducerCounters\x12\x1a\n" +
 	"\bproducer\x18\x01 \x01(\x05R\bproducer\x12\x1a\n" +
 	"\bidentity\x18\x02 \x01(\tR\bidentity\x12\x1c\n" +
@@ -1501,7 +2212,19 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\x10sent_event_count\x18\t \x01(\x03R\x0esentEventCount\x122\n" +
 	"\askipped\x18\n" +
 	" \x03(\v2\x18.beamwire.common.v1.LossR\askipped\x124\n" +
-	"\x16first_missing_sequence\x18\v \x01(\x03R\x14firstMissingSequence\"\x93\x02\n" +
+	"\x16first_missing_sequence\x18\v \x01(\x03R\x14firstMissingSequence\"\xd8\x03\n" +
+	"\rGroupCounters\x12\x14\n" +
+	"\x05group\x18\x01 \x01(\tR\x05group\x12\x1a\n" +
+	"\bdeclared\x18\x02 \x01(\bR\bdeclared\x12%\n" +
+	"\x0econsumer_count\x18\x03 \x01(\x05R\rconsumerCount\x128\n" +
+	"\x18acknowledged_frame_count\x18\x04 \x01(\x03R\x16acknowledgedFrameCount\x128\n" +
+	"\x18acknowledged_event_count\x18\x05 \x01(\x03R\x16acknowledgedEventCount\x12-\n" +
+	"\x12acknowledged_bytes\x18\x06 \x01(\x03R\x11acknowledgedBytes\x12.\n" +
+	"\x13pending_frame_count\x18\a \x01(\x03R\x11pendingFrameCount\x121\n" +
+	"\x15in_flight_frame_count\x18\b \x01(\x03R\x12inFlightFrameCount\x126\n" +
+	"\x17redelivered_frame_count\x18\t \x01(\x03R\x15redeliveredFrameCount\x120\n" +
+	"\x06losses\x18\n" +
+	" \x03(\v2\x18.beamwire.common.v1.LossR\x06losses\"\xb3\x03\n" +
 	"\x10ConsumerCounters\x12\x1a\n" +
 	"\bconsumer\x18\x01 \x01(\x05R\bconsumer\x12\x1a\n" +
 	"\bidentity\x18\x02 \x01(\tR\bidentity\x12\x1c\n" +
@@ -1511,7 +2234,12 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\n" +
 	"sent_bytes\x18\x06 \x01(\x03R\tsentBytes\x12\x1c\n" +
 	"\tconfirmed\x18\a \x01(\bR\tconfirmed\x12\x18\n" +
-	"\aaddress\x18\b \x01(\tR\aaddress\"\xd9\x06\n" +
+	"\aaddress\x18\b \x01(\tR\aaddress\x12\x14\n" +
+	"\x05group\x18\t \x01(\tR\x05group\x128\n" +
+	"\x18acknowledged_frame_count\x18\n" +
+	" \x01(\x03R\x16acknowledgedFrameCount\x128\n" +
+	"\x18acknowledged_event_count\x18\v \x01(\x03R\x16acknowledgedEventCount\x12\x14\n" +
+	"\x05shard\x18\f \x01(\x05R\x05shard\"\xc2\a\n" +
 	"\x0eBufferCounters\x127\n" +
 	"\tread_time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\breadTime\x120\n" +
 	"\x14received_frame_count\x18\x02 \x01(\x03R\x12receivedFrameCount\x120\n" +
@@ -1532,7 +2260,9 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\x12refused_peer_count\x18\x0e \x01(\x03R\x10refusedPeerCount\x12!\n" +
 	"\flast_refusal\x18\x0f \x01(\tR\vlastRefusal\x12D\n" +
 	"\x10first_frame_time\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\x0efirstFrameTime\x12B\n" +
-	"\x0flast_frame_time\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\rlastFrameTime\"\xd2\x06\n" +
+	"\x0flast_frame_time\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\rlastFrameTime\x129\n" +
+	"\x06groups\x18\x12 \x03(\v2!.beamwire.buffer.v1.GroupCountersR\x06groups\x12,\n" +
+	"\x04flow\x18\x13 \x01(\x0e2\x18.beamwire.buffer.v1.FlowR\x04flow\"\xfd\x06\n" +
 	"\x06Buffer\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x128\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1e.beamwire.buffer.v1.BufferSpecB\x04\xe2A\x01\x02R\x04spec\x12\x1a\n" +
@@ -1550,7 +2280,8 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"updateTime\x12A\n" +
 	"\vexpire_time\x18\f \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\n" +
 	"expireTime\x12\x18\n" +
-	"\x04etag\x18\r \x01(\tB\x04\xe2A\x01\x03R\x04etag\"z\n" +
+	"\x04etag\x18\r \x01(\tB\x04\xe2A\x01\x03R\x04etag\x12)\n" +
+	"\rrestart_count\x18\x0e \x01(\x05B\x04\xe2A\x01\x03R\frestartCount\"z\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_STARTING\x10\x01\x12\x0f\n" +
@@ -1588,7 +2319,36 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\x05cause\x18\x02 \x01(\x0e2\x1c.beamwire.common.v1.EndCauseB\x04\xe2A\x01\x02R\x05cause\x12\x1c\n" +
 	"\x06detail\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\x06detail\x12#\n" +
 	"\n" +
-	"request_id\x18\x04 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"l\n" +
+	"request_id\x18\x04 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"~\n" +
+	"\x12IssueTicketRequest\x120\n" +
+	"\x04name\x18\x01 \x01(\tB\x1c\xe2A\x01\x02\xfaA\x15\n" +
+	"\x13beamwire.org/BufferR\x04name\x126\n" +
+	"\x04role\x18\x02 \x01(\x0e2\x1c.beamwire.stream.v1.LinkRoleB\x04\xe2A\x01\x02R\x04role\"\x84\x01\n" +
+	"\x06Ticket\x12\x16\n" +
+	"\x06ticket\x18\x01 \x01(\tR\x06ticket\x12;\n" +
+	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"expireTime\x12%\n" +
+	"\x0econnect_string\x18\x03 \x01(\tR\rconnectString\"\x8e\x01\n" +
+	"\x13RevokeAccessRequest\x120\n" +
+	"\x04name\x18\x01 \x01(\tB\x1c\xe2A\x01\x02\xfaA\x15\n" +
+	"\x13beamwire.org/BufferR\x04name\x12 \n" +
+	"\bidentity\x18\x02 \x01(\tB\x04\xe2A\x01\x02R\bidentity\x12#\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"\x98\x01\n" +
+	"\x0eConsumeRequest\x120\n" +
+	"\x04name\x18\x01 \x01(\tB\x1c\xe2A\x01\x01\xfaA\x15\n" +
+	"\x13beamwire.org/BufferR\x04name\x12\x1a\n" +
+	"\x05shard\x18\x02 \x01(\x05B\x04\xe2A\x01\x01R\x05shard\x128\n" +
+	"\x06signal\x18\x03 \x01(\v2\x1a.beamwire.stream.v1.SignalB\x04\xe2A\x01\x02R\x06signal\"\x8a\x01\n" +
+	"\x0fConsumeResponse\x124\n" +
+	"\x06signal\x18\x01 \x01(\v2\x1a.beamwire.stream.v1.SignalH\x00R\x06signal\x126\n" +
+	"\x05piece\x18\x02 \x01(\v2\x1e.beamwire.buffer.v1.FramePieceH\x00R\x05pieceB\t\n" +
+	"\acontent\"m\n" +
+	"\n" +
+	"FramePiece\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\x12(\n" +
+	"\x10frame_size_bytes\x18\x02 \x01(\x04R\x0eframeSizeBytes\x12!\n" +
+	"\foffset_bytes\x18\x03 \x01(\x04R\voffsetBytes\"l\n" +
 	"\x13DeleteBufferRequest\x120\n" +
 	"\x04name\x18\x01 \x01(\tB\x1c\xe2A\x01\x02\xfaA\x15\n" +
 	"\x13beamwire.org/BufferR\x04name\x12#\n" +
@@ -1604,11 +2364,19 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\x15OVERFLOW_POLICY_BLOCK\x10\x01\x12\x1f\n" +
 	"\x1bOVERFLOW_POLICY_DROP_OLDEST\x10\x02\x12\x1f\n" +
 	"\x1bOVERFLOW_POLICY_DROP_NEWEST\x10\x03\x12\x19\n" +
-	"\x15OVERFLOW_POLICY_SPILL\x10\x04*P\n" +
+	"\x15OVERFLOW_POLICY_SPILL\x10\x04*c\n" +
 	"\tTransport\x12\x19\n" +
 	"\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11TRANSPORT_TLS_TCP\x10\x01\x12\x11\n" +
-	"\rTRANSPORT_TCP\x10\x022\xac\x05\n" +
+	"\rTRANSPORT_TCP\x10\x02\x12\x11\n" +
+	"\rTRANSPORT_IPC\x10\x03*y\n" +
+	"\x04Flow\x12\x14\n" +
+	"\x10FLOW_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fFLOW_FLOWING\x10\x01\x12\x14\n" +
+	"\x10FLOW_NO_PRODUCER\x10\x02\x12\x12\n" +
+	"\x0eFLOW_NO_READER\x10\x03\x12\r\n" +
+	"\tFLOW_FULL\x10\x04\x12\x10\n" +
+	"\fFLOW_STARVED\x10\x052\xed\a\n" +
 	"\rBufferService\x12s\n" +
 	"\fCreateBuffer\x12'.beamwire.buffer.v1.CreateBufferRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x1e\xdaA\x10buffer,buffer_id\xaa\xcf\x18\a\n" +
 	"\x03\x01\x02\x05\x10\x01\x12a\n" +
@@ -1621,7 +2389,14 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\n" +
 	"SealBuffer\x12%.beamwire.buffer.v1.SealBufferRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x18\xdaA\n" +
 	"name,cause\xaa\xcf\x18\a\n" +
-	"\x03\x01\x02\x05\x10\x01\x12u\n" +
+	"\x03\x01\x02\x05\x10\x01\x12i\n" +
+	"\vIssueTicket\x12&.beamwire.buffer.v1.IssueTicketRequest\x1a\x1a.beamwire.buffer.v1.Ticket\"\x16\xdaA\tname,role\xaa\xcf\x18\x06\n" +
+	"\x04\x01\x03\x02\x05\x12p\n" +
+	"\fRevokeAccess\x12'.beamwire.buffer.v1.RevokeAccessRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x1b\xdaA\rname,identity\xaa\xcf\x18\a\n" +
+	"\x03\x01\x02\x05\x10\x01\x12b\n" +
+	"\aConsume\x12\".beamwire.buffer.v1.ConsumeRequest\x1a#.beamwire.buffer.v1.ConsumeResponse\"\n" +
+	"\xaa\xcf\x18\x06\n" +
+	"\x04\x01\x03\x02\x05(\x010\x01\x12u\n" +
 	"\fDeleteBuffer\x12'.beamwire.buffer.v1.DeleteBufferRequest\x1a(.beamwire.buffer.v1.DeleteBufferResponse\"\x12\xdaA\x04name\xaa\xcf\x18\a\n" +
 	"\x03\x01\x02\x05\x10\x01B[\n" +
 	"\x16org.beamwire.buffer.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/buffer/v1;bufferv1b\x06proto3"
@@ -1638,74 +2413,99 @@ func file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP() []byte {
 	return file_beamwire_buffer_v1_buffer_service_proto_rawDescData
 }
 
-var file_beamwire_buffer_v1_buffer_service_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
-var file_beamwire_buffer_v1_buffer_service_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_beamwire_buffer_v1_buffer_service_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_beamwire_buffer_v1_buffer_service_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_beamwire_buffer_v1_buffer_service_proto_goTypes = []any{
 	(Delivery)(0),                 // 0: beamwire.buffer.v1.Delivery
 	(OverflowPolicy)(0),           // 1: beamwire.buffer.v1.OverflowPolicy
 	(Transport)(0),                // 2: beamwire.buffer.v1.Transport
-	(Buffer_State)(0),             // 3: beamwire.buffer.v1.Buffer.State
-	(*BufferSpec)(nil),            // 4: beamwire.buffer.v1.BufferSpec
-	(*ProducerCounters)(nil),      // 5: beamwire.buffer.v1.ProducerCounters
-	(*ConsumerCounters)(nil),      // 6: beamwire.buffer.v1.ConsumerCounters
-	(*BufferCounters)(nil),        // 7: beamwire.buffer.v1.BufferCounters
-	(*Buffer)(nil),                // 8: beamwire.buffer.v1.Buffer
-	(*CreateBufferRequest)(nil),   // 9: beamwire.buffer.v1.CreateBufferRequest
-	(*GetBufferRequest)(nil),      // 10: beamwire.buffer.v1.GetBufferRequest
-	(*ListBuffersRequest)(nil),    // 11: beamwire.buffer.v1.ListBuffersRequest
-	(*ListBuffersResponse)(nil),   // 12: beamwire.buffer.v1.ListBuffersResponse
-	(*WatchBufferRequest)(nil),    // 13: beamwire.buffer.v1.WatchBufferRequest
-	(*WatchBufferResponse)(nil),   // 14: beamwire.buffer.v1.WatchBufferResponse
-	(*SealBufferRequest)(nil),     // 15: beamwire.buffer.v1.SealBufferRequest
-	(*DeleteBufferRequest)(nil),   // 16: beamwire.buffer.v1.DeleteBufferRequest
-	(*DeleteBufferResponse)(nil),  // 17: beamwire.buffer.v1.DeleteBufferResponse
-	(*durationpb.Duration)(nil),   // 18: google.protobuf.Duration
-	(*v1.Loss)(nil),               // 19: beamwire.common.v1.Loss
-	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
-	(v1.EndCause)(0),              // 21: beamwire.common.v1.EndCause
-	(*status.Status)(nil),         // 22: google.rpc.Status
+	(Flow)(0),                     // 3: beamwire.buffer.v1.Flow
+	(Buffer_State)(0),             // 4: beamwire.buffer.v1.Buffer.State
+	(*BufferSpec)(nil),            // 5: beamwire.buffer.v1.BufferSpec
+	(*ProducerCounters)(nil),      // 6: beamwire.buffer.v1.ProducerCounters
+	(*GroupCounters)(nil),         // 7: beamwire.buffer.v1.GroupCounters
+	(*ConsumerCounters)(nil),      // 8: beamwire.buffer.v1.ConsumerCounters
+	(*BufferCounters)(nil),        // 9: beamwire.buffer.v1.BufferCounters
+	(*Buffer)(nil),                // 10: beamwire.buffer.v1.Buffer
+	(*CreateBufferRequest)(nil),   // 11: beamwire.buffer.v1.CreateBufferRequest
+	(*GetBufferRequest)(nil),      // 12: beamwire.buffer.v1.GetBufferRequest
+	(*ListBuffersRequest)(nil),    // 13: beamwire.buffer.v1.ListBuffersRequest
+	(*ListBuffersResponse)(nil),   // 14: beamwire.buffer.v1.ListBuffersResponse
+	(*WatchBufferRequest)(nil),    // 15: beamwire.buffer.v1.WatchBufferRequest
+	(*WatchBufferResponse)(nil),   // 16: beamwire.buffer.v1.WatchBufferResponse
+	(*SealBufferRequest)(nil),     // 17: beamwire.buffer.v1.SealBufferRequest
+	(*IssueTicketRequest)(nil),    // 18: beamwire.buffer.v1.IssueTicketRequest
+	(*Ticket)(nil),                // 19: beamwire.buffer.v1.Ticket
+	(*RevokeAccessRequest)(nil),   // 20: beamwire.buffer.v1.RevokeAccessRequest
+	(*ConsumeRequest)(nil),        // 21: beamwire.buffer.v1.ConsumeRequest
+	(*ConsumeResponse)(nil),       // 22: beamwire.buffer.v1.ConsumeResponse
+	(*FramePiece)(nil),            // 23: beamwire.buffer.v1.FramePiece
+	(*DeleteBufferRequest)(nil),   // 24: beamwire.buffer.v1.DeleteBufferRequest
+	(*DeleteBufferResponse)(nil),  // 25: beamwire.buffer.v1.DeleteBufferResponse
+	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
+	(*v1.Loss)(nil),               // 27: beamwire.common.v1.Loss
+	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
+	(v1.EndCause)(0),              // 29: beamwire.common.v1.EndCause
+	(*status.Status)(nil),         // 30: google.rpc.Status
+	(v11.LinkRole)(0),             // 31: beamwire.stream.v1.LinkRole
+	(*v11.Signal)(nil),            // 32: beamwire.stream.v1.Signal
 }
 var file_beamwire_buffer_v1_buffer_service_proto_depIdxs = []int32{
 	1,  // 0: beamwire.buffer.v1.BufferSpec.overflow_policy:type_name -> beamwire.buffer.v1.OverflowPolicy
 	0,  // 1: beamwire.buffer.v1.BufferSpec.delivery:type_name -> beamwire.buffer.v1.Delivery
 	2,  // 2: beamwire.buffer.v1.BufferSpec.transport:type_name -> beamwire.buffer.v1.Transport
-	18, // 3: beamwire.buffer.v1.BufferSpec.lease:type_name -> google.protobuf.Duration
-	19, // 4: beamwire.buffer.v1.ProducerCounters.skipped:type_name -> beamwire.common.v1.Loss
-	20, // 5: beamwire.buffer.v1.BufferCounters.read_time:type_name -> google.protobuf.Timestamp
-	19, // 6: beamwire.buffer.v1.BufferCounters.losses:type_name -> beamwire.common.v1.Loss
-	5,  // 7: beamwire.buffer.v1.BufferCounters.producers:type_name -> beamwire.buffer.v1.ProducerCounters
-	6,  // 8: beamwire.buffer.v1.BufferCounters.consumers:type_name -> beamwire.buffer.v1.ConsumerCounters
-	20, // 9: beamwire.buffer.v1.BufferCounters.first_frame_time:type_name -> google.protobuf.Timestamp
-	20, // 10: beamwire.buffer.v1.BufferCounters.last_frame_time:type_name -> google.protobuf.Timestamp
-	4,  // 11: beamwire.buffer.v1.Buffer.spec:type_name -> beamwire.buffer.v1.BufferSpec
-	3,  // 12: beamwire.buffer.v1.Buffer.state:type_name -> beamwire.buffer.v1.Buffer.State
-	7,  // 13: beamwire.buffer.v1.Buffer.counters:type_name -> beamwire.buffer.v1.BufferCounters
-	21, // 14: beamwire.buffer.v1.Buffer.end_cause:type_name -> beamwire.common.v1.EndCause
-	22, // 15: beamwire.buffer.v1.Buffer.error:type_name -> google.rpc.Status
-	20, // 16: beamwire.buffer.v1.Buffer.create_time:type_name -> google.protobuf.Timestamp
-	20, // 17: beamwire.buffer.v1.Buffer.update_time:type_name -> google.protobuf.Timestamp
-	20, // 18: beamwire.buffer.v1.Buffer.expire_time:type_name -> google.protobuf.Timestamp
-	8,  // 19: beamwire.buffer.v1.CreateBufferRequest.buffer:type_name -> beamwire.buffer.v1.Buffer
-	8,  // 20: beamwire.buffer.v1.ListBuffersResponse.buffers:type_name -> beamwire.buffer.v1.Buffer
-	8,  // 21: beamwire.buffer.v1.WatchBufferResponse.buffer:type_name -> beamwire.buffer.v1.Buffer
-	21, // 22: beamwire.buffer.v1.SealBufferRequest.cause:type_name -> beamwire.common.v1.EndCause
-	9,  // 23: beamwire.buffer.v1.BufferService.CreateBuffer:input_type -> beamwire.buffer.v1.CreateBufferRequest
-	10, // 24: beamwire.buffer.v1.BufferService.GetBuffer:input_type -> beamwire.buffer.v1.GetBufferRequest
-	11, // 25: beamwire.buffer.v1.BufferService.ListBuffers:input_type -> beamwire.buffer.v1.ListBuffersRequest
-	13, // 26: beamwire.buffer.v1.BufferService.WatchBuffer:input_type -> beamwire.buffer.v1.WatchBufferRequest
-	15, // 27: beamwire.buffer.v1.BufferService.SealBuffer:input_type -> beamwire.buffer.v1.SealBufferRequest
-	16, // 28: beamwire.buffer.v1.BufferService.DeleteBuffer:input_type -> beamwire.buffer.v1.DeleteBufferRequest
-	8,  // 29: beamwire.buffer.v1.BufferService.CreateBuffer:output_type -> beamwire.buffer.v1.Buffer
-	8,  // 30: beamwire.buffer.v1.BufferService.GetBuffer:output_type -> beamwire.buffer.v1.Buffer
-	12, // 31: beamwire.buffer.v1.BufferService.ListBuffers:output_type -> beamwire.buffer.v1.ListBuffersResponse
-	14, // 32: beamwire.buffer.v1.BufferService.WatchBuffer:output_type -> beamwire.buffer.v1.WatchBufferResponse
-	8,  // 33: beamwire.buffer.v1.BufferService.SealBuffer:output_type -> beamwire.buffer.v1.Buffer
-	17, // 34: beamwire.buffer.v1.BufferService.DeleteBuffer:output_type -> beamwire.buffer.v1.DeleteBufferResponse
-	29, // [29:35] is the sub-list for method output_type
-	23, // [23:29] is the sub-list for method input_type
-	23, // [23:23] is the sub-list for extension type_name
-	23, // [23:23] is the sub-list for extension extendee
-	0,  // [0:23] is the sub-list for field type_name
+	26, // 3: beamwire.buffer.v1.BufferSpec.lease:type_name -> google.protobuf.Duration
+	26, // 4: beamwire.buffer.v1.BufferSpec.frame_lease:type_name -> google.protobuf.Duration
+	27, // 5: beamwire.buffer.v1.ProducerCounters.skipped:type_name -> beamwire.common.v1.Loss
+	27, // 6: beamwire.buffer.v1.GroupCounters.losses:type_name -> beamwire.common.v1.Loss
+	28, // 7: beamwire.buffer.v1.BufferCounters.read_time:type_name -> google.protobuf.Timestamp
+	27, // 8: beamwire.buffer.v1.BufferCounters.losses:type_name -> beamwire.common.v1.Loss
+	6,  // 9: beamwire.buffer.v1.BufferCounters.producers:type_name -> beamwire.buffer.v1.ProducerCounters
+	8,  // 10: beamwire.buffer.v1.BufferCounters.consumers:type_name -> beamwire.buffer.v1.ConsumerCounters
+	28, // 11: beamwire.buffer.v1.BufferCounters.first_frame_time:type_name -> google.protobuf.Timestamp
+	28, // 12: beamwire.buffer.v1.BufferCounters.last_frame_time:type_name -> google.protobuf.Timestamp
+	7,  // 13: beamwire.buffer.v1.BufferCounters.groups:type_name -> beamwire.buffer.v1.GroupCounters
+	3,  // 14: beamwire.buffer.v1.BufferCounters.flow:type_name -> beamwire.buffer.v1.Flow
+	5,  // 15: beamwire.buffer.v1.Buffer.spec:type_name -> beamwire.buffer.v1.BufferSpec
+	4,  // 16: beamwire.buffer.v1.Buffer.state:type_name -> beamwire.buffer.v1.Buffer.State
+	9,  // 17: beamwire.buffer.v1.Buffer.counters:type_name -> beamwire.buffer.v1.BufferCounters
+	29, // 18: beamwire.buffer.v1.Buffer.end_cause:type_name -> beamwire.common.v1.EndCause
+	30, // 19: beamwire.buffer.v1.Buffer.error:type_name -> google.rpc.Status
+	28, // 20: beamwire.buffer.v1.Buffer.create_time:type_name -> google.protobuf.Timestamp
+	28, // 21: beamwire.buffer.v1.Buffer.update_time:type_name -> google.protobuf.Timestamp
+	28, // 22: beamwire.buffer.v1.Buffer.expire_time:type_name -> google.protobuf.Timestamp
+	10, // 23: beamwire.buffer.v1.CreateBufferRequest.buffer:type_name -> beamwire.buffer.v1.Buffer
+	10, // 24: beamwire.buffer.v1.ListBuffersResponse.buffers:type_name -> beamwire.buffer.v1.Buffer
+	10, // 25: beamwire.buffer.v1.WatchBufferResponse.buffer:type_name -> beamwire.buffer.v1.Buffer
+	29, // 26: beamwire.buffer.v1.SealBufferRequest.cause:type_name -> beamwire.common.v1.EndCause
+	31, // 27: beamwire.buffer.v1.IssueTicketRequest.role:type_name -> beamwire.stream.v1.LinkRole
+	28, // 28: beamwire.buffer.v1.Ticket.expire_time:type_name -> google.protobuf.Timestamp
+	32, // 29: beamwire.buffer.v1.ConsumeRequest.signal:type_name -> beamwire.stream.v1.Signal
+	32, // 30: beamwire.buffer.v1.ConsumeResponse.signal:type_name -> beamwire.stream.v1.Signal
+	23, // 31: beamwire.buffer.v1.ConsumeResponse.piece:type_name -> beamwire.buffer.v1.FramePiece
+	11, // 32: beamwire.buffer.v1.BufferService.CreateBuffer:input_type -> beamwire.buffer.v1.CreateBufferRequest
+	12, // 33: beamwire.buffer.v1.BufferService.GetBuffer:input_type -> beamwire.buffer.v1.GetBufferRequest
+	13, // 34: beamwire.buffer.v1.BufferService.ListBuffers:input_type -> beamwire.buffer.v1.ListBuffersRequest
+	15, // 35: beamwire.buffer.v1.BufferService.WatchBuffer:input_type -> beamwire.buffer.v1.WatchBufferRequest
+	17, // 36: beamwire.buffer.v1.BufferService.SealBuffer:input_type -> beamwire.buffer.v1.SealBufferRequest
+	18, // 37: beamwire.buffer.v1.BufferService.IssueTicket:input_type -> beamwire.buffer.v1.IssueTicketRequest
+	20, // 38: beamwire.buffer.v1.BufferService.RevokeAccess:input_type -> beamwire.buffer.v1.RevokeAccessRequest
+	21, // 39: beamwire.buffer.v1.BufferService.Consume:input_type -> beamwire.buffer.v1.ConsumeRequest
+	24, // 40: beamwire.buffer.v1.BufferService.DeleteBuffer:input_type -> beamwire.buffer.v1.DeleteBufferRequest
+	10, // 41: beamwire.buffer.v1.BufferService.CreateBuffer:output_type -> beamwire.buffer.v1.Buffer
+	10, // 42: beamwire.buffer.v1.BufferService.GetBuffer:output_type -> beamwire.buffer.v1.Buffer
+	14, // 43: beamwire.buffer.v1.BufferService.ListBuffers:output_type -> beamwire.buffer.v1.ListBuffersResponse
+	16, // 44: beamwire.buffer.v1.BufferService.WatchBuffer:output_type -> beamwire.buffer.v1.WatchBufferResponse
+	10, // 45: beamwire.buffer.v1.BufferService.SealBuffer:output_type -> beamwire.buffer.v1.Buffer
+	19, // 46: beamwire.buffer.v1.BufferService.IssueTicket:output_type -> beamwire.buffer.v1.Ticket
+	10, // 47: beamwire.buffer.v1.BufferService.RevokeAccess:output_type -> beamwire.buffer.v1.Buffer
+	22, // 48: beamwire.buffer.v1.BufferService.Consume:output_type -> beamwire.buffer.v1.ConsumeResponse
+	25, // 49: beamwire.buffer.v1.BufferService.DeleteBuffer:output_type -> beamwire.buffer.v1.DeleteBufferResponse
+	41, // [41:50] is the sub-list for method output_type
+	32, // [32:41] is the sub-list for method input_type
+	32, // [32:32] is the sub-list for extension type_name
+	32, // [32:32] is the sub-list for extension extendee
+	0,  // [0:32] is the sub-list for field type_name
 }
 
 func init() { file_beamwire_buffer_v1_buffer_service_proto_init() }
@@ -1713,13 +2513,17 @@ func file_beamwire_buffer_v1_buffer_service_proto_init() {
 	if File_beamwire_buffer_v1_buffer_service_proto != nil {
 		return
 	}
+	file_beamwire_buffer_v1_buffer_service_proto_msgTypes[17].OneofWrappers = []any{
+		(*ConsumeResponse_Signal)(nil),
+		(*ConsumeResponse_Piece)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_beamwire_buffer_v1_buffer_service_proto_rawDesc), len(file_beamwire_buffer_v1_buffer_service_proto_rawDesc)),
-			NumEnums:      4,
-			NumMessages:   14,
+			NumEnums:      5,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -14,6 +14,8 @@ const BufferServiceConfig = `{
         {"service": "beamwire.buffer.v1.BufferService", "method": "ListBuffers"},
         {"service": "beamwire.buffer.v1.BufferService", "method": "WatchBuffer"},
         {"service": "beamwire.buffer.v1.BufferService", "method": "SealBuffer"},
+        {"service": "beamwire.buffer.v1.BufferService", "method": "IssueTicket"},
+        {"service": "beamwire.buffer.v1.BufferService", "method": "RevokeAccess"},
         {"service": "beamwire.buffer.v1.BufferService", "method": "DeleteBuffer"}
       ],
       "retryPolicy": {

@@ -26,6 +26,9 @@ const (
 	BufferService_ListBuffers_FullMethodName  = "/beamwire.buffer.v1.BufferService/ListBuffers"
 	BufferService_WatchBuffer_FullMethodName  = "/beamwire.buffer.v1.BufferService/WatchBuffer"
 	BufferService_SealBuffer_FullMethodName   = "/beamwire.buffer.v1.BufferService/SealBuffer"
+	BufferService_IssueTicket_FullMethodName  = "/beamwire.buffer.v1.BufferService/IssueTicket"
+	BufferService_RevokeAccess_FullMethodName = "/beamwire.buffer.v1.BufferService/RevokeAccess"
+	BufferService_Consume_FullMethodName      = "/beamwire.buffer.v1.BufferService/Consume"
 	BufferService_DeleteBuffer_FullMethodName = "/beamwire.buffer.v1.BufferService/DeleteBuffer"
 )
 
@@ -34,8 +37,9 @@ const (
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
 // Makes, watches and ends the caches that bulk events flow through. The events
-// themselves never pass here: producers and consumers dial the cache, at the
-// address in `Buffer.connect_string`.
+// themselves do not pass here: producers and consumers dial the cache, at the
+// address in `Buffer.connect_string`. Only who can reach no other port may
+// have them from `Consume`.
 type BufferServiceClient interface {
 	// Starts a cache. The answer comes at once, in state STARTING; watch the buffer until it is
 	// READY. Users own what they create; a service may create for an owner that it names.
@@ -51,6 +55,17 @@ type BufferServiceClient interface {
 	// cause is DONE, and dropped and counted otherwise; then each consumer gets END with the cause.
 	// Sealing a sealed buffer changes nothing. Owner, services, operators.
 	SealBuffer(ctx context.Context, in *SealBufferRequest, opts ...grpc.CallOption) (*Buffer, error)
+	// Gives the caller the right to produce or to consume for some minutes, bound to the certificate
+	// of this call. Members that the buffer's specification names for that role.
+	IssueTicket(ctx context.Context, in *IssueTicketRequest, opts ...grpc.CallOption) (*Ticket, error)
+	// Takes a member's right to use the buffer: its tickets are void, its connections are cut within a
+	// second, and it is let in no more. Owner, services, operators.
+	RevokeAccess(ctx context.Context, in *RevokeAccessRequest, opts ...grpc.CallOption) (*Buffer, error)
+	// Consumes through this service, for members that can reach no other port: the acknowledged
+	// protocol of docs/link.md with its signals as messages, and frames in pieces. The first request
+	// names the buffer and says Hello, without a ticket. Ends OK after END was acknowledged. Members
+	// that the buffer's specification names as consumers.
+	Consume(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ConsumeRequest, ConsumeResponse], error)
 	// Stops the cache if it runs, and forgets the buffer. Frames still in it are lost.
 	// Owner, services, operators.
 	DeleteBuffer(ctx context.Context, in *DeleteBufferRequest, opts ...grpc.CallOption) (*DeleteBufferResponse, error)
@@ -123,6 +138,39 @@ func (c *bufferServiceClient) SealBuffer(ctx context.Context, in *SealBufferRequ
 	return out, nil
 }
 
+func (c *bufferServiceClient) IssueTicket(ctx context.Context, in *IssueTicketRequest, opts ...grpc.CallOption) (*Ticket, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Ticket)
+	err := c.cc.Invoke(ctx, BufferService_IssueTicket_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *bufferServiceClient) RevokeAccess(ctx context.Context, in *RevokeAccessRequest, opts ...grpc.CallOption) (*Buffer, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Buffer)
+	err := c.cc.Invoke(ctx, BufferService_RevokeAccess_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *bufferServiceClient) Consume(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ConsumeRequest, ConsumeResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &BufferService_ServiceDesc.Streams[1], BufferService_Consume_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ConsumeRequest, ConsumeResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type BufferService_ConsumeClient = grpc.BidiStreamingClient[ConsumeRequest, ConsumeResponse]
+
 func (c *bufferServiceClient) DeleteBuffer(ctx context.Context, in *DeleteBufferRequest, opts ...grpc.CallOption) (*DeleteBufferResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DeleteBufferResponse)
@@ -138,8 +186,9 @@ func (c *bufferServiceClient) DeleteBuffer(ctx context.Context, in *DeleteBuffer
 // for forward compatibility.
 //
 // Makes, watches and ends the caches that bulk events flow through. The events
-// themselves never pass here: producers and consumers dial the cache, at the
-// address in `Buffer.connect_string`.
+// themselves do not pass here: producers and consumers dial the cache, at the
+// address in `Buffer.connect_string`. Only who can reach no other port may
+// have them from `Consume`.
 type BufferServiceServer interface {
 	// Starts a cache. The answer comes at once, in state STARTING; watch the buffer until it is
 	// READY. Users own what they create; a service may create for an owner that it names.
@@ -155,6 +204,17 @@ type BufferServiceServer interface {
 	// cause is DONE, and dropped and counted otherwise; then each consumer gets END with the cause.
 	// Sealing a sealed buffer changes nothing. Owner, services, operators.
 	SealBuffer(context.Context, *SealBufferRequest) (*Buffer, error)
+	// Gives the caller the right to produce or to consume for some minutes, bound to the certificate
+	// of this call. Members that the buffer's specification names for that role.
+	IssueTicket(context.Context, *IssueTicketRequest) (*Ticket, error)
+	// Takes a member's right to use the buffer: its tickets are void, its connections are cut within a
+	// second, and it is let in no more. Owner, services, operators.
+	RevokeAccess(context.Context, *RevokeAccessRequest) (*Buffer, error)
+	// Consumes through this service, for members that can reach no other port: the acknowledged
+	// protocol of docs/link.md with its signals as messages, and frames in pieces. The first request
+	// names the buffer and says Hello, without a ticket. Ends OK after END was acknowledged. Members
+	// that the buffer's specification names as consumers.
+	Consume(grpc.BidiStreamingServer[ConsumeRequest, ConsumeResponse]) error
 	// Stops the cache if it runs, and forgets the buffer. Frames still in it are lost.
 	// Owner, services, operators.
 	DeleteBuffer(context.Context, *DeleteBufferRequest) (*DeleteBufferResponse, error)
@@ -182,6 +242,15 @@ func (UnimplementedBufferServiceServer) WatchBuffer(*WatchBufferRequest, grpc.Se
 }
 func (UnimplementedBufferServiceServer) SealBuffer(context.Context, *SealBufferRequest) (*Buffer, error) {
 	return nil, status.Error(codes.Unimplemented, "method SealBuffer not implemented")
+}
+func (UnimplementedBufferServiceServer) IssueTicket(context.Context, *IssueTicketRequest) (*Ticket, error) {
+	return nil, status.Error(codes.Unimplemented, "method IssueTicket not implemented")
+}
+func (UnimplementedBufferServiceServer) RevokeAccess(context.Context, *RevokeAccessRequest) (*Buffer, error) {
+	return nil, status.Error(codes.Unimplemented, "method RevokeAccess not implemented")
+}
+func (UnimplementedBufferServiceServer) Consume(grpc.BidiStreamingServer[ConsumeRequest, ConsumeResponse]) error {
+	return status.Error(codes.Unimplemented, "method Consume not implemented")
 }
 func (UnimplementedBufferServiceServer) DeleteBuffer(context.Context, *DeleteBufferRequest) (*DeleteBufferResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteBuffer not implemented")
@@ -290,6 +359,49 @@ func _BufferService_SealBuffer_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _BufferService_IssueTicket_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IssueTicketRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(BufferServiceServer).IssueTicket(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: BufferService_IssueTicket_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(BufferServiceServer).IssueTicket(ctx, req.(*IssueTicketRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _BufferService_RevokeAccess_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeAccessRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(BufferServiceServer).RevokeAccess(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: BufferService_RevokeAccess_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(BufferServiceServer).RevokeAccess(ctx, req.(*RevokeAccessRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _BufferService_Consume_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(BufferServiceServer).Consume(&grpc.GenericServerStream[ConsumeRequest, ConsumeResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type BufferService_ConsumeServer = grpc.BidiStreamingServer[ConsumeRequest, ConsumeResponse]
+
 func _BufferService_DeleteBuffer_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DeleteBufferRequest)
 	if err := dec(in); err != nil {
@@ -332,6 +444,14 @@ var BufferService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _BufferService_SealBuffer_Handler,
 		},
 		{
+			MethodName: "IssueTicket",
+			Handler:    _BufferService_IssueTicket_Handler,
+		},
+		{
+			MethodName: "RevokeAccess",
+			Handler:    _BufferService_RevokeAccess_Handler,
+		},
+		{
 			MethodName: "DeleteBuffer",
 			Handler:    _BufferService_DeleteBuffer_Handler,
 		},
@@ -341,6 +461,12 @@ var BufferService_ServiceDesc = grpc.ServiceDesc{
 			StreamName:    "WatchBuffer",
 			Handler:       _BufferService_WatchBuffer_Handler,
 			ServerStreams: true,
+		},
+		{
+			StreamName:    "Consume",
+			Handler:       _BufferService_Consume_Handler,
+			ServerStreams: true,
+			ClientStreams: true,
 		},
 	},
 	Metadata: "beamwire/buffer/v1/buffer_service.proto",

@@ -46,21 +46,24 @@ const (
 	LossCause_LOSS_CAUSE_CACHE_FAILED LossCause = 8
 	// The producer failed before it had read the event.
 	LossCause_LOSS_CAUSE_NOT_READ LossCause = 9
+	// A group that the buffer was not made for read too slowly, and the frame had to make room.
+	LossCause_LOSS_CAUSE_EVICTED LossCause = 10
 )
 
 // Enum value maps for LossCause.
 var (
 	LossCause_name = map[int32]string{
-		0: "LOSS_CAUSE_UNSPECIFIED",
-		1: "LOSS_CAUSE_INCOMPLETE",
-		2: "LOSS_CAUSE_VETOED",
-		3: "LOSS_CAUSE_PRODUCER_CONNECTION",
-		4: "LOSS_CAUSE_CONSUMER_CONNECTION",
-		5: "LOSS_CAUSE_UNDELIVERED",
-		6: "LOSS_CAUSE_OVERFLOW",
-		7: "LOSS_CAUSE_CORRUPT",
-		8: "LOSS_CAUSE_CACHE_FAILED",
-		9: "LOSS_CAUSE_NOT_READ",
+		0:  "LOSS_CAUSE_UNSPECIFIED",
+		1:  "LOSS_CAUSE_INCOMPLETE",
+		2:  "LOSS_CAUSE_VETOED",
+		3:  "LOSS_CAUSE_PRODUCER_CONNECTION",
+		4:  "LOSS_CAUSE_CONSUMER_CONNECTION",
+		5:  "LOSS_CAUSE_UNDELIVERED",
+		6:  "LOSS_CAUSE_OVERFLOW",
+		7:  "LOSS_CAUSE_CORRUPT",
+		8:  "LOSS_CAUSE_CACHE_FAILED",
+		9:  "LOSS_CAUSE_NOT_READ",
+		10: "LOSS_CAUSE_EVICTED",
 	}
 	LossCause_value = map[string]int32{
 		"LOSS_CAUSE_UNSPECIFIED":         0,
@@ -73,6 +76,7 @@ var (
 		"LOSS_CAUSE_CORRUPT":             7,
 		"LOSS_CAUSE_CACHE_FAILED":        8,
 		"LOSS_CAUSE_NOT_READ":            9,
+		"LOSS_CAUSE_EVICTED":             10,
 	}
 )
 
@@ -232,7 +236,7 @@ const file_beamwire_common_v1_account_proto_rawDesc = "" +
 	"\x04Loss\x123\n" +
 	"\x05cause\x18\x01 \x01(\x0e2\x1d.beamwire.common.v1.LossCauseR\x05cause\x12\x1f\n" +
 	"\vevent_count\x18\x02 \x01(\x03R\n" +
-	"eventCount*\xa4\x02\n" +
+	"eventCount*\xbc\x02\n" +
 	"\tLossCause\x12\x1a\n" +
 	"\x16LOSS_CAUSE_UNSPECIFIED\x10\x00\x12\x19\n" +
 	"\x15LOSS_CAUSE_INCOMPLETE\x10\x01\x12\x15\n" +
@@ -243,7 +247,9 @@ const file_beamwire_common_v1_account_proto_rawDesc = "" +
 	"\x13LOSS_CAUSE_OVERFLOW\x10\x06\x12\x16\n" +
 	"\x12LOSS_CAUSE_CORRUPT\x10\a\x12\x1b\n" +
 	"\x17LOSS_CAUSE_CACHE_FAILED\x10\b\x12\x17\n" +
-	"\x13LOSS_CAUSE_NOT_READ\x10\t*\x98\x01\n" +
+	"\x13LOSS_CAUSE_NOT_READ\x10\t\x12\x16\n" +
+	"\x12LOSS_CAUSE_EVICTED\x10\n" +
+	"*\x98\x01\n" +
 	"\bEndCause\x12\x19\n" +
 	"\x15END_CAUSE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eEND_CAUSE_DONE\x10\x01\x12\x14\n" +

@@ -59,6 +59,10 @@ const (
 	ErrorReason_ERROR_REASON_NOT_OWNER ErrorReason = 33
 	// PERMISSION_DENIED: the method declares nobody who may call it.
 	ErrorReason_ERROR_REASON_ACCESS_UNDECLARED ErrorReason = 34
+	// PERMISSION_DENIED: a ticket is missing, malformed, or made for somebody or something else.
+	ErrorReason_ERROR_REASON_TICKET_INVALID ErrorReason = 35
+	// PERMISSION_DENIED: a ticket was good and is no longer.
+	ErrorReason_ERROR_REASON_TICKET_EXPIRED ErrorReason = 36
 	// RESOURCE_EXHAUSTED: a limit was reached; QuotaFailure says which.
 	ErrorReason_ERROR_REASON_LIMIT_REACHED ErrorReason = 40
 	// UNAVAILABLE: another service cannot be reached.
@@ -110,6 +114,8 @@ var (
 		32: "ERROR_REASON_ROLE_NOT_ALLOWED",
 		33: "ERROR_REASON_NOT_OWNER",
 		34: "ERROR_REASON_ACCESS_UNDECLARED",
+		35: "ERROR_REASON_TICKET_INVALID",
+		36: "ERROR_REASON_TICKET_EXPIRED",
 		40: "ERROR_REASON_LIMIT_REACHED",
 		41: "ERROR_REASON_SERVICE_UNAVAILABLE",
 		42: "ERROR_REASON_DRAINING",
@@ -143,6 +149,8 @@ var (
 		"ERROR_REASON_ROLE_NOT_ALLOWED":    32,
 		"ERROR_REASON_NOT_OWNER":           33,
 		"ERROR_REASON_ACCESS_UNDECLARED":   34,
+		"ERROR_REASON_TICKET_INVALID":      35,
+		"ERROR_REASON_TICKET_EXPIRED":      36,
 		"ERROR_REASON_LIMIT_REACHED":       40,
 		"ERROR_REASON_SERVICE_UNAVAILABLE": 41,
 		"ERROR_REASON_DRAINING":            42,
@@ -192,7 +200,7 @@ var File_beamwire_common_v1_reason_proto protoreflect.FileDescriptor
 
 const file_beamwire_common_v1_reason_proto_rawDesc = "" +
 	"\n" +
-	"\x1fbeamwire/common/v1/reason.proto\x12\x12beamwire.common.v1*\x90\b\n" +
+	"\x1fbeamwire/common/v1/reason.proto\x12\x12beamwire.common.v1*\xd2\b\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12#\n" +
@@ -210,7 +218,9 @@ const file_beamwire_common_v1_reason_proto_rawDesc = "" +
 	" ERROR_REASON_CERTIFICATE_EXPIRED\x10\x1f\x12!\n" +
 	"\x1dERROR_REASON_ROLE_NOT_ALLOWED\x10 \x12\x1a\n" +
 	"\x16ERROR_REASON_NOT_OWNER\x10!\x12\"\n" +
-	"\x1eERROR_REASON_ACCESS_UNDECLARED\x10\"\x12\x1e\n" +
+	"\x1eERROR_REASON_ACCESS_UNDECLARED\x10\"\x12\x1f\n" +
+	"\x1bERROR_REASON_TICKET_INVALID\x10#\x12\x1f\n" +
+	"\x1bERROR_REASON_TICKET_EXPIRED\x10$\x12\x1e\n" +
 	"\x1aERROR_REASON_LIMIT_REACHED\x10(\x12$\n" +
 	" ERROR_REASON_SERVICE_UNAVAILABLE\x10)\x12\x19\n" +
 	"\x15ERROR_REASON_DRAINING\x10*\x12\x1c\n" +

@@ -109,7 +109,7 @@ func (x Transfer_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Transfer_State.Descriptor instead.
 func (Transfer_State) EnumDescriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{4, 0}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{5, 0}
 }
 
 // One component of the streamer: a source, a stage, a serializer.
@@ -420,7 +420,12 @@ type Receipt struct {
 	// What each producer says and the cache saw.
 	Producers []*v11.ProducerCounters `protobuf:"bytes,9,rep,name=producers,proto3" json:"producers,omitempty"`
 	// What each consumer took.
-	Consumers     []*v11.ConsumerCounters `protobuf:"bytes,10,rep,name=consumers,proto3" json:"consumers,omitempty"`
+	Consumers []*v11.ConsumerCounters `protobuf:"bytes,10,rep,name=consumers,proto3" json:"consumers,omitempty"`
+	// What each group of consumers took.
+	Groups []*v11.GroupCounters `protobuf:"bytes,11,rep,name=groups,proto3" json:"groups,omitempty"`
+	// The way of the events, from the source to the consumers: what came into each stage, what left it,
+	// what was lost there and why. What leaves a stage comes into the next one.
+	Stages        []*StageAccount `protobuf:"bytes,12,rep,name=stages,proto3" json:"stages,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -525,6 +530,93 @@ func (x *Receipt) GetConsumers() []*v11.ConsumerCounters {
 	return nil
 }
 
+func (x *Receipt) GetGroups() []*v11.GroupCounters {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *Receipt) GetStages() []*StageAccount {
+	if x != nil {
+		return x.Stages
+	}
+	return nil
+}
+
+// One stage on the way of the events.
+type StageAccount struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `source`, `producers`, `cache` or `consumers`.
+	Stage string `protobuf:"bytes,1,opt,name=stage,proto3" json:"stage,omitempty"`
+	// Events that came in.
+	EnteredEventCount int64 `protobuf:"varint,2,opt,name=entered_event_count,json=enteredEventCount,proto3" json:"entered_event_count,omitempty"`
+	// Events that left for the next stage.
+	LeftEventCount int64 `protobuf:"varint,3,opt,name=left_event_count,json=leftEventCount,proto3" json:"left_event_count,omitempty"`
+	// Events that were lost here, by cause.
+	Losses        []*v1.Loss `protobuf:"bytes,4,rep,name=losses,proto3" json:"losses,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StageAccount) Reset() {
+	*x = StageAccount{}
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StageAccount) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StageAccount) ProtoMessage() {}
+
+func (x *StageAccount) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StageAccount.ProtoReflect.Descriptor instead.
+func (*StageAccount) Descriptor() ([]byte, []int) {
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *StageAccount) GetStage() string {
+	if x != nil {
+		return x.Stage
+	}
+	return ""
+}
+
+func (x *StageAccount) GetEnteredEventCount() int64 {
+	if x != nil {
+		return x.EnteredEventCount
+	}
+	return 0
+}
+
+func (x *StageAccount) GetLeftEventCount() int64 {
+	if x != nil {
+		return x.LeftEventCount
+	}
+	return 0
+}
+
+func (x *StageAccount) GetLosses() []*v1.Loss {
+	if x != nil {
+		return x.Losses
+	}
+	return nil
+}
+
 // A data request and what became of it.
 type Transfer struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -574,7 +666,7 @@ type Transfer struct {
 
 func (x *Transfer) Reset() {
 	*x = Transfer{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[4]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -586,7 +678,7 @@ func (x *Transfer) String() string {
 func (*Transfer) ProtoMessage() {}
 
 func (x *Transfer) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[4]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -599,7 +691,7 @@ func (x *Transfer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Transfer.ProtoReflect.Descriptor instead.
 func (*Transfer) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{4}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Transfer) GetName() string {
@@ -759,7 +851,7 @@ type CreateTransferRequest struct {
 
 func (x *CreateTransferRequest) Reset() {
 	*x = CreateTransferRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[5]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -771,7 +863,7 @@ func (x *CreateTransferRequest) String() string {
 func (*CreateTransferRequest) ProtoMessage() {}
 
 func (x *CreateTransferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[5]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -784,7 +876,7 @@ func (x *CreateTransferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTransferRequest.ProtoReflect.Descriptor instead.
 func (*CreateTransferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{5}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *CreateTransferRequest) GetTransfer() *Transfer {
@@ -826,7 +918,7 @@ type GetTransferRequest struct {
 
 func (x *GetTransferRequest) Reset() {
 	*x = GetTransferRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[6]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -838,7 +930,7 @@ func (x *GetTransferRequest) String() string {
 func (*GetTransferRequest) ProtoMessage() {}
 
 func (x *GetTransferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[6]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -851,7 +943,7 @@ func (x *GetTransferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTransferRequest.ProtoReflect.Descriptor instead.
 func (*GetTransferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{6}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *GetTransferRequest) GetName() string {
@@ -876,7 +968,7 @@ type ListTransfersRequest struct {
 
 func (x *ListTransfersRequest) Reset() {
 	*x = ListTransfersRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[7]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -888,7 +980,7 @@ func (x *ListTransfersRequest) String() string {
 func (*ListTransfersRequest) ProtoMessage() {}
 
 func (x *ListTransfersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[7]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -901,7 +993,7 @@ func (x *ListTransfersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTransfersRequest.ProtoReflect.Descriptor instead.
 func (*ListTransfersRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{7}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListTransfersRequest) GetPageSize() int32 {
@@ -938,7 +1030,7 @@ type ListTransfersResponse struct {
 
 func (x *ListTransfersResponse) Reset() {
 	*x = ListTransfersResponse{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[8]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -950,7 +1042,7 @@ func (x *ListTransfersResponse) String() string {
 func (*ListTransfersResponse) ProtoMessage() {}
 
 func (x *ListTransfersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[8]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -963,7 +1055,7 @@ func (x *ListTransfersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTransfersResponse.ProtoReflect.Descriptor instead.
 func (*ListTransfersResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{8}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListTransfersResponse) GetTransfers() []*Transfer {
@@ -993,7 +1085,7 @@ type WatchTransferRequest struct {
 
 func (x *WatchTransferRequest) Reset() {
 	*x = WatchTransferRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[9]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1005,7 +1097,7 @@ func (x *WatchTransferRequest) String() string {
 func (*WatchTransferRequest) ProtoMessage() {}
 
 func (x *WatchTransferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[9]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1018,7 +1110,7 @@ func (x *WatchTransferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTransferRequest.ProtoReflect.Descriptor instead.
 func (*WatchTransferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{9}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *WatchTransferRequest) GetName() string {
@@ -1046,7 +1138,7 @@ type WatchTransferResponse struct {
 
 func (x *WatchTransferResponse) Reset() {
 	*x = WatchTransferResponse{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[10]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1058,7 +1150,7 @@ func (x *WatchTransferResponse) String() string {
 func (*WatchTransferResponse) ProtoMessage() {}
 
 func (x *WatchTransferResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[10]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1071,7 +1163,7 @@ func (x *WatchTransferResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTransferResponse.ProtoReflect.Descriptor instead.
 func (*WatchTransferResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{10}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WatchTransferResponse) GetTransfer() *Transfer {
@@ -1094,7 +1186,7 @@ type CancelTransferRequest struct {
 
 func (x *CancelTransferRequest) Reset() {
 	*x = CancelTransferRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[11]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1106,7 +1198,7 @@ func (x *CancelTransferRequest) String() string {
 func (*CancelTransferRequest) ProtoMessage() {}
 
 func (x *CancelTransferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[11]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1119,7 +1211,7 @@ func (x *CancelTransferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelTransferRequest.ProtoReflect.Descriptor instead.
 func (*CancelTransferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{11}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CancelTransferRequest) GetName() string {
@@ -1170,7 +1262,7 @@ const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"\x18connected_producer_count\x18\b \x01(\x05R\x16connectedProducerCount\x128\n" +
 	"\x18connected_consumer_count\x18\t \x01(\x05R\x16connectedConsumerCount\x12(\n" +
 	"\x10lost_event_count\x18\n" +
-	" \x01(\x03R\x0elostEventCount\"\x8a\x04\n" +
+	" \x01(\x03R\x0elostEventCount\"\x80\x05\n" +
 	"\aReceipt\x120\n" +
 	"\x14selected_event_count\x18\x01 \x01(\x03R\x12selectedEventCount\x122\n" +
 	"\x15delivered_event_count\x18\x02 \x01(\x03R\x13deliveredEventCount\x120\n" +
@@ -1184,7 +1276,14 @@ const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"\x12streaming_duration\x18\b \x01(\v2\x19.google.protobuf.DurationR\x11streamingDuration\x12B\n" +
 	"\tproducers\x18\t \x03(\v2$.beamwire.buffer.v1.ProducerCountersR\tproducers\x12B\n" +
 	"\tconsumers\x18\n" +
-	" \x03(\v2$.beamwire.buffer.v1.ConsumerCountersR\tconsumers\"\x98\v\n" +
+	" \x03(\v2$.beamwire.buffer.v1.ConsumerCountersR\tconsumers\x129\n" +
+	"\x06groups\x18\v \x03(\v2!.beamwire.buffer.v1.GroupCountersR\x06groups\x129\n" +
+	"\x06stages\x18\f \x03(\v2!.beamwire.request.v1.StageAccountR\x06stages\"\xb0\x01\n" +
+	"\fStageAccount\x12\x14\n" +
+	"\x05stage\x18\x01 \x01(\tR\x05stage\x12.\n" +
+	"\x13entered_event_count\x18\x02 \x01(\x03R\x11enteredEventCount\x12(\n" +
+	"\x10left_event_count\x18\x03 \x01(\x03R\x0eleftEventCount\x120\n" +
+	"\x06losses\x18\x04 \x03(\v2\x18.beamwire.common.v1.LossR\x06losses\"\x98\v\n" +
 	"\bTransfer\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x12?\n" +
 	"\x06config\x18\x02 \x01(\v2!.beamwire.request.v1.StreamConfigB\x04\xe2A\x01\x02R\x06config\x12E\n" +
@@ -1283,75 +1382,80 @@ func file_beamwire_request_v1_request_service_proto_rawDescGZIP() []byte {
 }
 
 var file_beamwire_request_v1_request_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_beamwire_request_v1_request_service_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_beamwire_request_v1_request_service_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
 var file_beamwire_request_v1_request_service_proto_goTypes = []any{
 	(Transfer_State)(0),           // 0: beamwire.request.v1.Transfer.State
 	(*Component)(nil),             // 1: beamwire.request.v1.Component
 	(*StreamConfig)(nil),          // 2: beamwire.request.v1.StreamConfig
 	(*TransferCounters)(nil),      // 3: beamwire.request.v1.TransferCounters
 	(*Receipt)(nil),               // 4: beamwire.request.v1.Receipt
-	(*Transfer)(nil),              // 5: beamwire.request.v1.Transfer
-	(*CreateTransferRequest)(nil), // 6: beamwire.request.v1.CreateTransferRequest
-	(*GetTransferRequest)(nil),    // 7: beamwire.request.v1.GetTransferRequest
-	(*ListTransfersRequest)(nil),  // 8: beamwire.request.v1.ListTransfersRequest
-	(*ListTransfersResponse)(nil), // 9: beamwire.request.v1.ListTransfersResponse
-	(*WatchTransferRequest)(nil),  // 10: beamwire.request.v1.WatchTransferRequest
-	(*WatchTransferResponse)(nil), // 11: beamwire.request.v1.WatchTransferResponse
-	(*CancelTransferRequest)(nil), // 12: beamwire.request.v1.CancelTransferRequest
-	nil,                           // 13: beamwire.request.v1.StreamConfig.DataSourcesEntry
-	nil,                           // 14: beamwire.request.v1.Transfer.LabelsEntry
-	(*structpb.Struct)(nil),       // 15: google.protobuf.Struct
-	(*v1.Loss)(nil),               // 16: beamwire.common.v1.Loss
-	(v1.EndCause)(0),              // 17: beamwire.common.v1.EndCause
-	(*durationpb.Duration)(nil),   // 18: google.protobuf.Duration
-	(*v11.ProducerCounters)(nil),  // 19: beamwire.buffer.v1.ProducerCounters
-	(*v11.ConsumerCounters)(nil),  // 20: beamwire.buffer.v1.ConsumerCounters
-	(*v11.BufferSpec)(nil),        // 21: beamwire.buffer.v1.BufferSpec
-	(*status.Status)(nil),         // 22: google.rpc.Status
-	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
+	(*StageAccount)(nil),          // 5: beamwire.request.v1.StageAccount
+	(*Transfer)(nil),              // 6: beamwire.request.v1.Transfer
+	(*CreateTransferRequest)(nil), // 7: beamwire.request.v1.CreateTransferRequest
+	(*GetTransferRequest)(nil),    // 8: beamwire.request.v1.GetTransferRequest
+	(*ListTransfersRequest)(nil),  // 9: beamwire.request.v1.ListTransfersRequest
+	(*ListTransfersResponse)(nil), // 10: beamwire.request.v1.ListTransfersResponse
+	(*WatchTransferRequest)(nil),  // 11: beamwire.request.v1.WatchTransferRequest
+	(*WatchTransferResponse)(nil), // 12: beamwire.request.v1.WatchTransferResponse
+	(*CancelTransferRequest)(nil), // 13: beamwire.request.v1.CancelTransferRequest
+	nil,                           // 14: beamwire.request.v1.StreamConfig.DataSourcesEntry
+	nil,                           // 15: beamwire.request.v1.Transfer.LabelsEntry
+	(*structpb.Struct)(nil),       // 16: google.protobuf.Struct
+	(*v1.Loss)(nil),               // 17: beamwire.common.v1.Loss
+	(v1.EndCause)(0),              // 18: beamwire.common.v1.EndCause
+	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
+	(*v11.ProducerCounters)(nil),  // 20: beamwire.buffer.v1.ProducerCounters
+	(*v11.ConsumerCounters)(nil),  // 21: beamwire.buffer.v1.ConsumerCounters
+	(*v11.GroupCounters)(nil),     // 22: beamwire.buffer.v1.GroupCounters
+	(*v11.BufferSpec)(nil),        // 23: beamwire.buffer.v1.BufferSpec
+	(*status.Status)(nil),         // 24: google.rpc.Status
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
 }
 var file_beamwire_request_v1_request_service_proto_depIdxs = []int32{
-	15, // 0: beamwire.request.v1.Component.parameters:type_name -> google.protobuf.Struct
+	16, // 0: beamwire.request.v1.Component.parameters:type_name -> google.protobuf.Struct
 	1,  // 1: beamwire.request.v1.StreamConfig.event_source:type_name -> beamwire.request.v1.Component
-	13, // 2: beamwire.request.v1.StreamConfig.data_sources:type_name -> beamwire.request.v1.StreamConfig.DataSourcesEntry
+	14, // 2: beamwire.request.v1.StreamConfig.data_sources:type_name -> beamwire.request.v1.StreamConfig.DataSourcesEntry
 	1,  // 3: beamwire.request.v1.StreamConfig.processing_pipeline:type_name -> beamwire.request.v1.Component
 	1,  // 4: beamwire.request.v1.StreamConfig.data_serializer:type_name -> beamwire.request.v1.Component
-	16, // 5: beamwire.request.v1.Receipt.losses:type_name -> beamwire.common.v1.Loss
-	17, // 6: beamwire.request.v1.Receipt.end_cause:type_name -> beamwire.common.v1.EndCause
-	18, // 7: beamwire.request.v1.Receipt.streaming_duration:type_name -> google.protobuf.Duration
-	19, // 8: beamwire.request.v1.Receipt.producers:type_name -> beamwire.buffer.v1.ProducerCounters
-	20, // 9: beamwire.request.v1.Receipt.consumers:type_name -> beamwire.buffer.v1.ConsumerCounters
-	2,  // 10: beamwire.request.v1.Transfer.config:type_name -> beamwire.request.v1.StreamConfig
-	21, // 11: beamwire.request.v1.Transfer.buffer_spec:type_name -> beamwire.buffer.v1.BufferSpec
-	18, // 12: beamwire.request.v1.Transfer.lease:type_name -> google.protobuf.Duration
-	14, // 13: beamwire.request.v1.Transfer.labels:type_name -> beamwire.request.v1.Transfer.LabelsEntry
-	0,  // 14: beamwire.request.v1.Transfer.state:type_name -> beamwire.request.v1.Transfer.State
-	3,  // 15: beamwire.request.v1.Transfer.counters:type_name -> beamwire.request.v1.TransferCounters
-	22, // 16: beamwire.request.v1.Transfer.error:type_name -> google.rpc.Status
-	4,  // 17: beamwire.request.v1.Transfer.receipt:type_name -> beamwire.request.v1.Receipt
-	23, // 18: beamwire.request.v1.Transfer.create_time:type_name -> google.protobuf.Timestamp
-	23, // 19: beamwire.request.v1.Transfer.update_time:type_name -> google.protobuf.Timestamp
-	23, // 20: beamwire.request.v1.Transfer.end_time:type_name -> google.protobuf.Timestamp
-	23, // 21: beamwire.request.v1.Transfer.expire_time:type_name -> google.protobuf.Timestamp
-	5,  // 22: beamwire.request.v1.CreateTransferRequest.transfer:type_name -> beamwire.request.v1.Transfer
-	5,  // 23: beamwire.request.v1.ListTransfersResponse.transfers:type_name -> beamwire.request.v1.Transfer
-	5,  // 24: beamwire.request.v1.WatchTransferResponse.transfer:type_name -> beamwire.request.v1.Transfer
-	1,  // 25: beamwire.request.v1.StreamConfig.DataSourcesEntry.value:type_name -> beamwire.request.v1.Component
-	6,  // 26: beamwire.request.v1.RequestService.CreateTransfer:input_type -> beamwire.request.v1.CreateTransferRequest
-	7,  // 27: beamwire.request.v1.RequestService.GetTransfer:input_type -> beamwire.request.v1.GetTransferRequest
-	8,  // 28: beamwire.request.v1.RequestService.ListTransfers:input_type -> beamwire.request.v1.ListTransfersRequest
-	10, // 29: beamwire.request.v1.RequestService.WatchTransfer:input_type -> beamwire.request.v1.WatchTransferRequest
-	12, // 30: beamwire.request.v1.RequestService.CancelTransfer:input_type -> beamwire.request.v1.CancelTransferRequest
-	5,  // 31: beamwire.request.v1.RequestService.CreateTransfer:output_type -> beamwire.request.v1.Transfer
-	5,  // 32: beamwire.request.v1.RequestService.GetTransfer:output_type -> beamwire.request.v1.Transfer
-	9,  // 33: beamwire.request.v1.RequestService.ListTransfers:output_type -> beamwire.request.v1.ListTransfersResponse
-	11, // 34: beamwire.request.v1.RequestService.WatchTransfer:output_type -> beamwire.request.v1.WatchTransferResponse
-	5,  // 35: beamwire.request.v1.RequestService.CancelTransfer:output_type -> beamwire.request.v1.Transfer
-	31, // [31:36] is the sub-list for method output_type
-	26, // [26:31] is the sub-list for method input_type
-	26, // [26:26] is the sub-list for extension type_name
-	26, // [26:26] is the sub-list for extension extendee
-	0,  // [0:26] is the sub-list for field type_name
+	17, // 5: beamwire.request.v1.Receipt.losses:type_name -> beamwire.common.v1.Loss
+	18, // 6: beamwire.request.v1.Receipt.end_cause:type_name -> beamwire.common.v1.EndCause
+	19, // 7: beamwire.request.v1.Receipt.streaming_duration:type_name -> google.protobuf.Duration
+	20, // 8: beamwire.request.v1.Receipt.producers:type_name -> beamwire.buffer.v1.ProducerCounters
+	21, // 9: beamwire.request.v1.Receipt.consumers:type_name -> beamwire.buffer.v1.ConsumerCounters
+	22, // 10: beamwire.request.v1.Receipt.groups:type_name -> beamwire.buffer.v1.GroupCounters
+	5,  // 11: beamwire.request.v1.Receipt.stages:type_name -> beamwire.request.v1.StageAccount
+	17, // 12: beamwire.request.v1.StageAccount.losses:type_name -> beamwire.common.v1.Loss
+	2,  // 13: beamwire.request.v1.Transfer.config:type_name -> beamwire.request.v1.StreamConfig
+	23, // 14: beamwire.request.v1.Transfer.buffer_spec:type_name -> beamwire.buffer.v1.BufferSpec
+	19, // 15: beamwire.request.v1.Transfer.lease:type_name -> google.protobuf.Duration
+	15, // 16: beamwire.request.v1.Transfer.labels:type_name -> beamwire.request.v1.Transfer.LabelsEntry
+	0,  // 17: beamwire.request.v1.Transfer.state:type_name -> beamwire.request.v1.Transfer.State
+	3,  // 18: beamwire.request.v1.Transfer.counters:type_name -> beamwire.request.v1.TransferCounters
+	24, // 19: beamwire.request.v1.Transfer.error:type_name -> google.rpc.Status
+	4,  // 20: beamwire.request.v1.Transfer.receipt:type_name -> beamwire.request.v1.Receipt
+	25, // 21: beamwire.request.v1.Transfer.create_time:type_name -> google.protobuf.Timestamp
+	25, // 22: beamwire.request.v1.Transfer.update_time:type_name -> google.protobuf.Timestamp
+	25, // 23: beamwire.request.v1.Transfer.end_time:type_name -> google.protobuf.Timestamp
+	25, // 24: beamwire.request.v1.Transfer.expire_time:type_name -> google.protobuf.Timestamp
+	6,  // 25: beamwire.request.v1.CreateTransferRequest.transfer:type_name -> beamwire.request.v1.Transfer
+	6,  // 26: beamwire.request.v1.ListTransfersResponse.transfers:type_name -> beamwire.request.v1.Transfer
+	6,  // 27: beamwire.request.v1.WatchTransferResponse.transfer:type_name -> beamwire.request.v1.Transfer
+	1,  // 28: beamwire.request.v1.StreamConfig.DataSourcesEntry.value:type_name -> beamwire.request.v1.Component
+	7,  // 29: beamwire.request.v1.RequestService.CreateTransfer:input_type -> beamwire.request.v1.CreateTransferRequest
+	8,  // 30: beamwire.request.v1.RequestService.GetTransfer:input_type -> beamwire.request.v1.GetTransferRequest
+	9,  // 31: beamwire.request.v1.RequestService.ListTransfers:input_type -> beamwire.request.v1.ListTransfersRequest
+	11, // 32: beamwire.request.v1.RequestService.WatchTransfer:input_type -> beamwire.request.v1.WatchTransferRequest
+	13, // 33: beamwire.request.v1.RequestService.CancelTransfer:input_type -> beamwire.request.v1.CancelTransferRequest
+	6,  // 34: beamwire.request.v1.RequestService.CreateTransfer:output_type -> beamwire.request.v1.Transfer
+	6,  // 35: beamwire.request.v1.RequestService.GetTransfer:output_type -> beamwire.request.v1.Transfer
+	10, // 36: beamwire.request.v1.RequestService.ListTransfers:output_type -> beamwire.request.v1.ListTransfersResponse
+	12, // 37: beamwire.request.v1.RequestService.WatchTransfer:output_type -> beamwire.request.v1.WatchTransferResponse
+	6,  // 38: beamwire.request.v1.RequestService.CancelTransfer:output_type -> beamwire.request.v1.Transfer
+	34, // [34:39] is the sub-list for method output_type
+	29, // [29:34] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_beamwire_request_v1_request_service_proto_init() }
@@ -1365,7 +1469,7 @@ func file_beamwire_request_v1_request_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_beamwire_request_v1_request_service_proto_rawDesc), len(file_beamwire_request_v1_request_service_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   14,
+			NumMessages:   15,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -39,6 +39,8 @@ const (
 	FrameKind_FRAME_KIND_END FrameKind = 3
 	// A remark in the stream (a new calibration step, say); carries no events.
 	FrameKind_FRAME_KIND_MARK FrameKind = 4
+	// Several small DATA frames of one producer that follow each other, carried as one message.
+	FrameKind_FRAME_KIND_BUNDLE FrameKind = 5
 )
 
 // Enum value maps for FrameKind.
@@ -49,6 +51,7 @@ var (
 		2: "FRAME_KIND_DATA",
 		3: "FRAME_KIND_END",
 		4: "FRAME_KIND_MARK",
+		5: "FRAME_KIND_BUNDLE",
 	}
 	FrameKind_value = map[string]int32{
 		"FRAME_KIND_UNSPECIFIED": 0,
@@ -56,6 +59,7 @@ var (
 		"FRAME_KIND_DATA":        2,
 		"FRAME_KIND_END":         3,
 		"FRAME_KIND_MARK":        4,
+		"FRAME_KIND_BUNDLE":      5,
 	}
 )
 
@@ -240,7 +244,7 @@ type FrameHeader struct {
 	Epoch uint32 `protobuf:"varint,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	// Which producer made it: its rank, counted from 0.
 	Producer uint32 `protobuf:"varint,2,opt,name=producer,proto3" json:"producer,omitempty"`
-	// Counts the frames of this producer in this epoch: 0 is HEADER, the last one is END.
+	// Counts the frames of this producer: 0 is HEADER, the last one is END.
 	Sequence uint64 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	// What the frame is.
 	Kind FrameKind `protobuf:"varint,4,opt,name=kind,proto3,enum=beamwire.stream.v1.FrameKind" json:"kind,omitempty"`
@@ -259,9 +263,13 @@ type FrameHeader struct {
 	// In a HEADER frame: what the stream is.
 	Stream *StreamHeader `protobuf:"bytes,11,opt,name=stream,proto3" json:"stream,omitempty"`
 	// In an END frame: how it ended.
-	End           *StreamEnd `protobuf:"bytes,12,opt,name=end,proto3" json:"end,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	End *StreamEnd `protobuf:"bytes,12,opt,name=end,proto3" json:"end,omitempty"`
+	// In a BUNDLE: the sizes in bytes of the frames in the payload, in order. Each begins at the next
+	// multiple of 64 after the one before; the first has the `sequence` of the bundle, and `event_count`
+	// is the sum over all of them.
+	FrameSizesBytes []uint32 `protobuf:"varint,13,rep,packed,name=frame_sizes_bytes,json=frameSizesBytes,proto3" json:"frame_sizes_bytes,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *FrameHeader) Reset() {
@@ -374,6 +382,13 @@ func (x *FrameHeader) GetStream() *StreamHeader {
 func (x *FrameHeader) GetEnd() *StreamEnd {
 	if x != nil {
 		return x.End
+	}
+	return nil
+}
+
+func (x *FrameHeader) GetFrameSizesBytes() []uint32 {
+	if x != nil {
+		return x.FrameSizesBytes
 	}
 	return nil
 }
@@ -657,7 +672,7 @@ const file_beamwire_stream_v1_frame_proto_rawDesc = "" +
 	"\n" +
 	"size_bytes\x18\x06 \x01(\x04R\tsizeBytes\x12\x1f\n" +
 	"\vrow_offsets\x18\a \x01(\tR\n" +
-	"rowOffsets\"\xd2\x03\n" +
+	"rowOffsets\"\xfe\x03\n" +
 	"\vFrameHeader\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\rR\x05epoch\x12\x1a\n" +
 	"\bproducer\x18\x02 \x01(\rR\bproducer\x12\x1a\n" +
@@ -673,7 +688,8 @@ const file_beamwire_stream_v1_frame_proto_rawDesc = "" +
 	"\vtraceparent\x18\n" +
 	" \x01(\tR\vtraceparent\x128\n" +
 	"\x06stream\x18\v \x01(\v2 .beamwire.stream.v1.StreamHeaderR\x06stream\x12/\n" +
-	"\x03end\x18\f \x01(\v2\x1d.beamwire.stream.v1.StreamEndR\x03end\"[\n" +
+	"\x03end\x18\f \x01(\v2\x1d.beamwire.stream.v1.StreamEndR\x03end\x12*\n" +
+	"\x11frame_sizes_bytes\x18\r \x03(\rR\x0fframeSizesBytes\"[\n" +
 	"\x05Field\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05dtype\x18\x02 \x01(\tR\x05dtype\x12\x14\n" +
@@ -698,13 +714,14 @@ const file_beamwire_stream_v1_frame_proto_rawDesc = "" +
 	"\x10sent_event_count\x18\x04 \x01(\x04R\x0esentEventCount\x12(\n" +
 	"\x10sent_frame_count\x18\x05 \x01(\x04R\x0esentFrameCount\x122\n" +
 	"\askipped\x18\x06 \x03(\v2\x18.beamwire.common.v1.LossR\askipped\x12!\n" +
-	"\fevent_digest\x18\a \x01(\fR\veventDigest*|\n" +
+	"\fevent_digest\x18\a \x01(\fR\veventDigest*\x93\x01\n" +
 	"\tFrameKind\x12\x1a\n" +
 	"\x16FRAME_KIND_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11FRAME_KIND_HEADER\x10\x01\x12\x13\n" +
 	"\x0fFRAME_KIND_DATA\x10\x02\x12\x12\n" +
 	"\x0eFRAME_KIND_END\x10\x03\x12\x13\n" +
-	"\x0fFRAME_KIND_MARK\x10\x04*\x1e\n" +
+	"\x0fFRAME_KIND_MARK\x10\x04\x12\x15\n" +
+	"\x11FRAME_KIND_BUNDLE\x10\x05*\x1e\n" +
 	"\x05Codec\x12\x15\n" +
 	"\x11CODEC_UNSPECIFIED\x10\x00B[\n" +
 	"\x16org.beamwire.stream.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/stream/v1;streamv1b\x06proto3"

@@ -4,6 +4,7 @@ isort:skip_file
 Buffers: the caches that bulk events flow through."""
 
 from beamwire.common.v1 import account_pb2 as _account_pb2
+from beamwire.stream.v1 import link_pb2 as _link_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
@@ -30,25 +31,29 @@ class _Delivery:
 class _DeliveryEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Delivery.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DELIVERY_UNSPECIFIED: _Delivery.ValueType  # 0
-    """The default of this release, PUSH."""
+    """The default, ACKED."""
     DELIVERY_PUSH: _Delivery.ValueType  # 1
     """At most once: round robin over the consumers that are ready. A frame on its way to a consumer
     that dies is lost and counted.
     """
     DELIVERY_ACKED: _Delivery.ValueType  # 2
-    """At least once on the wire, exactly once to the caller. Not in this release."""
+    """At least once on the wire, exactly once to the caller: the cache keeps a frame until it was
+    acknowledged, and delivers it again if its consumer dies. Survives the death of the cache too.
+    """
 
 class Delivery(_Delivery, metaclass=_DeliveryEnumTypeWrapper):
     """How frames reach consumers."""
 
 DELIVERY_UNSPECIFIED: Delivery.ValueType  # 0
-"""The default of this release, PUSH."""
+"""The default, ACKED."""
 DELIVERY_PUSH: Delivery.ValueType  # 1
 """At most once: round robin over the consumers that are ready. A frame on its way to a consumer
 that dies is lost and counted.
 """
 DELIVERY_ACKED: Delivery.ValueType  # 2
-"""At least once on the wire, exactly once to the caller. Not in this release."""
+"""At least once on the wire, exactly once to the caller: the cache keeps a frame until it was
+acknowledged, and delivers it again if its consumer dies. Survives the death of the cache too.
+"""
 Global___Delivery: _TypeAlias = Delivery  # noqa: Y015
 
 class _OverflowPolicy:
@@ -62,11 +67,13 @@ class _OverflowPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Overfl
     OVERFLOW_POLICY_BLOCK: _OverflowPolicy.ValueType  # 1
     """The producer waits."""
     OVERFLOW_POLICY_DROP_OLDEST: _OverflowPolicy.ValueType  # 2
-    """The oldest frame makes room and is counted as lost. Not in this release."""
+    """The oldest frame that is not on its way makes room and is counted as lost."""
     OVERFLOW_POLICY_DROP_NEWEST: _OverflowPolicy.ValueType  # 3
-    """The new frame is dropped and counted as lost. Not in this release."""
+    """The new frame is dropped and counted as lost."""
     OVERFLOW_POLICY_SPILL: _OverflowPolicy.ValueType  # 4
-    """The oldest frames move to disk. Not in this release."""
+    """The producer waits, but frames are kept on disk: `capacity_bytes` may exceed the memory, and
+    what was acknowledged to a producer survives a restart of the machine. ACKED only.
+    """
 
 class OverflowPolicy(_OverflowPolicy, metaclass=_OverflowPolicyEnumTypeWrapper):
     """What happens to a frame for which there is no room."""
@@ -76,11 +83,13 @@ OVERFLOW_POLICY_UNSPECIFIED: OverflowPolicy.ValueType  # 0
 OVERFLOW_POLICY_BLOCK: OverflowPolicy.ValueType  # 1
 """The producer waits."""
 OVERFLOW_POLICY_DROP_OLDEST: OverflowPolicy.ValueType  # 2
-"""The oldest frame makes room and is counted as lost. Not in this release."""
+"""The oldest frame that is not on its way makes room and is counted as lost."""
 OVERFLOW_POLICY_DROP_NEWEST: OverflowPolicy.ValueType  # 3
-"""The new frame is dropped and counted as lost. Not in this release."""
+"""The new frame is dropped and counted as lost."""
 OVERFLOW_POLICY_SPILL: OverflowPolicy.ValueType  # 4
-"""The oldest frames move to disk. Not in this release."""
+"""The producer waits, but frames are kept on disk: `capacity_bytes` may exceed the memory, and
+what was acknowledged to a producer survives a restart of the machine. ACKED only.
+"""
 Global___OverflowPolicy: _TypeAlias = OverflowPolicy  # noqa: Y015
 
 class _Transport:
@@ -97,6 +106,11 @@ class _TransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transport.V
     """NNG's `tcp://`, without any protection. Only on a loopback address, and only where the
     operator allows it.
     """
+    TRANSPORT_IPC: _Transport.ValueType  # 3
+    """A Unix socket, for peers on the host of the cache that run as its user; consumers of ours copy
+    frames from memory that the cache shares with them. Only with delivery ACKED, and only where the
+    operator allows it. docs/link.md tells how it is spoken.
+    """
 
 class Transport(_Transport, metaclass=_TransportEnumTypeWrapper):
     """How peers reach the cache."""
@@ -109,7 +123,48 @@ TRANSPORT_TCP: Transport.ValueType  # 2
 """NNG's `tcp://`, without any protection. Only on a loopback address, and only where the
 operator allows it.
 """
+TRANSPORT_IPC: Transport.ValueType  # 3
+"""A Unix socket, for peers on the host of the cache that run as its user; consumers of ours copy
+frames from memory that the cache shares with them. Only with delivery ACKED, and only where the
+operator allows it. docs/link.md tells how it is spoken.
+"""
 Global___Transport: _TypeAlias = Transport  # noqa: Y015
+
+class _Flow:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _FlowEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Flow.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    FLOW_UNSPECIFIED: _Flow.ValueType  # 0
+    """Not known: the buffer is not READY."""
+    FLOW_FLOWING: _Flow.ValueType  # 1
+    """Frames come and go."""
+    FLOW_NO_PRODUCER: _Flow.ValueType  # 2
+    """No producer is connected, and some have not ended."""
+    FLOW_NO_READER: _Flow.ValueType  # 3
+    """A declared group has no consumer: the buffer fills up."""
+    FLOW_FULL: _Flow.ValueType  # 4
+    """Producers wait, because there is no room."""
+    FLOW_STARVED: _Flow.ValueType  # 5
+    """Consumers wait, because there is nothing to read."""
+
+class Flow(_Flow, metaclass=_FlowEnumTypeWrapper):
+    """What keeps a stream from going faster, in one word."""
+
+FLOW_UNSPECIFIED: Flow.ValueType  # 0
+"""Not known: the buffer is not READY."""
+FLOW_FLOWING: Flow.ValueType  # 1
+"""Frames come and go."""
+FLOW_NO_PRODUCER: Flow.ValueType  # 2
+"""No producer is connected, and some have not ended."""
+FLOW_NO_READER: Flow.ValueType  # 3
+"""A declared group has no consumer: the buffer fills up."""
+FLOW_FULL: Flow.ValueType  # 4
+"""Producers wait, because there is no room."""
+FLOW_STARVED: Flow.ValueType  # 5
+"""Consumers wait, because there is nothing to read."""
+Global___Flow: _TypeAlias = Flow  # noqa: Y015
 
 @_typing.final
 class BufferSpec(_message.Message):
@@ -126,6 +181,10 @@ class BufferSpec(_message.Message):
     PRODUCERS_FIELD_NUMBER: _builtins.int
     CONSUMERS_FIELD_NUMBER: _builtins.int
     LEASE_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    FRAME_LEASE_FIELD_NUMBER: _builtins.int
+    RETAIN_BYTES_FIELD_NUMBER: _builtins.int
+    SHARD_COUNT_FIELD_NUMBER: _builtins.int
     capacity_bytes: _builtins.int
     """The most payload it may hold, in bytes; also the largest frame it can take. Default 256 MiB."""
     capacity_frames: _builtins.int
@@ -138,6 +197,14 @@ class BufferSpec(_message.Message):
     """How peers reach the cache."""
     producer_count: _builtins.int
     """How many producers will come. The stream ends when each has sent END. Default 1."""
+    retain_bytes: _builtins.int
+    """How much of what every group has acknowledged is kept for replay, as long as nothing newer needs
+    the room. Default 0.
+    """
+    shard_count: _builtins.int
+    """How many cache processes share the work: producers are spread over them, consumers dial all.
+    `capacity_bytes` and `capacity_frames` are for each. Default 1; not more than there are producers.
+    """
     @_builtins.property
     def producers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The SPIFFE ids that may produce. Default: the owner."""
@@ -149,6 +216,17 @@ class BufferSpec(_message.Message):
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
         """How long the buffer may live. Default one day."""
+
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The groups that are to get every event, each on its own; the consumers of a group share the
+        work. A frame is kept until all of them have acknowledged it. Default: one, `default`. Others may
+        join and read what is there, but are not waited for. ACKED only; at most 16.
+        """
+
+    @_builtins.property
+    def frame_lease(self) -> _duration_pb2.Duration:
+        """How long a delivery may stay unacknowledged before it goes to another consumer. Default 5 minutes."""
 
     def __init__(
         self,
@@ -162,10 +240,14 @@ class BufferSpec(_message.Message):
         producers: _abc.Iterable[_builtins.str] | None = ...,
         consumers: _abc.Iterable[_builtins.str] | None = ...,
         lease: _duration_pb2.Duration | None = ...,
+        groups: _abc.Iterable[_builtins.str] | None = ...,
+        frame_lease: _duration_pb2.Duration | None = ...,
+        retain_bytes: _builtins.int = ...,
+        shard_count: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame_lease", b"frame_lease", "lease", b"lease"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "capacity_frames", b"capacity_frames", "consumers", b"consumers", "delivery", b"delivery", "lease", b"lease", "overflow_policy", b"overflow_policy", "producer_count", b"producer_count", "producers", b"producers", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "capacity_frames", b"capacity_frames", "consumers", b"consumers", "delivery", b"delivery", "frame_lease", b"frame_lease", "groups", b"groups", "lease", b"lease", "overflow_policy", b"overflow_policy", "producer_count", b"producer_count", "producers", b"producers", "retain_bytes", b"retain_bytes", "shard_count", b"shard_count", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -236,6 +318,66 @@ class ProducerCounters(_message.Message):
 Global___ProducerCounters: _TypeAlias = ProducerCounters  # noqa: Y015
 
 @_typing.final
+class GroupCounters(_message.Message):
+    """What one group of consumers took, as the cache saw it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    DECLARED_FIELD_NUMBER: _builtins.int
+    CONSUMER_COUNT_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_FRAME_COUNT_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_BYTES_FIELD_NUMBER: _builtins.int
+    PENDING_FRAME_COUNT_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_FRAME_COUNT_FIELD_NUMBER: _builtins.int
+    REDELIVERED_FRAME_COUNT_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    """Its name."""
+    declared: _builtins.bool
+    """True if the buffer was made for it: it gets every event, or the loss is counted."""
+    consumer_count: _builtins.int
+    """How many of its consumers are connected."""
+    acknowledged_frame_count: _builtins.int
+    """DATA frames that it acknowledged."""
+    acknowledged_event_count: _builtins.int
+    """Events in them."""
+    acknowledged_bytes: _builtins.int
+    """Bytes of their messages."""
+    pending_frame_count: _builtins.int
+    """DATA frames that wait for it."""
+    in_flight_frame_count: _builtins.int
+    """DATA frames that are on their way, or in the hands of a consumer."""
+    redelivered_frame_count: _builtins.int
+    """DATA frames that were delivered again, because a consumer died, was too slow, or got them broken."""
+    @_builtins.property
+    def losses(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.Loss]:
+        """Events it should have got and will not, by cause."""
+
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+        declared: _builtins.bool = ...,
+        consumer_count: _builtins.int = ...,
+        acknowledged_frame_count: _builtins.int = ...,
+        acknowledged_event_count: _builtins.int = ...,
+        acknowledged_bytes: _builtins.int = ...,
+        pending_frame_count: _builtins.int = ...,
+        in_flight_frame_count: _builtins.int = ...,
+        redelivered_frame_count: _builtins.int = ...,
+        losses: _abc.Iterable[_account_pb2.Loss] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_bytes", b"acknowledged_bytes", "acknowledged_event_count", b"acknowledged_event_count", "acknowledged_frame_count", b"acknowledged_frame_count", "consumer_count", b"consumer_count", "declared", b"declared", "group", b"group", "in_flight_frame_count", b"in_flight_frame_count", "losses", b"losses", "pending_frame_count", b"pending_frame_count", "redelivered_frame_count", b"redelivered_frame_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupCounters: _TypeAlias = GroupCounters  # noqa: Y015
+
+@_typing.final
 class ConsumerCounters(_message.Message):
     """What one consumer connection took, as the cache saw it."""
 
@@ -249,8 +391,14 @@ class ConsumerCounters(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _builtins.int
     CONFIRMED_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_FRAME_COUNT_FIELD_NUMBER: _builtins.int
+    ACKNOWLEDGED_EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
     consumer: _builtins.int
-    """Counts the consumer connections of the buffer from 1. 0 stands for connections that ended long ago, counted together."""
+    """Counts the consumer connections of its cache process from 1. 0 stands for connections that ended long ago, counted
+    together.
+    """
     identity: _builtins.str
     """The identity on its certificate; empty without TLS."""
     connected: _builtins.bool
@@ -265,6 +413,14 @@ class ConsumerCounters(_message.Message):
     """True once it closed in good order after END: everything written to it was read."""
     address: _builtins.str
     """Its address, `host:port`."""
+    group: _builtins.str
+    """The group whose work it shares."""
+    acknowledged_frame_count: _builtins.int
+    """DATA frames that it acknowledged."""
+    acknowledged_event_count: _builtins.int
+    """Events in them."""
+    shard: _builtins.int
+    """The cache process that it is connected to, counted from 0."""
     def __init__(
         self,
         *,
@@ -276,10 +432,14 @@ class ConsumerCounters(_message.Message):
         sent_bytes: _builtins.int = ...,
         confirmed: _builtins.bool = ...,
         address: _builtins.str = ...,
+        group: _builtins.str = ...,
+        acknowledged_frame_count: _builtins.int = ...,
+        acknowledged_event_count: _builtins.int = ...,
+        shard: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "confirmed", b"confirmed", "connected", b"connected", "consumer", b"consumer", "identity", b"identity", "sent_bytes", b"sent_bytes", "sent_event_count", b"sent_event_count", "sent_frame_count", b"sent_frame_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_event_count", b"acknowledged_event_count", "acknowledged_frame_count", b"acknowledged_frame_count", "address", b"address", "confirmed", b"confirmed", "connected", b"connected", "consumer", b"consumer", "group", b"group", "identity", b"identity", "sent_bytes", b"sent_bytes", "sent_event_count", b"sent_event_count", "sent_frame_count", b"sent_frame_count", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -308,6 +468,8 @@ class BufferCounters(_message.Message):
     LAST_REFUSAL_FIELD_NUMBER: _builtins.int
     FIRST_FRAME_TIME_FIELD_NUMBER: _builtins.int
     LAST_FRAME_TIME_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    FLOW_FIELD_NUMBER: _builtins.int
     received_frame_count: _builtins.int
     """DATA frames received whole."""
     received_event_count: _builtins.int
@@ -321,7 +483,9 @@ class BufferCounters(_message.Message):
     sent_bytes: _builtins.int
     """Bytes of all frames written to consumers."""
     delivered_event_count: _builtins.int
-    """Events written to consumers that closed in good order after END."""
+    """Events that consumers have taken: acknowledged by every declared group, or written to PUSH
+    consumers that closed in good order after END.
+    """
     held_frame_count: _builtins.int
     """Frames in the ring now."""
     held_bytes: _builtins.int
@@ -330,6 +494,8 @@ class BufferCounters(_message.Message):
     """Peers turned away, by certificate or by protocol."""
     last_refusal: _builtins.str
     """Why the last of them was turned away."""
+    flow: Global___Flow.ValueType
+    """What keeps the stream from going faster."""
     @_builtins.property
     def read_time(self) -> _timestamp_pb2.Timestamp:
         """When these numbers were read."""
@@ -354,6 +520,10 @@ class BufferCounters(_message.Message):
     def last_frame_time(self) -> _timestamp_pb2.Timestamp:
         """When the last DATA frame was written to a consumer, or arrived."""
 
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupCounters]:
+        """Each group, the declared ones first."""
+
     def __init__(
         self,
         *,
@@ -374,10 +544,12 @@ class BufferCounters(_message.Message):
         last_refusal: _builtins.str = ...,
         first_frame_time: _timestamp_pb2.Timestamp | None = ...,
         last_frame_time: _timestamp_pb2.Timestamp | None = ...,
+        groups: _abc.Iterable[Global___GroupCounters] | None = ...,
+        flow: Global___Flow.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["first_frame_time", b"first_frame_time", "last_frame_time", b"last_frame_time", "read_time", b"read_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumers", b"consumers", "delivered_event_count", b"delivered_event_count", "first_frame_time", b"first_frame_time", "held_bytes", b"held_bytes", "held_frame_count", b"held_frame_count", "last_frame_time", b"last_frame_time", "last_refusal", b"last_refusal", "losses", b"losses", "producers", b"producers", "read_time", b"read_time", "received_bytes", b"received_bytes", "received_event_count", b"received_event_count", "received_frame_count", b"received_frame_count", "refused_peer_count", b"refused_peer_count", "sent_bytes", b"sent_bytes", "sent_event_count", b"sent_event_count", "sent_frame_count", b"sent_frame_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumers", b"consumers", "delivered_event_count", b"delivered_event_count", "first_frame_time", b"first_frame_time", "flow", b"flow", "groups", b"groups", "held_bytes", b"held_bytes", "held_frame_count", b"held_frame_count", "last_frame_time", b"last_frame_time", "last_refusal", b"last_refusal", "losses", b"losses", "producers", b"producers", "read_time", b"read_time", "received_bytes", b"received_bytes", "received_event_count", b"received_event_count", "received_frame_count", b"received_frame_count", "refused_peer_count", b"refused_peer_count", "sent_bytes", b"sent_bytes", "sent_event_count", b"sent_event_count", "sent_frame_count", b"sent_frame_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -437,6 +609,7 @@ class Buffer(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    RESTART_COUNT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`buffers/{buffer}`."""
     owner: _builtins.str
@@ -451,6 +624,8 @@ class Buffer(_message.Message):
     """How the stream ended, once DRAINING."""
     etag: _builtins.str
     """Changes with every change."""
+    restart_count: _builtins.int
+    """How often a cache process died and was started again on what it had stored."""
     @_builtins.property
     def spec(self) -> Global___BufferSpec:
         """What it should be."""
@@ -491,10 +666,11 @@ class Buffer(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        restart_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "create_time", b"create_time", "error", b"error", "expire_time", b"expire_time", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connect_string", b"connect_string", "counters", b"counters", "create_time", b"create_time", "end_cause", b"end_cause", "epoch", b"epoch", "error", b"error", "etag", b"etag", "expire_time", b"expire_time", "name", b"name", "owner", b"owner", "spec", b"spec", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connect_string", b"connect_string", "counters", b"counters", "create_time", b"create_time", "end_cause", b"end_cause", "epoch", b"epoch", "error", b"error", "etag", b"etag", "expire_time", b"expire_time", "name", b"name", "owner", b"owner", "restart_count", b"restart_count", "spec", b"spec", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -699,6 +875,188 @@ class SealBufferRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SealBufferRequest: _TypeAlias = SealBufferRequest  # noqa: Y015
+
+@_typing.final
+class IssueTicketRequest(_message.Message):
+    """Asks for a ticket."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`buffers/{buffer}`."""
+    role: _link_pb2.LinkRole.ValueType
+    """What for."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        role: _link_pb2.LinkRole.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IssueTicketRequest: _TypeAlias = IssueTicketRequest  # noqa: Y015
+
+@_typing.final
+class Ticket(_message.Message):
+    """The right of one member to one role on one buffer, for some minutes. Not a resource: nobody keeps it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    CONNECT_STRING_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.str
+    """What to show to the cache. A secret."""
+    connect_string: _builtins.str
+    """The buffer's connect string with the ticket in it. A secret too."""
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Until when it is good. Ask for the next one before."""
+
+    def __init__(
+        self,
+        *,
+        ticket: _builtins.str = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        connect_string: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connect_string", b"connect_string", "expire_time", b"expire_time", "ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Ticket: _TypeAlias = Ticket  # noqa: Y015
+
+@_typing.final
+class RevokeAccessRequest(_message.Message):
+    """Names a member that may no longer use a buffer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`buffers/{buffer}`."""
+    identity: _builtins.str
+    """Its SPIFFE id."""
+    request_id: _builtins.str
+    """A UUID4 that makes repeating the call harmless."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        identity: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeAccessRequest: _TypeAlias = RevokeAccessRequest  # noqa: Y015
+
+@_typing.final
+class ConsumeRequest(_message.Message):
+    """What a consumer says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SHARD_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`buffers/{buffer}`, in the first request only."""
+    shard: _builtins.int
+    """Which of the buffer's shards, in the first request only."""
+    @_builtins.property
+    def signal(self) -> _link_pb2.Signal:
+        """Hello first, then acknowledgements."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        shard: _builtins.int = ...,
+        signal: _link_pb2.Signal | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["signal", b"signal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "shard", b"shard", "signal", b"signal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConsumeRequest: _TypeAlias = ConsumeRequest  # noqa: Y015
+
+@_typing.final
+class ConsumeResponse(_message.Message):
+    """What the cache sends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def signal(self) -> _link_pb2.Signal:
+        """Welcome first."""
+
+    @_builtins.property
+    def piece(self) -> Global___FramePiece:
+        """A piece of a frame."""
+
+    def __init__(
+        self,
+        *,
+        signal: _link_pb2.Signal | None = ...,
+        piece: Global___FramePiece | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "piece", b"piece", "signal", b"signal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "piece", b"piece", "signal", b"signal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["signal", "piece"]  # noqa: Y015
+    _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
+
+Global___ConsumeResponse: _TypeAlias = ConsumeResponse  # noqa: Y015
+
+@_typing.final
+class FramePiece(_message.Message):
+    """A piece of a frame; its pieces follow each other."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    FRAME_SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The bytes."""
+    frame_size_bytes: _builtins.int
+    """Bytes of the whole frame."""
+    offset_bytes: _builtins.int
+    """Where in the frame they begin."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        frame_size_bytes: _builtins.int = ...,
+        offset_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "frame_size_bytes", b"frame_size_bytes", "offset_bytes", b"offset_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FramePiece: _TypeAlias = FramePiece  # noqa: Y015
 
 @_typing.final
 class DeleteBufferRequest(_message.Message):

@@ -27,8 +27,9 @@ if _version_not_supported:
 
 class BufferServiceStub:
     """Makes, watches and ends the caches that bulk events flow through. The events
-    themselves never pass here: producers and consumers dial the cache, at the
-    address in `Buffer.connect_string`.
+    themselves do not pass here: producers and consumers dial the cache, at the
+    address in `Buffer.connect_string`. Only who can reach no other port may
+    have them from `Consume`.
     """
 
     def __init__(self, channel):
@@ -62,6 +63,21 @@ class BufferServiceStub:
                 request_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.SealBufferRequest.SerializeToString,
                 response_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.FromString,
                 _registered_method=True)
+        self.IssueTicket = channel.unary_unary(
+                '/beamwire.buffer.v1.BufferService/IssueTicket',
+                request_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.IssueTicketRequest.SerializeToString,
+                response_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Ticket.FromString,
+                _registered_method=True)
+        self.RevokeAccess = channel.unary_unary(
+                '/beamwire.buffer.v1.BufferService/RevokeAccess',
+                request_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.RevokeAccessRequest.SerializeToString,
+                response_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.FromString,
+                _registered_method=True)
+        self.Consume = channel.stream_stream(
+                '/beamwire.buffer.v1.BufferService/Consume',
+                request_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.ConsumeRequest.SerializeToString,
+                response_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.ConsumeResponse.FromString,
+                _registered_method=True)
         self.DeleteBuffer = channel.unary_unary(
                 '/beamwire.buffer.v1.BufferService/DeleteBuffer',
                 request_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.DeleteBufferRequest.SerializeToString,
@@ -71,8 +87,9 @@ class BufferServiceStub:
 
 class BufferServiceServicer:
     """Makes, watches and ends the caches that bulk events flow through. The events
-    themselves never pass here: producers and consumers dial the cache, at the
-    address in `Buffer.connect_string`.
+    themselves do not pass here: producers and consumers dial the cache, at the
+    address in `Buffer.connect_string`. Only who can reach no other port may
+    have them from `Consume`.
     """
 
     def CreateBuffer(self, request, context):
@@ -114,6 +131,32 @@ class BufferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def IssueTicket(self, request, context):
+        """Gives the caller the right to produce or to consume for some minutes, bound to the certificate
+        of this call. Members that the buffer's specification names for that role.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeAccess(self, request, context):
+        """Takes a member's right to use the buffer: its tickets are void, its connections are cut within a
+        second, and it is let in no more. Owner, services, operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Consume(self, request_iterator, context):
+        """Consumes through this service, for members that can reach no other port: the acknowledged
+        protocol of docs/link.md with its signals as messages, and frames in pieces. The first request
+        names the buffer and says Hello, without a ticket. Ends OK after END was acknowledged. Members
+        that the buffer's specification names as consumers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteBuffer(self, request, context):
         """Stops the cache if it runs, and forgets the buffer. Frames still in it are lost.
         Owner, services, operators.
@@ -150,6 +193,21 @@ def add_BufferServiceServicer_to_server(servicer, server):
                     request_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.SealBufferRequest.FromString,
                     response_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.SerializeToString,
             ),
+            'IssueTicket': grpc.unary_unary_rpc_method_handler(
+                    servicer.IssueTicket,
+                    request_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.IssueTicketRequest.FromString,
+                    response_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Ticket.SerializeToString,
+            ),
+            'RevokeAccess': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeAccess,
+                    request_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.RevokeAccessRequest.FromString,
+                    response_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.SerializeToString,
+            ),
+            'Consume': grpc.stream_stream_rpc_method_handler(
+                    servicer.Consume,
+                    request_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.ConsumeRequest.FromString,
+                    response_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.ConsumeResponse.SerializeToString,
+            ),
             'DeleteBuffer': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteBuffer,
                     request_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.DeleteBufferRequest.FromString,
@@ -165,8 +223,9 @@ def add_BufferServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class BufferService:
     """Makes, watches and ends the caches that bulk events flow through. The events
-    themselves never pass here: producers and consumers dial the cache, at the
-    address in `Buffer.connect_string`.
+    themselves do not pass here: producers and consumers dial the cache, at the
+    address in `Buffer.connect_string`. Only who can reach no other port may
+    have them from `Consume`.
     """
 
     @staticmethod
@@ -294,6 +353,87 @@ class BufferService:
             '/beamwire.buffer.v1.BufferService/SealBuffer',
             beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.SealBufferRequest.SerializeToString,
             beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IssueTicket(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.buffer.v1.BufferService/IssueTicket',
+            beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.IssueTicketRequest.SerializeToString,
+            beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Ticket.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeAccess(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.buffer.v1.BufferService/RevokeAccess',
+            beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.RevokeAccessRequest.SerializeToString,
+            beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Consume(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/beamwire.buffer.v1.BufferService/Consume',
+            beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.ConsumeRequest.SerializeToString,
+            beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.ConsumeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,8 +28,9 @@ GRPC_VERSION: str
 
 class BufferServiceStub:
     """Makes, watches and ends the caches that bulk events flow through. The events
-    themselves never pass here: producers and consumers dial the cache, at the
-    address in `Buffer.connect_string`.
+    themselves do not pass here: producers and consumers dial the cache, at the
+    address in `Buffer.connect_string`. Only who can reach no other port may
+    have them from `Consume`.
     """
 
     @_typing.overload
@@ -53,6 +54,20 @@ class BufferServiceStub:
     cause is DONE, and dropped and counted otherwise; then each consumer gets END with the cause.
     Sealing a sealed buffer changes nothing. Owner, services, operators.
     """
+    IssueTicket: _grpc.UnaryUnaryMultiCallable[_buffer_service_pb2.IssueTicketRequest, _buffer_service_pb2.Ticket]
+    """Gives the caller the right to produce or to consume for some minutes, bound to the certificate
+    of this call. Members that the buffer's specification names for that role.
+    """
+    RevokeAccess: _grpc.UnaryUnaryMultiCallable[_buffer_service_pb2.RevokeAccessRequest, _buffer_service_pb2.Buffer]
+    """Takes a member's right to use the buffer: its tickets are void, its connections are cut within a
+    second, and it is let in no more. Owner, services, operators.
+    """
+    Consume: _grpc.StreamStreamMultiCallable[_buffer_service_pb2.ConsumeRequest, _buffer_service_pb2.ConsumeResponse]
+    """Consumes through this service, for members that can reach no other port: the acknowledged
+    protocol of docs/link.md with its signals as messages, and frames in pieces. The first request
+    names the buffer and says Hello, without a ticket. Ends OK after END was acknowledged. Members
+    that the buffer's specification names as consumers.
+    """
     DeleteBuffer: _grpc.UnaryUnaryMultiCallable[_buffer_service_pb2.DeleteBufferRequest, _buffer_service_pb2.DeleteBufferResponse]
     """Stops the cache if it runs, and forgets the buffer. Frames still in it are lost.
     Owner, services, operators.
@@ -61,8 +76,9 @@ class BufferServiceStub:
 @_typing.type_check_only
 class BufferServiceAsyncStub(BufferServiceStub):
     """Makes, watches and ends the caches that bulk events flow through. The events
-    themselves never pass here: producers and consumers dial the cache, at the
-    address in `Buffer.connect_string`.
+    themselves do not pass here: producers and consumers dial the cache, at the
+    address in `Buffer.connect_string`. Only who can reach no other port may
+    have them from `Consume`.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -83,6 +99,20 @@ class BufferServiceAsyncStub(BufferServiceStub):
     cause is DONE, and dropped and counted otherwise; then each consumer gets END with the cause.
     Sealing a sealed buffer changes nothing. Owner, services, operators.
     """
+    IssueTicket: _aio.UnaryUnaryMultiCallable[_buffer_service_pb2.IssueTicketRequest, _buffer_service_pb2.Ticket]  # type: ignore[assignment]
+    """Gives the caller the right to produce or to consume for some minutes, bound to the certificate
+    of this call. Members that the buffer's specification names for that role.
+    """
+    RevokeAccess: _aio.UnaryUnaryMultiCallable[_buffer_service_pb2.RevokeAccessRequest, _buffer_service_pb2.Buffer]  # type: ignore[assignment]
+    """Takes a member's right to use the buffer: its tickets are void, its connections are cut within a
+    second, and it is let in no more. Owner, services, operators.
+    """
+    Consume: _aio.StreamStreamMultiCallable[_buffer_service_pb2.ConsumeRequest, _buffer_service_pb2.ConsumeResponse]  # type: ignore[assignment]
+    """Consumes through this service, for members that can reach no other port: the acknowledged
+    protocol of docs/link.md with its signals as messages, and frames in pieces. The first request
+    names the buffer and says Hello, without a ticket. Ends OK after END was acknowledged. Members
+    that the buffer's specification names as consumers.
+    """
     DeleteBuffer: _aio.UnaryUnaryMultiCallable[_buffer_service_pb2.DeleteBufferRequest, _buffer_service_pb2.DeleteBufferResponse]  # type: ignore[assignment]
     """Stops the cache if it runs, and forgets the buffer. Frames still in it are lost.
     Owner, services, operators.
@@ -90,8 +120,9 @@ class BufferServiceAsyncStub(BufferServiceStub):
 
 class BufferServiceServicer(metaclass=_abc_1.ABCMeta):
     """Makes, watches and ends the caches that bulk events flow through. The events
-    themselves never pass here: producers and consumers dial the cache, at the
-    address in `Buffer.connect_string`.
+    themselves do not pass here: producers and consumers dial the cache, at the
+    address in `Buffer.connect_string`. Only who can reach no other port may
+    have them from `Consume`.
     """
 
     @_abc_1.abstractmethod
@@ -139,6 +170,38 @@ class BufferServiceServicer(metaclass=_abc_1.ABCMeta):
         """Says that no more frames will come, and why. What the cache holds is still delivered if the
         cause is DONE, and dropped and counted otherwise; then each consumer gets END with the cause.
         Sealing a sealed buffer changes nothing. Owner, services, operators.
+        """
+
+    @_abc_1.abstractmethod
+    def IssueTicket(
+        self,
+        request: _buffer_service_pb2.IssueTicketRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_buffer_service_pb2.Ticket, _abc.Awaitable[_buffer_service_pb2.Ticket]]:
+        """Gives the caller the right to produce or to consume for some minutes, bound to the certificate
+        of this call. Members that the buffer's specification names for that role.
+        """
+
+    @_abc_1.abstractmethod
+    def RevokeAccess(
+        self,
+        request: _buffer_service_pb2.RevokeAccessRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_buffer_service_pb2.Buffer, _abc.Awaitable[_buffer_service_pb2.Buffer]]:
+        """Takes a member's right to use the buffer: its tickets are void, its connections are cut within a
+        second, and it is let in no more. Owner, services, operators.
+        """
+
+    @_abc_1.abstractmethod
+    def Consume(
+        self,
+        request_iterator: _MaybeAsyncIterator[_buffer_service_pb2.ConsumeRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_buffer_service_pb2.ConsumeResponse], _abc.AsyncIterator[_buffer_service_pb2.ConsumeResponse]]:
+        """Consumes through this service, for members that can reach no other port: the acknowledged
+        protocol of docs/link.md with its signals as messages, and frames in pieces. The first request
+        names the buffer and says Hello, without a ticket. Ends OK after END was acknowledged. Members
+        that the buffer's specification names as consumers.
         """
 
     @_abc_1.abstractmethod

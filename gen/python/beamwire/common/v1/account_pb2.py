@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n beamwire/common/v1/account.proto\x12\x12\x62\x65\x61mwire.common.v1\"I\n\x04Loss\x12,\n\x05\x63\x61use\x18\x01 \x01(\x0e\x32\x1d.beamwire.common.v1.LossCause\x12\x13\n\x0b\x65vent_count\x18\x02 \x01(\x03*\xa4\x02\n\tLossCause\x12\x1a\n\x16LOSS_CAUSE_UNSPECIFIED\x10\x00\x12\x19\n\x15LOSS_CAUSE_INCOMPLETE\x10\x01\x12\x15\n\x11LOSS_CAUSE_VETOED\x10\x02\x12\"\n\x1eLOSS_CAUSE_PRODUCER_CONNECTION\x10\x03\x12\"\n\x1eLOSS_CAUSE_CONSUMER_CONNECTION\x10\x04\x12\x1a\n\x16LOSS_CAUSE_UNDELIVERED\x10\x05\x12\x17\n\x13LOSS_CAUSE_OVERFLOW\x10\x06\x12\x16\n\x12LOSS_CAUSE_CORRUPT\x10\x07\x12\x1b\n\x17LOSS_CAUSE_CACHE_FAILED\x10\x08\x12\x17\n\x13LOSS_CAUSE_NOT_READ\x10\t*\x98\x01\n\x08\x45ndCause\x12\x19\n\x15\x45ND_CAUSE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45ND_CAUSE_DONE\x10\x01\x12\x14\n\x10\x45ND_CAUSE_FAILED\x10\x02\x12\x17\n\x13\x45ND_CAUSE_CANCELLED\x10\x03\x12\x15\n\x11\x45ND_CAUSE_EXPIRED\x10\x04\x12\x17\n\x13\x45ND_CAUSE_TRUNCATED\x10\x05\x42[\n\x16org.beamwire.common.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/common/v1;commonv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n beamwire/common/v1/account.proto\x12\x12\x62\x65\x61mwire.common.v1\"I\n\x04Loss\x12,\n\x05\x63\x61use\x18\x01 \x01(\x0e\x32\x1d.beamwire.common.v1.LossCause\x12\x13\n\x0b\x65vent_count\x18\x02 \x01(\x03*\xbc\x02\n\tLossCause\x12\x1a\n\x16LOSS_CAUSE_UNSPECIFIED\x10\x00\x12\x19\n\x15LOSS_CAUSE_INCOMPLETE\x10\x01\x12\x15\n\x11LOSS_CAUSE_VETOED\x10\x02\x12\"\n\x1eLOSS_CAUSE_PRODUCER_CONNECTION\x10\x03\x12\"\n\x1eLOSS_CAUSE_CONSUMER_CONNECTION\x10\x04\x12\x1a\n\x16LOSS_CAUSE_UNDELIVERED\x10\x05\x12\x17\n\x13LOSS_CAUSE_OVERFLOW\x10\x06\x12\x16\n\x12LOSS_CAUSE_CORRUPT\x10\x07\x12\x1b\n\x17LOSS_CAUSE_CACHE_FAILED\x10\x08\x12\x17\n\x13LOSS_CAUSE_NOT_READ\x10\t\x12\x16\n\x12LOSS_CAUSE_EVICTED\x10\n*\x98\x01\n\x08\x45ndCause\x12\x19\n\x15\x45ND_CAUSE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x45ND_CAUSE_DONE\x10\x01\x12\x14\n\x10\x45ND_CAUSE_FAILED\x10\x02\x12\x17\n\x13\x45ND_CAUSE_CANCELLED\x10\x03\x12\x15\n\x11\x45ND_CAUSE_EXPIRED\x10\x04\x12\x17\n\x13\x45ND_CAUSE_TRUNCATED\x10\x05\x42[\n\x16org.beamwire.common.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/common/v1;commonv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,9 +33,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\026org.beamwire.common.v1P\001Z?github.com/beamwire/beamwire/gen/go/beamwire/common/v1;commonv1'
   _globals['_LOSSCAUSE']._serialized_start=132
-  _globals['_LOSSCAUSE']._serialized_end=424
-  _globals['_ENDCAUSE']._serialized_start=427
-  _globals['_ENDCAUSE']._serialized_end=579
+  _globals['_LOSSCAUSE']._serialized_end=448
+  _globals['_ENDCAUSE']._serialized_start=451
+  _globals['_ENDCAUSE']._serialized_end=603
   _globals['_LOSS']._serialized_start=56
   _globals['_LOSS']._serialized_end=129
 # @@protoc_insertion_point(module_scope)

@@ -45,6 +45,8 @@ class _LossCauseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LossCause.V
     """The cache died with the frame."""
     LOSS_CAUSE_NOT_READ: _LossCause.ValueType  # 9
     """The producer failed before it had read the event."""
+    LOSS_CAUSE_EVICTED: _LossCause.ValueType  # 10
+    """A group that the buffer was not made for read too slowly, and the frame had to make room."""
 
 class LossCause(_LossCause, metaclass=_LossCauseEnumTypeWrapper):
     """Why an event that was selected did not reach a consumer."""
@@ -71,6 +73,8 @@ LOSS_CAUSE_CACHE_FAILED: LossCause.ValueType  # 8
 """The cache died with the frame."""
 LOSS_CAUSE_NOT_READ: LossCause.ValueType  # 9
 """The producer failed before it had read the event."""
+LOSS_CAUSE_EVICTED: LossCause.ValueType  # 10
+"""A group that the buffer was not made for read too slowly, and the frame had to make room."""
 Global___LossCause: _TypeAlias = LossCause  # noqa: Y015
 
 class _EndCause:

@@ -54,6 +54,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED: the resource belongs to somebody else, or does not exist."""
     ERROR_REASON_ACCESS_UNDECLARED: _ErrorReason.ValueType  # 34
     """PERMISSION_DENIED: the method declares nobody who may call it."""
+    ERROR_REASON_TICKET_INVALID: _ErrorReason.ValueType  # 35
+    """PERMISSION_DENIED: a ticket is missing, malformed, or made for somebody or something else."""
+    ERROR_REASON_TICKET_EXPIRED: _ErrorReason.ValueType  # 36
+    """PERMISSION_DENIED: a ticket was good and is no longer."""
     ERROR_REASON_LIMIT_REACHED: _ErrorReason.ValueType  # 40
     """RESOURCE_EXHAUSTED: a limit was reached; QuotaFailure says which."""
     ERROR_REASON_SERVICE_UNAVAILABLE: _ErrorReason.ValueType  # 41
@@ -123,6 +127,10 @@ ERROR_REASON_NOT_OWNER: ErrorReason.ValueType  # 33
 """PERMISSION_DENIED: the resource belongs to somebody else, or does not exist."""
 ERROR_REASON_ACCESS_UNDECLARED: ErrorReason.ValueType  # 34
 """PERMISSION_DENIED: the method declares nobody who may call it."""
+ERROR_REASON_TICKET_INVALID: ErrorReason.ValueType  # 35
+"""PERMISSION_DENIED: a ticket is missing, malformed, or made for somebody or something else."""
+ERROR_REASON_TICKET_EXPIRED: ErrorReason.ValueType  # 36
+"""PERMISSION_DENIED: a ticket was good and is no longer."""
 ERROR_REASON_LIMIT_REACHED: ErrorReason.ValueType  # 40
 """RESOURCE_EXHAUSTED: a limit was reached; QuotaFailure says which."""
 ERROR_REASON_SERVICE_UNAVAILABLE: ErrorReason.ValueType  # 41

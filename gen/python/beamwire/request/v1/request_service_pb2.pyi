@@ -210,6 +210,8 @@ class Receipt(_message.Message):
     STREAMING_DURATION_FIELD_NUMBER: _builtins.int
     PRODUCERS_FIELD_NUMBER: _builtins.int
     CONSUMERS_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
     selected_event_count: _builtins.int
     """Events that the streamer selected."""
     delivered_event_count: _builtins.int
@@ -238,6 +240,16 @@ class Receipt(_message.Message):
     def consumers(self) -> _containers.RepeatedCompositeFieldContainer[_buffer_service_pb2.ConsumerCounters]:
         """What each consumer took."""
 
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[_buffer_service_pb2.GroupCounters]:
+        """What each group of consumers took."""
+
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageAccount]:
+        """The way of the events, from the source to the consumers: what came into each stage, what left it,
+        what was lost there and why. What leaves a stage comes into the next one.
+        """
+
     def __init__(
         self,
         *,
@@ -251,14 +263,52 @@ class Receipt(_message.Message):
         streaming_duration: _duration_pb2.Duration | None = ...,
         producers: _abc.Iterable[_buffer_service_pb2.ProducerCounters] | None = ...,
         consumers: _abc.Iterable[_buffer_service_pb2.ConsumerCounters] | None = ...,
+        groups: _abc.Iterable[_buffer_service_pb2.GroupCounters] | None = ...,
+        stages: _abc.Iterable[Global___StageAccount] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["streaming_duration", b"streaming_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["balanced", b"balanced", "consumers", b"consumers", "delivered_event_count", b"delivered_event_count", "end_cause", b"end_cause", "frame_count", b"frame_count", "losses", b"losses", "producers", b"producers", "selected_event_count", b"selected_event_count", "sent_bytes", b"sent_bytes", "streaming_duration", b"streaming_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["balanced", b"balanced", "consumers", b"consumers", "delivered_event_count", b"delivered_event_count", "end_cause", b"end_cause", "frame_count", b"frame_count", "groups", b"groups", "losses", b"losses", "producers", b"producers", "selected_event_count", b"selected_event_count", "sent_bytes", b"sent_bytes", "stages", b"stages", "streaming_duration", b"streaming_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
+
+@_typing.final
+class StageAccount(_message.Message):
+    """One stage on the way of the events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    ENTERED_EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    LEFT_EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    LOSSES_FIELD_NUMBER: _builtins.int
+    stage: _builtins.str
+    """`source`, `producers`, `cache` or `consumers`."""
+    entered_event_count: _builtins.int
+    """Events that came in."""
+    left_event_count: _builtins.int
+    """Events that left for the next stage."""
+    @_builtins.property
+    def losses(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.Loss]:
+        """Events that were lost here, by cause."""
+
+    def __init__(
+        self,
+        *,
+        stage: _builtins.str = ...,
+        entered_event_count: _builtins.int = ...,
+        left_event_count: _builtins.int = ...,
+        losses: _abc.Iterable[_account_pb2.Loss] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entered_event_count", b"entered_event_count", "left_event_count", b"left_event_count", "losses", b"losses", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageAccount: _TypeAlias = StageAccount  # noqa: Y015
 
 @_typing.final
 class Transfer(_message.Message):

@@ -38,6 +38,8 @@ class _FrameKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FrameKind.V
     """The last frame of a producer, and of the stream."""
     FRAME_KIND_MARK: _FrameKind.ValueType  # 4
     """A remark in the stream (a new calibration step, say); carries no events."""
+    FRAME_KIND_BUNDLE: _FrameKind.ValueType  # 5
+    """Several small DATA frames of one producer that follow each other, carried as one message."""
 
 class FrameKind(_FrameKind, metaclass=_FrameKindEnumTypeWrapper):
     """What a frame is."""
@@ -52,6 +54,8 @@ FRAME_KIND_END: FrameKind.ValueType  # 3
 """The last frame of a producer, and of the stream."""
 FRAME_KIND_MARK: FrameKind.ValueType  # 4
 """A remark in the stream (a new calibration step, say); carries no events."""
+FRAME_KIND_BUNDLE: FrameKind.ValueType  # 5
+"""Several small DATA frames of one producer that follow each other, carried as one message."""
 Global___FrameKind: _TypeAlias = FrameKind  # noqa: Y015
 
 class _Codec:
@@ -138,6 +142,7 @@ class FrameHeader(_message.Message):
     TRACEPARENT_FIELD_NUMBER: _builtins.int
     STREAM_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    FRAME_SIZES_BYTES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The life of the buffer's sequence numbers that the frame belongs to; a cache that starts
     afresh counts one up.
@@ -145,7 +150,7 @@ class FrameHeader(_message.Message):
     producer: _builtins.int
     """Which producer made it: its rank, counted from 0."""
     sequence: _builtins.int
-    """Counts the frames of this producer in this epoch: 0 is HEADER, the last one is END."""
+    """Counts the frames of this producer: 0 is HEADER, the last one is END."""
     kind: Global___FrameKind.ValueType
     """What the frame is."""
     event_count: _builtins.int
@@ -172,6 +177,13 @@ class FrameHeader(_message.Message):
     def end(self) -> Global___StreamEnd:
         """In an END frame: how it ended."""
 
+    @_builtins.property
+    def frame_sizes_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In a BUNDLE: the sizes in bytes of the frames in the payload, in order. Each begins at the next
+        multiple of 64 after the one before; the first has the `sequence` of the bundle, and `event_count`
+        is the sum over all of them.
+        """
+
     def __init__(
         self,
         *,
@@ -187,10 +199,11 @@ class FrameHeader(_message.Message):
         traceparent: _builtins.str = ...,
         stream: Global___StreamHeader | None = ...,
         end: Global___StreamEnd | None = ...,
+        frame_sizes_bytes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "stream", b"stream"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "end", b"end", "epoch", b"epoch", "event_count", b"event_count", "event_ids", b"event_ids", "kind", b"kind", "media_type", b"media_type", "payload_crc32c", b"payload_crc32c", "producer", b"producer", "sequence", b"sequence", "stream", b"stream", "traceparent", b"traceparent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "end", b"end", "epoch", b"epoch", "event_count", b"event_count", "event_ids", b"event_ids", "frame_sizes_bytes", b"frame_sizes_bytes", "kind", b"kind", "media_type", b"media_type", "payload_crc32c", b"payload_crc32c", "producer", b"producer", "sequence", b"sequence", "stream", b"stream", "traceparent", b"traceparent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

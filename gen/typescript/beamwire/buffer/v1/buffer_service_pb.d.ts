@@ -9,6 +9,7 @@ import type { Message } from "@bufbuild/protobuf";
 import type { Duration, Timestamp } from "@bufbuild/protobuf/wkt";
 import type { EndCause, Loss } from "../../common/v1/account_pb.js";
 import type { Status } from "../../../google/rpc/status_pb.js";
+import type { LinkRole, Signal } from "../../stream/v1/link_pb.js";
 
 /**
  * Describes the file beamwire/buffer/v1/buffer_service.proto.
@@ -83,6 +84,38 @@ export declare type BufferSpec = Message<"beamwire.buffer.v1.BufferSpec"> & {
    * @generated from field: google.protobuf.Duration lease = 9;
    */
   lease?: Duration | undefined;
+
+  /**
+   * The groups that are to get every event, each on its own; the consumers of a group share the
+   * work. A frame is kept until all of them have acknowledged it. Default: one, `default`. Others may
+   * join and read what is there, but are not waited for. ACKED only; at most 16.
+   *
+   * @generated from field: repeated string groups = 10;
+   */
+  groups: string[];
+
+  /**
+   * How long a delivery may stay unacknowledged before it goes to another consumer. Default 5 minutes.
+   *
+   * @generated from field: google.protobuf.Duration frame_lease = 11;
+   */
+  frameLease?: Duration | undefined;
+
+  /**
+   * How much of what every group has acknowledged is kept for replay, as long as nothing newer needs
+   * the room. Default 0.
+   *
+   * @generated from field: int64 retain_bytes = 12;
+   */
+  retainBytes: bigint;
+
+  /**
+   * How many cache processes share the work: producers are spread over them, consumers dial all.
+   * `capacity_bytes` and `capacity_frames` are for each. Default 1; not more than there are producers.
+   *
+   * @generated from field: int32 shard_count = 13;
+   */
+  shardCount: number;
 };
 
 /**
@@ -182,13 +215,97 @@ export declare type ProducerCounters = Message<"beamwire.buffer.v1.ProducerCount
 export declare const ProducerCountersSchema: GenMessage<ProducerCounters>;
 
 /**
+ * What one group of consumers took, as the cache saw it.
+ *
+ * @generated from message beamwire.buffer.v1.GroupCounters
+ */
+export declare type GroupCounters = Message<"beamwire.buffer.v1.GroupCounters"> & {
+  /**
+   * Its name.
+   *
+   * @generated from field: string group = 1;
+   */
+  group: string;
+
+  /**
+   * True if the buffer was made for it: it gets every event, or the loss is counted.
+   *
+   * @generated from field: bool declared = 2;
+   */
+  declared: boolean;
+
+  /**
+   * How many of its consumers are connected.
+   *
+   * @generated from field: int32 consumer_count = 3;
+   */
+  consumerCount: number;
+
+  /**
+   * DATA frames that it acknowledged.
+   *
+   * @generated from field: int64 acknowledged_frame_count = 4;
+   */
+  acknowledgedFrameCount: bigint;
+
+  /**
+   * Events in them.
+   *
+   * @generated from field: int64 acknowledged_event_count = 5;
+   */
+  acknowledgedEventCount: bigint;
+
+  /**
+   * Bytes of their messages.
+   *
+   * @generated from field: int64 acknowledged_bytes = 6;
+   */
+  acknowledgedBytes: bigint;
+
+  /**
+   * DATA frames that wait for it.
+   *
+   * @generated from field: int64 pending_frame_count = 7;
+   */
+  pendingFrameCount: bigint;
+
+  /**
+   * DATA frames that are on their way, or in the hands of a consumer.
+   *
+   * @generated from field: int64 in_flight_frame_count = 8;
+   */
+  inFlightFrameCount: bigint;
+
+  /**
+   * DATA frames that were delivered again, because a consumer died, was too slow, or got them broken.
+   *
+   * @generated from field: int64 redelivered_frame_count = 9;
+   */
+  redeliveredFrameCount: bigint;
+
+  /**
+   * Events it should have got and will not, by cause.
+   *
+   * @generated from field: repeated beamwire.common.v1.Loss losses = 10;
+   */
+  losses: Loss[];
+};
+
+/**
+ * Describes the message beamwire.buffer.v1.GroupCounters.
+ * Use `create(GroupCountersSchema)` to create a new message.
+ */
+export declare const GroupCountersSchema: GenMessage<GroupCounters>;
+
+/**
  * What one consumer connection took, as the cache saw it.
  *
  * @generated from message beamwire.buffer.v1.ConsumerCounters
  */
 export declare type ConsumerCounters = Message<"beamwire.buffer.v1.ConsumerCounters"> & {
   /**
-   * Counts the consumer connections of the buffer from 1. 0 stands for connections that ended long ago, counted together.
+   * Counts the consumer connections of its cache process from 1. 0 stands for connections that ended long ago, counted
+   * together.
    *
    * @generated from field: int32 consumer = 1;
    */
@@ -242,6 +359,34 @@ export declare type ConsumerCounters = Message<"beamwire.buffer.v1.ConsumerCount
    * @generated from field: string address = 8;
    */
   address: string;
+
+  /**
+   * The group whose work it shares.
+   *
+   * @generated from field: string group = 9;
+   */
+  group: string;
+
+  /**
+   * DATA frames that it acknowledged.
+   *
+   * @generated from field: int64 acknowledged_frame_count = 10;
+   */
+  acknowledgedFrameCount: bigint;
+
+  /**
+   * Events in them.
+   *
+   * @generated from field: int64 acknowledged_event_count = 11;
+   */
+  acknowledgedEventCount: bigint;
+
+  /**
+   * The cache process that it is connected to, counted from 0.
+   *
+   * @generated from field: int32 shard = 12;
+   */
+  shard: number;
 };
 
 /**
@@ -306,7 +451,8 @@ export declare type BufferCounters = Message<"beamwire.buffer.v1.BufferCounters"
   sentBytes: bigint;
 
   /**
-   * Events written to consumers that closed in good order after END.
+   * Events that consumers have taken: acknowledged by every declared group, or written to PUSH
+   * consumers that closed in good order after END.
    *
    * @generated from field: int64 delivered_event_count = 8;
    */
@@ -374,6 +520,20 @@ export declare type BufferCounters = Message<"beamwire.buffer.v1.BufferCounters"
    * @generated from field: google.protobuf.Timestamp last_frame_time = 17;
    */
   lastFrameTime?: Timestamp | undefined;
+
+  /**
+   * Each group, the declared ones first.
+   *
+   * @generated from field: repeated beamwire.buffer.v1.GroupCounters groups = 18;
+   */
+  groups: GroupCounters[];
+
+  /**
+   * What keeps the stream from going faster.
+   *
+   * @generated from field: beamwire.buffer.v1.Flow flow = 19;
+   */
+  flow: Flow;
 };
 
 /**
@@ -478,6 +638,13 @@ export declare type Buffer = Message<"beamwire.buffer.v1.Buffer"> & {
    * @generated from field: string etag = 13;
    */
   etag: string;
+
+  /**
+   * How often a cache process died and was started again on what it had stored.
+   *
+   * @generated from field: int32 restart_count = 14;
+   */
+  restartCount: number;
 };
 
 /**
@@ -751,6 +918,205 @@ export declare type SealBufferRequest = Message<"beamwire.buffer.v1.SealBufferRe
 export declare const SealBufferRequestSchema: GenMessage<SealBufferRequest>;
 
 /**
+ * Asks for a ticket.
+ *
+ * @generated from message beamwire.buffer.v1.IssueTicketRequest
+ */
+export declare type IssueTicketRequest = Message<"beamwire.buffer.v1.IssueTicketRequest"> & {
+  /**
+   * `buffers/{buffer}`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * What for.
+   *
+   * @generated from field: beamwire.stream.v1.LinkRole role = 2;
+   */
+  role: LinkRole;
+};
+
+/**
+ * Describes the message beamwire.buffer.v1.IssueTicketRequest.
+ * Use `create(IssueTicketRequestSchema)` to create a new message.
+ */
+export declare const IssueTicketRequestSchema: GenMessage<IssueTicketRequest>;
+
+/**
+ * The right of one member to one role on one buffer, for some minutes. Not a resource: nobody keeps it.
+ *
+ * @generated from message beamwire.buffer.v1.Ticket
+ */
+export declare type Ticket = Message<"beamwire.buffer.v1.Ticket"> & {
+  /**
+   * What to show to the cache. A secret.
+   *
+   * @generated from field: string ticket = 1;
+   */
+  ticket: string;
+
+  /**
+   * Until when it is good. Ask for the next one before.
+   *
+   * @generated from field: google.protobuf.Timestamp expire_time = 2;
+   */
+  expireTime?: Timestamp | undefined;
+
+  /**
+   * The buffer's connect string with the ticket in it. A secret too.
+   *
+   * @generated from field: string connect_string = 3;
+   */
+  connectString: string;
+};
+
+/**
+ * Describes the message beamwire.buffer.v1.Ticket.
+ * Use `create(TicketSchema)` to create a new message.
+ */
+export declare const TicketSchema: GenMessage<Ticket>;
+
+/**
+ * Names a member that may no longer use a buffer.
+ *
+ * @generated from message beamwire.buffer.v1.RevokeAccessRequest
+ */
+export declare type RevokeAccessRequest = Message<"beamwire.buffer.v1.RevokeAccessRequest"> & {
+  /**
+   * `buffers/{buffer}`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * Its SPIFFE id.
+   *
+   * @generated from field: string identity = 2;
+   */
+  identity: string;
+
+  /**
+   * A UUID4 that makes repeating the call harmless.
+   *
+   * @generated from field: string request_id = 3;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message beamwire.buffer.v1.RevokeAccessRequest.
+ * Use `create(RevokeAccessRequestSchema)` to create a new message.
+ */
+export declare const RevokeAccessRequestSchema: GenMessage<RevokeAccessRequest>;
+
+/**
+ * What a consumer says.
+ *
+ * @generated from message beamwire.buffer.v1.ConsumeRequest
+ */
+export declare type ConsumeRequest = Message<"beamwire.buffer.v1.ConsumeRequest"> & {
+  /**
+   * `buffers/{buffer}`, in the first request only.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * Which of the buffer's shards, in the first request only.
+   *
+   * @generated from field: int32 shard = 2;
+   */
+  shard: number;
+
+  /**
+   * Hello first, then acknowledgements.
+   *
+   * @generated from field: beamwire.stream.v1.Signal signal = 3;
+   */
+  signal?: Signal | undefined;
+};
+
+/**
+ * Describes the message beamwire.buffer.v1.ConsumeRequest.
+ * Use `create(ConsumeRequestSchema)` to create a new message.
+ */
+export declare const ConsumeRequestSchema: GenMessage<ConsumeRequest>;
+
+/**
+ * What the cache sends.
+ *
+ * @generated from message beamwire.buffer.v1.ConsumeResponse
+ */
+export declare type ConsumeResponse = Message<"beamwire.buffer.v1.ConsumeResponse"> & {
+  /**
+   * A signal, or bytes of a frame.
+   *
+   * @generated from oneof beamwire.buffer.v1.ConsumeResponse.content
+   */
+  content: {
+    /**
+     * Welcome first.
+     *
+     * @generated from field: beamwire.stream.v1.Signal signal = 1;
+     */
+    value: Signal;
+    case: "signal";
+  } | {
+    /**
+     * A piece of a frame.
+     *
+     * @generated from field: beamwire.buffer.v1.FramePiece piece = 2;
+     */
+    value: FramePiece;
+    case: "piece";
+  } | { case: undefined; value?: undefined };
+};
+
+/**
+ * Describes the message beamwire.buffer.v1.ConsumeResponse.
+ * Use `create(ConsumeResponseSchema)` to create a new message.
+ */
+export declare const ConsumeResponseSchema: GenMessage<ConsumeResponse>;
+
+/**
+ * A piece of a frame; its pieces follow each other.
+ *
+ * @generated from message beamwire.buffer.v1.FramePiece
+ */
+export declare type FramePiece = Message<"beamwire.buffer.v1.FramePiece"> & {
+  /**
+   * The bytes.
+   *
+   * @generated from field: bytes data = 1;
+   */
+  data: Uint8Array;
+
+  /**
+   * Bytes of the whole frame.
+   *
+   * @generated from field: uint64 frame_size_bytes = 2;
+   */
+  frameSizeBytes: bigint;
+
+  /**
+   * Where in the frame they begin.
+   *
+   * @generated from field: uint64 offset_bytes = 3;
+   */
+  offsetBytes: bigint;
+};
+
+/**
+ * Describes the message beamwire.buffer.v1.FramePiece.
+ * Use `create(FramePieceSchema)` to create a new message.
+ */
+export declare const FramePieceSchema: GenMessage<FramePiece>;
+
+/**
  * Names a buffer to delete.
  *
  * @generated from message beamwire.buffer.v1.DeleteBufferRequest
@@ -798,7 +1164,7 @@ export declare const DeleteBufferResponseSchema: GenMessage<DeleteBufferResponse
  */
 export enum Delivery {
   /**
-   * The default of this release, PUSH.
+   * The default, ACKED.
    *
    * @generated from enum value: DELIVERY_UNSPECIFIED = 0;
    */
@@ -813,7 +1179,8 @@ export enum Delivery {
   PUSH = 1,
 
   /**
-   * At least once on the wire, exactly once to the caller. Not in this release.
+   * At least once on the wire, exactly once to the caller: the cache keeps a frame until it was
+   * acknowledged, and delivers it again if its consumer dies. Survives the death of the cache too.
    *
    * @generated from enum value: DELIVERY_ACKED = 2;
    */
@@ -846,21 +1213,22 @@ export enum OverflowPolicy {
   BLOCK = 1,
 
   /**
-   * The oldest frame makes room and is counted as lost. Not in this release.
+   * The oldest frame that is not on its way makes room and is counted as lost.
    *
    * @generated from enum value: OVERFLOW_POLICY_DROP_OLDEST = 2;
    */
   DROP_OLDEST = 2,
 
   /**
-   * The new frame is dropped and counted as lost. Not in this release.
+   * The new frame is dropped and counted as lost.
    *
    * @generated from enum value: OVERFLOW_POLICY_DROP_NEWEST = 3;
    */
   DROP_NEWEST = 3,
 
   /**
-   * The oldest frames move to disk. Not in this release.
+   * The producer waits, but frames are kept on disk: `capacity_bytes` may exceed the memory, and
+   * what was acknowledged to a producer survives a restart of the machine. ACKED only.
    *
    * @generated from enum value: OVERFLOW_POLICY_SPILL = 4;
    */
@@ -899,6 +1267,15 @@ export enum Transport {
    * @generated from enum value: TRANSPORT_TCP = 2;
    */
   TCP = 2,
+
+  /**
+   * A Unix socket, for peers on the host of the cache that run as its user; consumers of ours copy
+   * frames from memory that the cache shares with them. Only with delivery ACKED, and only where the
+   * operator allows it. docs/link.md tells how it is spoken.
+   *
+   * @generated from enum value: TRANSPORT_IPC = 3;
+   */
+  IPC = 3,
 }
 
 /**
@@ -907,9 +1284,64 @@ export enum Transport {
 export declare const TransportSchema: GenEnum<Transport>;
 
 /**
+ * What keeps a stream from going faster, in one word.
+ *
+ * @generated from enum beamwire.buffer.v1.Flow
+ */
+export enum Flow {
+  /**
+   * Not known: the buffer is not READY.
+   *
+   * @generated from enum value: FLOW_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * Frames come and go.
+   *
+   * @generated from enum value: FLOW_FLOWING = 1;
+   */
+  FLOWING = 1,
+
+  /**
+   * No producer is connected, and some have not ended.
+   *
+   * @generated from enum value: FLOW_NO_PRODUCER = 2;
+   */
+  NO_PRODUCER = 2,
+
+  /**
+   * A declared group has no consumer: the buffer fills up.
+   *
+   * @generated from enum value: FLOW_NO_READER = 3;
+   */
+  NO_READER = 3,
+
+  /**
+   * Producers wait, because there is no room.
+   *
+   * @generated from enum value: FLOW_FULL = 4;
+   */
+  FULL = 4,
+
+  /**
+   * Consumers wait, because there is nothing to read.
+   *
+   * @generated from enum value: FLOW_STARVED = 5;
+   */
+  STARVED = 5,
+}
+
+/**
+ * Describes the enum beamwire.buffer.v1.Flow.
+ */
+export declare const FlowSchema: GenEnum<Flow>;
+
+/**
  * Makes, watches and ends the caches that bulk events flow through. The events
- * themselves never pass here: producers and consumers dial the cache, at the
- * address in `Buffer.connect_string`.
+ * themselves do not pass here: producers and consumers dial the cache, at the
+ * address in `Buffer.connect_string`. Only who can reach no other port may
+ * have them from `Consume`.
  *
  * @generated from service beamwire.buffer.v1.BufferService
  */
@@ -967,6 +1399,41 @@ export declare const BufferService: GenService<{
     methodKind: "unary";
     input: typeof SealBufferRequestSchema;
     output: typeof BufferSchema;
+  },
+  /**
+   * Gives the caller the right to produce or to consume for some minutes, bound to the certificate
+   * of this call. Members that the buffer's specification names for that role.
+   *
+   * @generated from rpc beamwire.buffer.v1.BufferService.IssueTicket
+   */
+  issueTicket: {
+    methodKind: "unary";
+    input: typeof IssueTicketRequestSchema;
+    output: typeof TicketSchema;
+  },
+  /**
+   * Takes a member's right to use the buffer: its tickets are void, its connections are cut within a
+   * second, and it is let in no more. Owner, services, operators.
+   *
+   * @generated from rpc beamwire.buffer.v1.BufferService.RevokeAccess
+   */
+  revokeAccess: {
+    methodKind: "unary";
+    input: typeof RevokeAccessRequestSchema;
+    output: typeof BufferSchema;
+  },
+  /**
+   * Consumes through this service, for members that can reach no other port: the acknowledged
+   * protocol of docs/link.md with its signals as messages, and frames in pieces. The first request
+   * names the buffer and says Hello, without a ticket. Ends OK after END was acknowledged. Members
+   * that the buffer's specification names as consumers.
+   *
+   * @generated from rpc beamwire.buffer.v1.BufferService.Consume
+   */
+  consume: {
+    methodKind: "bidi_streaming";
+    input: typeof ConsumeRequestSchema;
+    output: typeof ConsumeResponseSchema;
   },
   /**
    * Stops the cache if it runs, and forgets the buffer. Frames still in it are lost.

@@ -113,6 +113,13 @@ export enum LossCause {
    * @generated from enum value: LOSS_CAUSE_NOT_READ = 9;
    */
   NOT_READ = 9,
+
+  /**
+   * A group that the buffer was not made for read too slowly, and the frame had to make room.
+   *
+   * @generated from enum value: LOSS_CAUSE_EVICTED = 10;
+   */
+  EVICTED = 10,
 }
 
 /**

@@ -130,6 +130,20 @@ export enum ErrorReason {
   ACCESS_UNDECLARED = 34,
 
   /**
+   * PERMISSION_DENIED: a ticket is missing, malformed, or made for somebody or something else.
+   *
+   * @generated from enum value: ERROR_REASON_TICKET_INVALID = 35;
+   */
+  TICKET_INVALID = 35,
+
+  /**
+   * PERMISSION_DENIED: a ticket was good and is no longer.
+   *
+   * @generated from enum value: ERROR_REASON_TICKET_EXPIRED = 36;
+   */
+  TICKET_EXPIRED = 36,
+
+  /**
    * RESOURCE_EXHAUSTED: a limit was reached; QuotaFailure says which.
    *
    * @generated from enum value: ERROR_REASON_LIMIT_REACHED = 40;

@@ -8,7 +8,7 @@ import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobu
 import type { JsonObject, Message } from "@bufbuild/protobuf";
 import type { EndCause, Loss } from "../../common/v1/account_pb.js";
 import type { Duration, Timestamp } from "@bufbuild/protobuf/wkt";
-import type { BufferSpec, ConsumerCounters, ProducerCounters } from "../../buffer/v1/buffer_service_pb.js";
+import type { BufferSpec, ConsumerCounters, GroupCounters, ProducerCounters } from "../../buffer/v1/buffer_service_pb.js";
 import type { Status } from "../../../google/rpc/status_pb.js";
 
 /**
@@ -267,6 +267,21 @@ export declare type Receipt = Message<"beamwire.request.v1.Receipt"> & {
    * @generated from field: repeated beamwire.buffer.v1.ConsumerCounters consumers = 10;
    */
   consumers: ConsumerCounters[];
+
+  /**
+   * What each group of consumers took.
+   *
+   * @generated from field: repeated beamwire.buffer.v1.GroupCounters groups = 11;
+   */
+  groups: GroupCounters[];
+
+  /**
+   * The way of the events, from the source to the consumers: what came into each stage, what left it,
+   * what was lost there and why. What leaves a stage comes into the next one.
+   *
+   * @generated from field: repeated beamwire.request.v1.StageAccount stages = 12;
+   */
+  stages: StageAccount[];
 };
 
 /**
@@ -274,6 +289,47 @@ export declare type Receipt = Message<"beamwire.request.v1.Receipt"> & {
  * Use `create(ReceiptSchema)` to create a new message.
  */
 export declare const ReceiptSchema: GenMessage<Receipt>;
+
+/**
+ * One stage on the way of the events.
+ *
+ * @generated from message beamwire.request.v1.StageAccount
+ */
+export declare type StageAccount = Message<"beamwire.request.v1.StageAccount"> & {
+  /**
+   * `source`, `producers`, `cache` or `consumers`.
+   *
+   * @generated from field: string stage = 1;
+   */
+  stage: string;
+
+  /**
+   * Events that came in.
+   *
+   * @generated from field: int64 entered_event_count = 2;
+   */
+  enteredEventCount: bigint;
+
+  /**
+   * Events that left for the next stage.
+   *
+   * @generated from field: int64 left_event_count = 3;
+   */
+  leftEventCount: bigint;
+
+  /**
+   * Events that were lost here, by cause.
+   *
+   * @generated from field: repeated beamwire.common.v1.Loss losses = 4;
+   */
+  losses: Loss[];
+};
+
+/**
+ * Describes the message beamwire.request.v1.StageAccount.
+ * Use `create(StageAccountSchema)` to create a new message.
+ */
+export declare const StageAccountSchema: GenMessage<StageAccount>;
 
 /**
  * A data request and what became of it.

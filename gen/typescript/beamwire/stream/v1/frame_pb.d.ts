@@ -99,7 +99,7 @@ export declare type FrameHeader = Message<"beamwire.stream.v1.FrameHeader"> & {
   producer: number;
 
   /**
-   * Counts the frames of this producer in this epoch: 0 is HEADER, the last one is END.
+   * Counts the frames of this producer: 0 is HEADER, the last one is END.
    *
    * @generated from field: uint64 sequence = 3;
    */
@@ -167,6 +167,15 @@ export declare type FrameHeader = Message<"beamwire.stream.v1.FrameHeader"> & {
    * @generated from field: beamwire.stream.v1.StreamEnd end = 12;
    */
   end?: StreamEnd | undefined;
+
+  /**
+   * In a BUNDLE: the sizes in bytes of the frames in the payload, in order. Each begins at the next
+   * multiple of 64 after the one before; the first has the `sequence` of the bundle, and `event_count`
+   * is the sum over all of them.
+   *
+   * @generated from field: repeated uint32 frame_sizes_bytes = 13;
+   */
+  frameSizesBytes: number[];
 };
 
 /**
@@ -374,6 +383,13 @@ export enum FrameKind {
    * @generated from enum value: FRAME_KIND_MARK = 4;
    */
   MARK = 4,
+
+  /**
+   * Several small DATA frames of one producer that follow each other, carried as one message.
+   *
+   * @generated from enum value: FRAME_KIND_BUNDLE = 5;
+   */
+  BUNDLE = 5,
 }
 
 /**

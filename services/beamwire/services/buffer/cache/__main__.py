@@ -11,7 +11,6 @@ from pathlib import Path
 
 from beamwire.mesh import telemetry
 from beamwire.mesh.credentials import CHAIN_FILE, Credentials
-from beamwire.mesh.enrollment import JoinToken, enroll
 from beamwire.mesh.errors import BeamwireError
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.server import CacheServer
@@ -51,12 +50,15 @@ def _raise_file_limit() -> None:
 
 
 def _credentials(config: CacheConfig, directory: Path) -> Credentials | None:
-    if config.transport == "tcp":
+    if config.transport != "tls+tcp":
         return None
     place = config.credentials or directory / "credentials"
     token_file = config.join_token_file
     if token_file is None or (place / CHAIN_FILE).exists():
         return Credentials.load(place)
+    # Brings gRPC with it, which the cache needs for nothing else.
+    from beamwire.mesh.enrollment import JoinToken, enroll
+
     try:
         return enroll(JoinToken.parse(token_file.read_text()), place)
     finally:

@@ -9,7 +9,6 @@ from typing import Final
 
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh.stream.writer import FrameWriter
-from beamwire.services.buffer.cache.account import Account
 from beamwire.stream.v1.frame_pb2 import FRAME_KIND_END, FrameHeader, StreamEnd
 
 # The worst first.
@@ -32,20 +31,23 @@ class Seal:
 
 
 def ending(
-    ends: Mapping[int, StreamEnd | None], account: Account, seal: Seal | None, producer_count: int = 1
+    ends: Mapping[int, StreamEnd | None],
+    received: Mapping[int, tuple[int, int]],
+    seal: Seal | None,
+    producer_count: int = 1,
 ) -> StreamEnd:
     """The END of the whole stream.
 
-    A producer that has not said END counts with what came from it. The cause is that of the seal unless it is DONE,
-    else the worst that a producer said, and TRUNCATED at least if only some of the producers came to their END. A
-    stream that no producer ever joined ends as its sealer says.
+    A producer that has not said END counts with what came from it: `received` are the frames and events of each. The
+    cause is that of the seal unless it is DONE, else the worst that a producer said, and TRUNCATED at least if only
+    some of the producers came to their END. A stream that no producer ever joined ends as its sealer says.
     """
     total = StreamEnd(cause=account_pb2.END_CAUSE_DONE)
     skipped: Counter[account_pb2.LossCause.ValueType] = Counter()
     details = []
     causes = set()
     for number, end in sorted(ends.items()):
-        said = end or _so_far(number, account)
+        said = end or _so_far(*received[number])
         total.selected_event_count += said.selected_event_count
         total.sent_event_count += said.sent_event_count
         total.sent_frame_count += said.sent_frame_count
@@ -77,10 +79,5 @@ def end_message(epoch: int, end: StreamEnd) -> bytes:
     return bytes(FrameWriter().encode(FrameHeader(epoch=epoch, kind=FRAME_KIND_END, end=end)))
 
 
-def _so_far(number: int, account: Account) -> StreamEnd:
-    received = account.producers[number]
-    return StreamEnd(
-        selected_event_count=received.received_event_count,
-        sent_event_count=received.received_event_count,
-        sent_frame_count=received.received_frame_count,
-    )
+def _so_far(frames: int, events: int) -> StreamEnd:
+    return StreamEnd(selected_event_count=events, sent_event_count=events, sent_frame_count=frames)

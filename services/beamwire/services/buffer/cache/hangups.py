@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from beamwire.mesh.stream.sockets import Connection
-from beamwire.services.buffer.cache.peers import Sink
+from beamwire.services.buffer.cache.groups import Sink
 from beamwire.services.buffer.cache.relay import Relay
 
 

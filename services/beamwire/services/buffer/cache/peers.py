@@ -1,46 +1,51 @@
-"""What a cache knows of the peers at its two sides while they are there."""
+"""What a cache knows of its producers while they are there, and how it turns a peer away."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum, auto
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from beamwire.mesh.stream.sockets import Connection
+from beamwire.mesh.errors import Reason
 from beamwire.stream.v1.frame_pb2 import StreamEnd
 
 
 class RefusedError(Exception):
-    """A peer is turned away; the message says why."""
+    """A peer is turned away; the message says why. `retry` if it may be let in later."""
+
+    def __init__(self, message: str, reason: Reason = Reason.ILLEGAL_STATE, *, retry: bool = False) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.retry = retry
 
 
 class SealedError(Exception):
     """No more frames are taken."""
 
 
-class Step(Enum):
-    """What a consumer's thread does next, other than sending frames."""
+def _nothing() -> None:
+    """NNG's own producers are told nothing."""
 
-    HEADER = auto()
-    END = auto()
-    LEAVE = auto()
+
+@dataclass(eq=False, slots=True)
+class Entrance:
+    """A producer connection: what ends it, what makes it stop receiving, and what tells it that more was stored.
+
+    All may be called from any thread. Only those that speak the acknowledged protocol have an instance.
+    """
+
+    cut: Callable[[], None]
+    stop: Callable[[], None]
+    instance: str = ""
+    ring: Callable[[], None] = _nothing
 
 
 @dataclass(eq=False, slots=True)
 class Source:
-    """A producer number: its last sequence, its END, and its connection while it has one."""
-
-    identity: str
-    connection: Connection | None
-    last_sequence: int = 0
-    end: StreamEnd | None = None
-
-
-@dataclass(eq=False, slots=True)
-class Sink:
-    """A consumer connection while it lasts."""
+    """A producer: its number, where its record is, its END, and its connection while it has one."""
 
     number: int
-    connection: Connection
-    greeted: bool = False
-    hung_up: bool = False
-    given_up: bool = False
+    index: int
+    identity: str
+    entrance: Entrance | None = None
+    end: StreamEnd | None = None
+    skipped: dict[str, int] = field(default_factory=dict)

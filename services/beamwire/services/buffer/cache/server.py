@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
+import logging
 import signal
-import socket
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
@@ -15,15 +14,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.stream.local import listen_local
+from beamwire.services.buffer.cache.admission import Admission
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.listener import Listener
 from beamwire.services.buffer.cache.relay import Relay
+from beamwire.services.buffer.cache.vault import open_vault
 from beamwire.services.buffer.control import CONTROL_SOCKET
+
+_log = logging.getLogger(__name__)
 
 _WATCH_PERIOD: Final = 0.1
 _SEAL_GRACE: Final = 10.0
 _STOP_GRACE: Final = 7.0
 _LINE_LIMIT: Final = 64 * 1024
+# How often leases, tickets and certificates are looked at, in seconds.
+_REAP_PERIOD: Final = 0.25
 
 
 class _Question(BaseModel):
@@ -31,7 +37,8 @@ class _Question(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    op: Literal["status", "watch", "seal", "stop"]
+    op: Literal["status", "watch", "seal", "stop", "revoke"]
+    identity: str = ""
     cause: Literal["DONE", "FAILED", "CANCELLED", "EXPIRED", "TRUNCATED"] = "DONE"
     detail: str = ""
 
@@ -41,13 +48,17 @@ class CacheServer:
 
     def __init__(self, config: CacheConfig, directory: Path, credentials: Credentials | None) -> None:
         self._directory = directory
-        self._relay = Relay(config, self._changed_in_thread)
-        self._listener = Listener(self._relay, credentials)
-        self._relay.address = f"{config.advertise}:{self._listener.port}"
+        self._vault = open_vault(config, directory)
         self._loop = asyncio.get_running_loop()
         self._watchers: set[_Watcher] = set()
         self._told = False
         self._stopping = False
+        self._relay = Relay(config, self._vault, self._changed_in_thread)
+        self._admission = Admission(config)
+        for identity in self._vault.facts.revoked:
+            self._admission.revoke(identity)
+        self._listener = Listener(self._relay, credentials, self._admission, directory)
+        self._relay.address = self._listener.address
         self._done = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -56,7 +67,9 @@ class CacheServer:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop)
         self._listener.start()
-        server = await asyncio.start_unix_server(self._answer, sock=self._bind(), limit=_LINE_LIMIT)
+        self._reap()
+        control = listen_local(self._directory / CONTROL_SOCKET)
+        server = await asyncio.start_unix_server(self._answer, sock=control, limit=_LINE_LIMIT)
         try:
             await self._done.wait()
         finally:
@@ -69,19 +82,10 @@ class CacheServer:
                     await asyncio.gather(*self._tasks)
             (self._directory / CONTROL_SOCKET).unlink(missing_ok=True)
 
-    def _bind(self) -> socket.socket:
-        (self._directory / CONTROL_SOCKET).unlink(missing_ok=True)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        # The path of a socket may have 107 characters; through the directory's descriptor it always has few.
-        directory = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            path = f"/proc/self/fd/{directory}/{CONTROL_SOCKET}"
-            sock.bind(path)
-            # Nobody can connect before it listens.
-            Path(path).chmod(0o600)
-        finally:
-            os.close(directory)
-        return sock
+    def _reap(self) -> None:
+        self._relay.reap()
+        self._admission.reap()
+        self._loop.call_later(_REAP_PERIOD, self._reap)
 
     def _changed_in_thread(self, urgent: bool) -> None:
         # Threads move thousands of frames per second: they wake the loop only if it does not know yet.
@@ -111,26 +115,31 @@ class CacheServer:
         assert task is not None
         self._tasks.add(task)
         try:
-            while line := await reader.readline():
-                await self._carry_out(line, writer)
-        except (OSError, ValueError):
-            # The other side left, or sent a line without end; it gets nothing more.
+            while line := await _read_line(reader):
+                await self._carry_out(line, reader, writer)
+        except OSError:
+            # The other side left.
             return
+        except Exception:
+            _log.exception("a question on the control socket could not be answered")
         finally:
             self._tasks.discard(task)
             writer.close()
 
-    async def _carry_out(self, line: bytes, writer: asyncio.StreamWriter) -> None:
+    async def _carry_out(self, line: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             question = _Question.model_validate_json(line)
         except ValidationError as error:
             _write(writer, json.dumps({"error": f"the cache cannot do that: {error}"}))
             return
         if question.op == "watch":
-            await self._watch(writer)
+            await self._watch(reader, writer)
             return
         if question.op == "seal":
             self._seal(question)
+        if question.op == "revoke":
+            self._vault.journal.note(fact="revoked", identity=question.identity)
+            self._admission.revoke(question.identity)
         _write(writer, self._relay.status().model_dump_json())
         await writer.drain()
         if question.op == "stop":
@@ -142,9 +151,12 @@ class CacheServer:
         if cause != account_pb2.END_CAUSE_DONE:
             self._loop.call_later(_SEAL_GRACE, self._relay.give_up)
 
-    async def _watch(self, writer: asyncio.StreamWriter) -> None:
+    async def _watch(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         watcher = _Watcher()
         self._watchers.add(watcher)
+        # One who watches says nothing more: what comes is its end.
+        leaving = asyncio.create_task(reader.read())
+        leaving.add_done_callback(lambda _: watcher.close())
         try:
             last = ""
             while True:
@@ -158,6 +170,16 @@ class CacheServer:
                     return
         finally:
             self._watchers.discard(watcher)
+            leaving.cancel()
+            await asyncio.gather(leaving, return_exceptions=True)
+
+
+async def _read_line(reader: asyncio.StreamReader) -> bytes:
+    """One question; nothing if there will be none, or if it has no end."""
+    try:
+        return await reader.readline()
+    except ValueError:
+        return b""
 
 
 class _Watcher:

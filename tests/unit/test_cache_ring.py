@@ -15,12 +15,16 @@ from beamwire.services.buffer.cache.ring import Ring, Slot
 CAPACITY, FRAMES = 1000, 6
 
 
+def make_ring(capacity: int, frames: int) -> Ring:
+    return Ring(memoryview(bytearray(Ring.size(capacity, frames))), capacity, frames)
+
+
 class RingMachine(RuleBasedStateMachine):
     """Slots are taken and given back in any order; each holds a pattern of its own."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.ring = Ring(CAPACITY, FRAMES)
+        self.ring = make_ring(CAPACITY, FRAMES)
         self.slots: list[tuple[Slot, int]] = []
         self.count = 0
 
@@ -59,7 +63,7 @@ TestRing = RingMachine.TestCase
 
 @given(st.lists(st.integers(0, CAPACITY), min_size=1, max_size=200))
 def test_first_in_first_out_never_gets_stuck(lengths):
-    ring = Ring(CAPACITY, FRAMES)
+    ring = make_ring(CAPACITY, FRAMES)
     held: deque[Slot] = deque()
     for length in lengths:
         while (slot := ring.reserve(length)) is None:
@@ -68,7 +72,7 @@ def test_first_in_first_out_never_gets_stuck(lengths):
 
 
 def test_neighbours_go_out_in_one_piece():
-    ring = Ring(CAPACITY, FRAMES)
+    ring = make_ring(CAPACITY, FRAMES)
     first, second = ring.reserve(3), ring.reserve(5)
     assert first is not None
     assert second is not None
@@ -78,7 +82,7 @@ def test_neighbours_go_out_in_one_piece():
 
 
 def test_a_slot_that_stays_does_not_stop_the_others():
-    ring = Ring(1000, 100)
+    ring = make_ring(1000, 100)
     slow = ring.reserve(400)
     assert slow is not None
     for _ in range(50):
@@ -90,6 +94,6 @@ def test_a_slot_that_stays_does_not_stop_the_others():
 
 @pytest.mark.parametrize("length", [CAPACITY, 0])
 def test_the_whole_capacity_can_be_used(length):
-    ring = Ring(CAPACITY, 1)
+    ring = make_ring(CAPACITY, 1)
     assert ring.reserve(length) is not None
     assert ring.reserve(0) is None

@@ -1,0 +1,136 @@
+"""Which groups there are: those that a buffer was made for, and those that come to look."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.names import check_id
+from beamwire.services.buffer.cache import ledger as at
+from beamwire.services.buffer.cache.config import DEFAULT_GROUP, CacheConfig
+from beamwire.services.buffer.cache.groups import Group
+from beamwire.services.buffer.cache.holdings import Holdings
+from beamwire.services.buffer.cache.peers import RefusedError
+from beamwire.services.buffer.cache.ring import Slot
+from beamwire.services.buffer.cache.vault import Vault
+from beamwire.services.buffer.control import ConsumerStatus
+from beamwire.stream.v1.link_pb2 import Hello, Start
+
+
+class Groups:
+    """The groups of one cache, the declared ones first."""
+
+    def __init__(self, config: CacheConfig, holdings: Holdings, vault: Vault) -> None:
+        self._config = config
+        self._holdings = holdings
+        self._vault = vault
+        self._groups: dict[str, Group] = {}
+        for index, name in enumerate(config.groups):
+            self._make(name, index, 0, declared=True)
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self._groups.values())
+
+    @property
+    def declared(self) -> Iterable[Group]:
+        """The groups that are to get everything."""
+        return (group for group in self if group.declared)
+
+    def restore(self) -> list[ConsumerStatus]:
+        """Take up the groups of an earlier process, and wait for their consumers; what those had taken in all."""
+        facts = self._vault.facts
+        for index, (name, begin) in facts.groups.items():
+            self._make(name, index, begin, declared=False)
+        deadline = time.monotonic() + self._config.reconnect_grace
+        for name, instances in facts.joined.items():
+            if name in self._groups:
+                self._groups[name].awaited, self._groups[name].awaited_until = set(instances), deadline
+        records = (self._taken(group) for group in self)
+        return [record for record in records if record.sent_frame_count]
+
+    def find(self, hello: Hello | None) -> tuple[Group, int]:
+        """The group that a consumer asks for, and how many frames it asked for that are gone.
+
+        Made if it is new; RefusedError if there are too many.
+        """
+        name = (hello.group if hello is not None else "") or next(iter(self._groups), DEFAULT_GROUP)
+        group = self._groups.get(name)
+        if group is not None:
+            return group, 0
+        try:
+            check_id("group", name)
+        except BeamwireError as error:
+            raise RefusedError(error.message, Reason.INVALID_FIELD) from error
+        if len(self._groups) == at.MOST_GROUPS:
+            self._remove_idle()
+        begin, evicted = self._begin(hello.start if hello is not None else Start())
+        taken = {group.index for group in self}
+        index = next(index for index in range(at.MOST_GROUPS) if index not in taken)
+        self._vault.journal.note(fact="group", name=name, index=index, begin=begin)
+        return self._make(name, index, begin, declared=False), evicted
+
+    def confirm(self, group: Group) -> None:
+        """One of its consumers has confirmed END."""
+        self._holdings.ledger.words[self._record(group) + at.GROUP_CONFIRMATIONS] += 1
+
+    def is_confirmed(self, group: Group) -> bool:
+        """Whether one of its consumers has confirmed END."""
+        return bool(self._holdings.ledger.words[self._record(group) + at.GROUP_CONFIRMATIONS])
+
+    def _make(self, name: str, index: int, begin: int, *, declared: bool) -> Group:
+        group = self._groups[name] = Group(name, index, declared, begin)
+        self._holdings.add_group(group)
+        return group
+
+    def _remove_idle(self) -> None:
+        for group in self:
+            if not group.declared and not group.sinks and not group.flying:
+                del self._groups[group.name]
+                self._holdings.remove_group(group)
+                return
+        raise RefusedError(f"there are {at.MOST_GROUPS} groups already", Reason.LIMIT_REACHED, retry=True)
+
+    def _begin(self, start: Start) -> tuple[int, int]:
+        """The position of the first frame that a new group gets, and how many frames it asked for that are gone."""
+        words = self._holdings.ledger.words
+        following = words[at.NEXT_POSITION]
+        if start.WhichOneof("point") == "latest":
+            return following, 0
+        wanted = [slot for slot in self._holdings if _is_after(slot, start)]
+        first = min((slot.position for slot in wanted), default=following)
+        if start.WhichOneof("point") in ("sequence", "time"):
+            return first, 0
+        received = sum(
+            words[self._holdings.ledger.producer(index) + at.RECEIVED_FRAMES]
+            for index in range(len(self._config.expected_producers))
+        )
+        return first, received - sum(slot.frames for slot in wanted)
+
+    def _taken(self, group: Group) -> ConsumerStatus:
+        """What the consumers of an earlier process took, together."""
+        words = self._holdings.ledger.words
+        record = self._record(group)
+        return ConsumerStatus(
+            consumer=0,
+            group=group.name,
+            confirmed=self.is_confirmed(group),
+            sent_frame_count=words[record + at.GROUP_FRAMES],
+            sent_event_count=words[record + at.GROUP_EVENTS],
+            sent_bytes=words[record + at.GROUP_BYTES],
+            acknowledged_frame_count=words[record + at.GROUP_FRAMES],
+            acknowledged_event_count=words[record + at.GROUP_EVENTS],
+        )
+
+    def _record(self, group: Group) -> int:
+        return self._holdings.ledger.group(group.index)
+
+
+def _is_after(slot: Slot, start: Start) -> bool:
+    match start.WhichOneof("point"):
+        case "sequence":
+            return slot.last_sequence >= start.sequence
+        case "time":
+            return slot.time >= start.time.ToNanoseconds()
+        case _:
+            return True

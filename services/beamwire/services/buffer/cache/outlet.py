@@ -1,0 +1,406 @@
+"""The consumers' side of a cache: who gets which frame, and what happens to what is not acknowledged.
+
+All of it is called with the lock of the relay held, and touches no socket.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Final
+
+from beamwire.common.v1 import account_pb2
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.stream.frame import decode
+from beamwire.services.buffer.cache import ledger as at
+from beamwire.services.buffer.cache.config import CacheConfig
+from beamwire.services.buffer.cache.grouping import Groups
+from beamwire.services.buffer.cache.groups import UNBOUNDED, Delivery, Group, Limbo, Sink, Step
+from beamwire.services.buffer.cache.holdings import DELIVERED, Holdings
+from beamwire.services.buffer.cache.peers import RefusedError
+from beamwire.services.buffer.cache.ring import Slot
+from beamwire.services.buffer.cache.roll import Roll
+from beamwire.services.buffer.cache.vault import Vault
+from beamwire.stream.v1.link_pb2 import FrameRange, Hello
+
+# Frames up to this size together go out in one call.
+_GREEDY_BYTES: Final = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who consumes, and how its thread is woken and its connection ended; both work from any thread."""
+
+    identity: str
+    address: str
+    ring: Callable[[], None]
+    cut: Callable[[], None]
+
+
+class Outlet:
+    """The groups of one cache and the consumers in them."""
+
+    def __init__(self, config: CacheConfig, holdings: Holdings, vault: Vault) -> None:
+        self._config = config
+        self._holdings = holdings
+        self._vault = vault
+        self._pushes = config.delivery == "PUSH"
+        # No more frames will come: who has everything gets END.
+        self.ending = False
+        self._joined = 0
+        self.roll = Roll(config.shard)
+        self.groups = Groups(config, holdings, vault)
+
+    def restore(self) -> None:
+        """Take up the groups of an earlier process; wait for their consumers to come back."""
+        for taken in self.groups.restore():
+            self.roll.add(taken)
+
+    @property
+    def sinks(self) -> Iterable[Sink]:
+        """Every consumer connection."""
+        return chain.from_iterable(group.sinks for group in self.groups)
+
+    @property
+    def has_sinks(self) -> bool:
+        """Whether any consumer is connected."""
+        return any(group.sinks for group in self.groups)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every group that is to get everything has it, and one of its consumers has confirmed END."""
+        return all(group.drained and self.groups.is_confirmed(group) for group in self.groups.declared)
+
+    @property
+    def pushed_events(self) -> int:
+        """Events pushed to consumers that have neither confirmed nor left."""
+        return sum(sink.sent_events for sink in self.sinks) if self._pushes else 0
+
+    def is_settled(self, slot: Slot) -> bool:
+        """Whether every group that is to get everything has done with a slot."""
+        return all(slot.settled & group.bit for group in self.groups.declared)
+
+    # Coming and going.
+
+    def join(self, peer: Peer, hello: Hello | None) -> tuple[Sink, int]:
+        """A consumer begins, or comes back; and how many frames it asked for that are gone.
+
+        Without a Hello it is one of NNG's own. RefusedError if there are too many groups.
+        """
+        group, evicted = self.groups.find(hello)
+        self._joined += 1
+        sink = Sink(self._joined, peer.identity, peer.address, group, peer.ring, peer.cut, acknowledges=False)
+        if hello is not None:
+            sink.acknowledges = True
+            sink.instance = hello.instance
+            sink.credit_messages = hello.credit.message_count or UNBOUNDED
+            sink.credit_bytes = hello.credit.size_bytes or UNBOUNDED
+            self._take_over(sink, hello)
+            self._vault.journal.note(fact="joined", group=group.name, instance=sink.instance)
+        group.sinks.add(sink)
+        return sink, evicted
+
+    def leave(self, sink: Sink, *, confirmed: bool) -> None:
+        """A consumer is gone; `confirmed` if it is one of NNG's own and closed in good order after END."""
+        group = sink.group
+        group.sinks.discard(sink)
+        sink.idle = False
+        if confirmed and not sink.given_up:
+            sink.confirmed = True
+            self.groups.confirm(group)
+        if self._pushes:
+            self._resolve(sink)
+        self.roll.left(sink)
+        self._abandon(sink, grace=0.0 if sink.given_up else self._config.reconnect_grace)
+        if sink.instance and not any(other.instance == sink.instance for other in group.sinks):
+            self._vault.journal.note(fact="left", group=group.name, instance=sink.instance)
+        # It may have been woken for a frame that it did not take.
+        if group.waiting:
+            group.wake()
+
+    def _take_over(self, sink: Sink, hello: Hello) -> None:
+        """Settle what the last connection of this consumer had: its claims count, the rest is delivered again."""
+        group = sink.group
+        for other in [other for other in group.sinks if other.instance == sink.instance]:
+            # Its connection is dead, and nobody has noticed yet.
+            other.leaving = True
+            other.cut()
+            self._abandon(other, grace=self._config.reconnect_grace)
+        lost = group.limbo.pop(sink.instance, None)
+        left = [] if lost is None else lost.slots
+        if hello.settled or hello.held:
+            left = self._claim(sink, hello, left)
+        self._put_back(group, left)
+        group.awaited.discard(sink.instance)
+        if not group.awaited and group.waiting:
+            group.wake()
+
+    def _claim(self, sink: Sink, hello: Hello, left: list[Slot]) -> list[Slot]:
+        """Give the consumer what it says it has; the rest of what it had is left."""
+        group = sink.group
+        deadline = time.monotonic() + self._config.frame_lease
+        rest = []
+        waiting = [slot for slot in group.pending if not slot.gone and _is_claimed(slot, hello)]
+        for slot in waiting:
+            self._launch(slot, group)
+        if waiting:
+            group.pending = type(group.pending)(slot for slot in group.pending if not slot.flights & group.bit)
+        for slot in (*left, *waiting):
+            if _is_in(slot, hello.settled):
+                self._acknowledged(sink, slot)
+            elif _is_in(slot, hello.held):
+                sink.held[slot.producer, slot.sequence] = Delivery(slot, deadline, slot.length)
+            else:
+                rest.append(slot)
+        return rest
+
+    # Frames.
+
+    def next(self, sink: Sink, *, header: bool) -> Step | list[Slot]:
+        """What this consumer gets now; WAIT if its bell will ring when there is something."""
+        if sink.leaving:
+            return Step.LEAVE
+        if header and not sink.greeted:
+            sink.greeted = True
+            return Step.HEADER
+        group = sink.group
+        if group.awaited or not sink.has_credit:
+            return self._wait(sink)
+        if group.first() is not None:
+            return self._take_batch(sink)
+        if self.ending and group.drained and not sink.told_end:
+            sink.told_end = True
+            if sink.acknowledges:
+                sink.flight.append(Delivery(None, time.monotonic() + self._config.frame_lease, end=True))
+            return Step.END
+        return self._wait(sink)
+
+    def _wait(self, sink: Sink) -> Step:
+        if not sink.idle:
+            sink.idle = True
+            sink.group.idle.append(sink)
+        return Step.WAIT
+
+    def _take_batch(self, sink: Sink) -> list[Slot]:
+        group = sink.group
+        slots: list[Slot] = []
+        size = 0
+        deadline = time.monotonic() + self._config.frame_lease
+        while sink.has_credit and (slot := group.first()) is not None:
+            size += slot.length
+            if slots and (slot.start != slots[-1].end or size > _GREEDY_BYTES):
+                break
+            group.pending.popleft()
+            slot.pins += 1
+            self._launch(slot, group)
+            sink.flight.append(Delivery(slot, deadline, slot.length))
+            sink.flight_bytes += slot.length
+            slots.append(slot)
+        if group.waiting and group.idle:
+            group.wake()
+        return slots
+
+    @staticmethod
+    def _launch(slot: Slot, group: Group) -> None:
+        slot.flights |= group.bit
+        group.waiting -= 1
+        group.flying += 1
+
+    def sent(self, sink: Sink, slots: list[Slot]) -> None:
+        """Frames were written to a consumer; those of one that does not acknowledge count as taken."""
+        frames = events = size = 0
+        for slot in slots:
+            frames += slot.frames
+            events += slot.events
+            size += slot.length
+        sink.sent_frames += frames
+        sink.sent_events += events
+        sink.sent_bytes += size
+        self._holdings.note_sent(frames, events, size)
+        if not sink.acknowledges:
+            for delivery in sink.flight:
+                if delivery.slot is not None:
+                    self._pushed(sink, delivery.slot)
+            sink.flight.clear()
+            sink.flight_bytes = 0
+            self._offer_end(sink.group)
+        for slot in slots:
+            self._holdings.unpin(slot)
+
+    def _pushed(self, sink: Sink, slot: Slot) -> None:
+        if self._pushes:
+            self._holdings.release(slot, sink.group)
+        else:
+            self._acknowledged(sink, slot)
+
+    def told(self, sink: Sink, size: int) -> None:
+        """HEADER or END was written to a consumer."""
+        sink.sent_bytes += size
+        self._holdings.note_sent(0, 0, size)
+
+    def cut_off(self, sink: Sink, slots: list[Slot]) -> None:
+        """The consumer died while frames were written to it."""
+        if self._pushes:
+            for slot in slots:
+                self._holdings.settle(slot, sink.group, account_pb2.LOSS_CAUSE_CONSUMER_CONNECTION)
+            sink.flight.clear()
+        for slot in slots:
+            self._holdings.unpin(slot)
+
+    def acknowledge(self, sink: Sink, count: int, settled: Iterable[FrameRange]) -> None:
+        """A consumer has done with so many deliveries, and with these that it held. RefusedError if it had not so many.
+
+        Sets `confirmed` of the sink if END is among them.
+        """
+        if count > sink.taken + len(sink.flight):
+            raise RefusedError(
+                f"it acknowledged {count} deliveries and got {sink.taken + len(sink.flight)}", Reason.INVALID_FIELD
+            )
+        while sink.taken < count:
+            delivery = sink.flight.popleft()
+            sink.taken += 1
+            sink.flight_bytes -= delivery.size
+            if delivery.slot is not None:
+                self._acknowledged(sink, delivery.slot)
+            elif delivery.end:
+                sink.confirmed = True
+                self.groups.confirm(sink.group)
+        for claim in settled:
+            for key in [key for key in sink.held if _covers(claim, *key)]:
+                delivery = sink.held.pop(key)
+                if delivery.slot is not None:
+                    self._acknowledged(sink, delivery.slot)
+        self._offer_end(sink.group)
+
+    def _offer_end(self, group: Group) -> None:
+        if self.ending and group.drained:
+            group.wake_all()
+
+    def reject(self, sink: Sink, number: int) -> None:
+        """A consumer got a delivery broken: it is delivered again if our copy is good, and lost if not."""
+        place = number - sink.taken - 1
+        if not 0 <= place < len(sink.flight):
+            raise RefusedError(f"it rejected delivery {number}, which it does not have", Reason.INVALID_FIELD)
+        delivery = sink.flight[place]
+        slot, delivery.slot = delivery.slot, None
+        if slot is None:
+            return
+        if not slot.gone and self._is_intact(slot):
+            self._put_back(sink.group, [slot])
+        else:
+            self._holdings.settle(slot, sink.group, account_pb2.LOSS_CAUSE_CORRUPT)
+
+    def _is_intact(self, slot: Slot) -> bool:
+        try:
+            decode(self._holdings.ring.message(slot))
+        except BeamwireError:
+            return False
+        return True
+
+    def _acknowledged(self, sink: Sink, slot: Slot) -> None:
+        sink.acknowledged_frames += slot.frames
+        sink.acknowledged_events += slot.events
+        self._holdings.settle(slot, sink.group)
+
+    def _resolve(self, sink: Sink) -> None:
+        """What was pushed is delivered if the consumer confirmed it, else nobody knows."""
+        cause: int = account_pb2.LOSS_CAUSE_CONSUMER_CONNECTION
+        if sink.confirmed:
+            sink.acknowledged_frames, sink.acknowledged_events, cause = sink.sent_frames, sink.sent_events, DELIVERED
+        self._holdings.resolve(sink.sent_events, sink.sent_frames, sink.sent_bytes, sink.group, cause)
+
+    # What comes back.
+
+    def _abandon(self, sink: Sink, *, grace: float) -> None:
+        """Take back what a lost consumer had; it is its own until the grace is over."""
+        slots = [delivery.slot for delivery in sink.deliveries if delivery.slot is not None]
+        sink.flight.clear()
+        sink.held.clear()
+        sink.flight_bytes = 0
+        if not slots:
+            return
+        if not grace or not sink.instance:
+            self._put_back(sink.group, slots)
+            return
+        limbo = sink.group.limbo.setdefault(sink.instance, Limbo([], 0.0))
+        limbo.slots += slots
+        limbo.deadline = time.monotonic() + grace
+
+    def _put_back(self, group: Group, slots: Iterable[Slot]) -> None:
+        back = []
+        for slot in slots:
+            if slot.gone:
+                self._holdings.settle(slot, group, account_pb2.LOSS_CAUSE_EVICTED)
+                continue
+            slot.flights &= ~group.bit
+            group.flying -= 1
+            group.waiting += 1
+            back.append(slot)
+        if back:
+            frames = sum(slot.frames for slot in back)
+            self._holdings.ledger.words[self._holdings.ledger.group(group.index) + at.GROUP_REDELIVERED] += frames
+            group.put_back(back)
+            group.wake()
+        self._offer_end(group)
+
+    def reap(self, now: float) -> None:
+        """Carry out what has come to its time: leases of deliveries, and the grace of consumers that were lost."""
+        for group in self.groups:
+            for instance in [name for name, limbo in group.limbo.items() if limbo.deadline <= now]:
+                self._put_back(group, group.limbo.pop(instance).slots)
+            if group.awaited and group.awaited_until <= now:
+                for instance in group.awaited:
+                    self._vault.journal.note(fact="left", group=group.name, instance=instance)
+                group.awaited.clear()
+                group.wake_all()
+            for sink in group.sinks:
+                if sink.acknowledges:
+                    self._reap_leases(sink, now)
+
+    def _reap_leases(self, sink: Sink, now: float) -> None:
+        for delivery in sink.held.values():
+            if delivery.deadline <= now:
+                self._expire(sink, delivery)
+        for delivery in sink.flight:
+            if delivery.deadline > now:
+                return
+            self._expire(sink, delivery)
+
+    def _expire(self, sink: Sink, delivery: Delivery) -> None:
+        if delivery.end:
+            sink.given_up = True
+            sink.cut()
+        elif delivery.slot is not None:
+            slot, delivery.slot = delivery.slot, None
+            self._put_back(sink.group, [slot])
+
+    def drop(self, cause: int) -> None:
+        """What waits for somebody will not be delivered; what is on its way still may be."""
+        for group in self.groups:
+            for limbo in group.limbo.values():
+                self._put_back(group, limbo.slots)
+            group.limbo.clear()
+        for slot in list(self._holdings):
+            self._holdings.lose(slot, cause)
+        for group in self.groups:
+            group.wake_all()
+
+    def give_up(self) -> None:
+        """Cut every consumer off."""
+        for sink in self.sinks:
+            sink.leaving = sink.given_up = True
+            sink.cut()
+
+
+def _covers(claim: FrameRange, producer: int, sequence: int) -> bool:
+    return claim.producer == producer and claim.first_sequence <= sequence <= claim.last_sequence
+
+
+def _is_in(slot: Slot, claims: Iterable[FrameRange]) -> bool:
+    return any(_covers(claim, slot.producer, slot.sequence) for claim in claims)
+
+
+def _is_claimed(slot: Slot, hello: Hello) -> bool:
+    return _is_in(slot, hello.settled) or _is_in(slot, hello.held)

@@ -1,0 +1,90 @@
+"""`python -m tests.faults`: the fault suite at any size, as docs/faults.md describes it; prints a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import secrets
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.faults.suite import Plan, Result, run
+
+MEGABYTE = 2**20
+WRITTEN = Path("bench-results") / "faults.json"
+
+
+def plans(scale: float) -> list[Plan]:
+    """What is run; the full size is 10^6 small frames and 10^4 of 1 MiB, with 100 kills."""
+    kills = max(3, round(50 * scale))
+    third = math.ceil(kills / 3)
+    faults = {
+        "kill producer": third,
+        "kill cache": third,
+        "kill consumer": kills - 2 * third,
+        "reset": max(2, kills // 2),
+        "cut": max(1, kills // 5),
+        "cut one way": max(1, kills // 5),
+        "long cut": max(1, kills // 10),
+        "flip": max(1, kills // 5),
+        "rotate": max(1, kills // 10),
+    }
+    flips = {"flip": max(3, round(30 * scale))}
+    return [
+        Plan("small", round(1e6 * scale), 256, faults, {"capacity_bytes": 8 * MEGABYTE, "capacity_frames": 4096}),
+        Plan("large", round(1e4 * scale), MEGABYTE, faults, {"capacity_bytes": 64 * MEGABYTE}),
+        Plan("bare", round(1e5 * scale), 16384, flips, {"transport": "tcp", "capacity_bytes": 16 * MEGABYTE}),
+    ]
+
+
+def main() -> int:
+    """Run the plans; 0 if every event of each is accounted for."""
+    parser = argparse.ArgumentParser(prog="tests.faults", description=main.__doc__)
+    parser.add_argument("--scale", type=float, default=1.0, help="part of the full size; default 1")
+    parser.add_argument("--seed", type=int, default=None, help="what goes wrong when; another one each time")
+    parser.add_argument("--only", help="the name of the one plan to run")
+    asked = parser.parse_args()
+    seed = secrets.randbits(31) if asked.seed is None else asked.seed
+    console = Console(width=140)
+    results = []
+    for plan in plans(asked.scale):
+        if asked.only in (None, plan.name):
+            console.print(f"{plan.name}: {plan.frames} frames of {plan.size} bytes, seed {seed}")
+            results.append(run(plan, seed))
+            for failure in results[-1].failures:
+                console.print(f"[red]{plan.name}[/]: ", end="")
+                console.print(failure, markup=False)
+    console.print(_table(results))
+    WRITTEN.parent.mkdir(exist_ok=True)
+    WRITTEN.write_text(json.dumps([result.document() for result in results], indent=2))
+    console.print(f"written to {WRITTEN}")
+    return int(any(result.failures for result in results))
+
+
+def _table(results: list[Result]) -> Table:
+    table = Table("", *(result.name for result in results), title="The fault suite")
+    rows: list[tuple[str, list[object]]] = [
+        ("frames", [result.frames for result in results]),
+        ("bytes each", [result.size for result in results]),
+        ("seconds", [result.seconds for result in results]),
+        ("seed", [result.seed for result in results]),
+        ("bits flipped", [result.flipped_bits for result in results]),
+    ]
+    kinds = sorted({kind for result in results for kind in result.faults})
+    rows += [(kind, [result.faults.get(kind, 0) for result in results]) for kind in kinds]
+    for place, group in enumerate(("shared", "steady")):
+        for what in ("delivered", "missing", "lost", "duplicates", "repeats", "redelivered", "wrong", "disordered"):
+            values = [getattr(result.groups[place], what) if result.groups else "?" for result in results]
+            rows.append((f"{group}: {what}", [value or 0 for value in values]))
+    rows.append(("verdict", ["FAILED" if result.failures else "accounted for" for result in results]))
+    for name, values in rows:
+        table.add_row(name, *map(str, values))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

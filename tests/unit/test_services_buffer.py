@@ -1,0 +1,253 @@
+"""What a buffer is made of, without a cache: what is admitted, what a cache is told, several caches seen as one."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.stream.ticket import check
+from beamwire.services.buffer import placement as placing
+from beamwire.services.buffer.cache.config import CacheConfig
+from beamwire.services.buffer.control import CacheStatus, ConsumerStatus, Counters, GroupStatus, ProducerStatus
+from beamwire.services.buffer.model import BufferRecord, BufferSpec, Shard
+from beamwire.services.buffer.placement import Placement, Rings, range_of_shard, write_configuration
+from beamwire.services.buffer.shards import merge
+from beamwire.services.buffer.tickets import issue
+from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME
+
+NOW = datetime.now(UTC)
+
+
+def refusal(**spec) -> BeamwireError:
+    with pytest.raises(BeamwireError) as refused:
+        Placement(capacity_bytes=1 << 30).check(BufferSpec(**spec))
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"shard_count": 0}, "shard_count"),
+        ({"shard_count": 3, "producer_count": 2}, "shard_count"),
+        ({"shard_count": 65, "producer_count": 100, "capacity_bytes": 1024}, "shard_count"),
+        ({"shard_count": 8, "producer_count": 8, "capacity_bytes": 1 << 28}, "capacity_bytes"),
+        ({"retain_bytes": -1}, "retain_bytes"),
+        ({"retain_bytes": 1 << 40}, "retain_bytes"),
+        ({"retain_bytes": 1024, "delivery": "PUSH"}, "retain_bytes"),
+        ({"frame_lease": 0.0}, "frame_lease"),
+        ({"frame_lease": 1e9}, "frame_lease"),
+        ({"groups": ("a",), "delivery": "PUSH"}, "groups"),
+        ({"groups": tuple(f"g{n}" for n in range(17))}, "groups"),
+        ({"groups": ("a", "Training")}, "groups[1]"),
+        ({"groups": ("a", "b", "a")}, "groups[2]"),
+        ({"groups": ("a" * 32,)}, "groups[0]"),
+        ({"overflow_policy": "SPILL", "delivery": "PUSH"}, "overflow_policy"),
+        ({"transport": "IPC", "delivery": "PUSH"}, "transport"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_field(spec, field):
+    error = refusal(**spec)
+    assert error.reason is Reason.INVALID_FIELD
+    assert [violation.field for violation in error.violations] == [f"buffer.spec.{field}"]
+
+
+def test_a_transport_of_a_later_release_is_unsupported():
+    assert refusal(transport="RDMA").reason is Reason.UNSUPPORTED
+
+
+def test_the_operator_may_forbid_local_buffers():
+    with pytest.raises(BeamwireError, match="does not allow IPC") as refused:
+        Placement(allow_ipc=False).check(BufferSpec(transport="IPC"))
+    assert refused.value.reason is Reason.INVALID_FIELD
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {},
+        {"delivery": "PUSH", "overflow_policy": "DROP_OLDEST"},
+        {"overflow_policy": "DROP_NEWEST"},
+        {"overflow_policy": "SPILL", "retain_bytes": 4096, "groups": ("training", "a-1")},
+        {"shard_count": 4, "producer_count": 4},
+        {"transport": "IPC"},
+    ],
+)
+def test_what_can_be_is_admitted(spec):
+    Placement().check(BufferSpec(**spec))
+
+
+def test_producers_are_spread_over_the_shards_each_on_one():
+    spec = BufferSpec(producer_count=7, shard_count=3)
+    parts = [range_of_shard(spec, number) for number in range(3)]
+    assert parts == [(0, 3, 6), (1, 4), (2, 5)]
+
+
+def make_record(**spec) -> BufferRecord:
+    return BufferRecord(
+        name="buffers/b",
+        owner="spiffe://facility.test/user/alice",
+        state="STARTING",
+        create_time=NOW,
+        update_time=NOW,
+        expire_time=NOW,
+        spec=BufferSpec(**spec),
+        ticket_key="ab" * 32,
+        revoked=("spiffe://facility.test/user/eve",),
+        shards=(Shard(), Shard(address="10.0.0.1:4711", ring="/dev/shm/r")),
+    )
+
+
+def test_a_cache_understands_what_it_is_told_and_nobody_else_reads_the_key(tmp_path: Path):
+    record = make_record(producer_count=4, shard_count=2, groups=("training",), frame_lease=20.0, retain_bytes=99)
+    write_configuration(tmp_path, record, 1, Placement(), None)
+    config = CacheConfig.load(tmp_path)
+    assert (config.shard, config.producer_numbers, config.producer_count) == (1, (1, 3), 4)
+    assert (config.port, str(config.ring)) == (4711, "/dev/shm/r")
+    assert (config.delivery, config.groups, config.frame_lease, config.retain_bytes) == ("ACKED", ("training",), 20, 99)
+    assert config.ticket_key == "ab" * 32
+    assert config.revoked == {"spiffe://facility.test/user/eve"}
+    assert (tmp_path / "cache.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_without_tls_there_is_no_certificate_that_a_ticket_could_be_bound_to(tmp_path: Path):
+    write_configuration(tmp_path, make_record(transport="TCP"), 0, Placement(), None)
+    assert json.loads((tmp_path / "cache.json").read_text())["ticket_key"] == ""
+
+
+def test_a_local_cache_checks_tickets_that_are_bound_to_nothing(tmp_path: Path):
+    record = make_record(transport="IPC")
+    record = record.model_copy(update={"shards": (Shard(address="/a:b/data.sock"),)})
+    write_configuration(tmp_path, record, 0, Placement(), None)
+    config = CacheConfig.load(tmp_path)
+    assert (config.transport, config.port, config.credentials, config.ticket_key) == ("ipc", 0, None, "ab" * 32)
+    issued = issue(record, record.owner, LINK_ROLE_CONSUME, b"x" * 32, timedelta(minutes=1))
+    claims = check(
+        bytes.fromhex(record.ticket_key),
+        issued.text,
+        buffer="buffers/b",
+        identity="",
+        role=LINK_ROLE_CONSUME,
+        certificate_sha256=b"",
+        via_service=True,
+        now=time.time(),
+    )
+    assert claims.identity == record.owner
+
+
+@pytest.fixture
+def shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path / "shm"
+    directory.mkdir()
+    monkeypatch.setattr(placing, "SHARED_MEMORY", directory)
+    return directory
+
+
+def test_rings_are_in_shared_memory_and_apart(tmp_path: Path, shared_memory: Path):
+    rings, others = Rings(tmp_path / "buffers"), Rings(tmp_path / "other")
+    paths = {
+        rings.place("b", 0, BufferSpec()),
+        rings.place("b", 1, BufferSpec()),
+        rings.place("b-0", 0, BufferSpec()),
+        others.place("b", 0, BufferSpec()),
+    }
+    assert len(paths) == 4
+    assert all(Path(path).parent == shared_memory for path in paths)
+    for path in paths:
+        Path(path).touch()
+    assert list(rings.buffers()) == ["b", "b-0"]
+    rings.remove("b")
+    assert list(rings.buffers()) == ["b-0"]
+    assert list(others.buffers()) == ["b"]
+
+
+def test_rings_that_are_to_last_or_find_no_room_are_in_the_buffers_directory(tmp_path: Path, shared_memory: Path):
+    rings = Rings(tmp_path)
+    expected = str(tmp_path / "b" / "shard-2" / "ring")
+    assert rings.place("b", 2, BufferSpec(overflow_policy="SPILL")) == expected
+    assert rings.place("b", 2, BufferSpec(capacity_bytes=1 << 60)) == expected
+    assert rings.place("b", 2, BufferSpec(delivery="PUSH")) == ""
+
+
+def status(state="READY", *, end_cause="", flow="FLOWING", epoch=1, **counters) -> CacheStatus:
+    return CacheStatus(
+        state=state, address="h:1", end_cause=end_cause, flow=flow, epoch=epoch, counters=Counters(**counters)
+    )
+
+
+@pytest.mark.parametrize(
+    ("states", "whole"),
+    [
+        (("READY", "READY"), "READY"),
+        (("READY", "ENDED"), "READY"),
+        (("DRAINING", "ENDED"), "DRAINING"),
+        (("ENDED", "ENDED"), "ENDED"),
+    ],
+)
+def test_a_buffer_is_as_far_as_the_cache_that_is_behind(states, whole):
+    assert merge([status(state) for state in states]).state == whole
+
+
+@pytest.mark.parametrize(
+    ("causes", "whole"),
+    [
+        (("DONE", "DONE"), "DONE"),
+        (("DONE", ""), ""),
+        (("DONE", "CANCELLED"), "CANCELLED"),
+        (("FAILED", "CANCELLED"), "FAILED"),
+        (("TRUNCATED", ""), "TRUNCATED"),
+    ],
+)
+def test_a_stream_ended_as_badly_as_its_worst_part(causes, whole):
+    assert merge([status(end_cause=cause) for cause in causes]).end_cause == whole
+
+
+@pytest.mark.parametrize(
+    ("flows", "whole"),
+    [
+        (("FLOWING", "STARVED"), "FLOWING"),
+        (("FLOWING", "FULL"), "FULL"),
+        (("NO_READER", "FULL"), "NO_READER"),
+        (("NO_PRODUCER", "STARVED"), "STARVED"),
+        (("NO_PRODUCER", "NO_PRODUCER"), "NO_PRODUCER"),
+        (("", ""), ""),
+    ],
+)
+def test_what_holds_one_shard_up_holds_up_the_stream(flows, whole):
+    assert merge([status(flow=flow) for flow in flows]).flow == whole
+
+
+def test_counters_are_summed_and_groups_found_by_name():
+    one = status(
+        epoch=2,
+        received_event_count=10,
+        delivered_event_count=8,
+        losses={"OVERFLOW": 2},
+        producers=(ProducerStatus(producer=2),),
+        consumers=(ConsumerStatus(consumer=1),),
+        groups=(
+            GroupStatus(group="peek", acknowledged_event_count=1),
+            GroupStatus(group="a", declared=True, acknowledged_event_count=8, consumer_count=2),
+        ),
+    )
+    two = status(
+        received_event_count=5,
+        delivered_event_count=4,
+        losses={"OVERFLOW": 1, "CORRUPT": 1},
+        producers=(ProducerStatus(producer=1),),
+        consumers=(ConsumerStatus(consumer=1),),
+        groups=(GroupStatus(group="a", declared=True, acknowledged_event_count=4, consumer_count=2),),
+    )
+    whole = merge([one, two])
+    counters = whole.counters
+    assert whole.epoch == 2
+    assert (counters.received_event_count, counters.delivered_event_count) == (15, 12)
+    assert counters.losses == {"OVERFLOW": 3, "CORRUPT": 1}
+    assert [producer.producer for producer in counters.producers] == [1, 2]
+    assert [consumer.shard for consumer in counters.consumers] == [0, 1]
+    found = [(g.group, g.acknowledged_event_count, g.consumer_count) for g in counters.groups]
+    assert found == [("a", 12, 2), ("peek", 1, 0)]
