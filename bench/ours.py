@@ -17,6 +17,7 @@ from beamwire.mesh.stream.connect import ConnectString, Delivery, Transport
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.frame import MAGIC, PREFIX, VERSION, align, parse_header
+from beamwire.mesh.stream.outbox import SMALL
 from beamwire.mesh.stream.pool import allocate
 from beamwire.mesh.stream.producer import Producer
 from beamwire.mesh.stream.sockets import PAIR, PULL, PUSH, Connection
@@ -30,9 +31,9 @@ from beamwire.stream.v1.frame_pb2 import (
 from bench.ends import TIMEOUT, Consume, Job, Produce, payload
 from bench.meter import Meter
 
-# Frames up to this size travel this many together.
-SMALL: Final = 16 * 1024
-BUNDLED: Final = 64
+# As the SDK's producer does it: small frames travel together, up to so many bytes and so many frames.
+_BUNDLE_BYTES: Final = 512 * 1024
+_BUNDLE_FRAMES: Final = 64
 # The header of a frame takes no more than this.
 _HEADER_BYTES: Final = 4096
 MOST_PRODUCERS: Final = 4
@@ -72,7 +73,7 @@ def _message(job: Job, frames: int) -> memoryview:
 
 def frames_per_message(size: int) -> int:
     """How many frames of this payload travel in one message."""
-    return BUNDLED if size <= SMALL else 1
+    return min(_BUNDLE_BYTES // size, _BUNDLE_FRAMES) if size < SMALL else 1
 
 
 def message_room(size: int) -> int:

@@ -98,8 +98,8 @@ def test_every_event_comes_once_whatever_the_workers(live_facility: LiveFacility
     assert receipt is not None
     assert receipt.balanced
     assert receipt.delivered_event_count == 96
-    # Each worker is a consumer of its own.
-    assert len({consumer.consumer for consumer in receipt.consumers}) == max(workers, 1)
+    # Each worker is a consumer of its own; one that found everything taken is in no account.
+    assert 1 <= len({consumer.consumer for consumer in receipt.consumers}) <= max(workers, 1)
 
 
 def test_workers_are_forked_by_a_program_that_has_called_no_facility_itself(live_facility: LiveFacility) -> None:

@@ -134,7 +134,7 @@ class Dialer:
                 error = failed
             else:
                 if not again:
-                    self.epoch = max(self.epoch, welcome.epoch)
+                    self.epoch = welcome.epoch
                 return link, welcome
             if self._stop.wait(delay):
                 raise ClosedError

@@ -87,10 +87,16 @@ class Driver:
 
     async def tell(self, record: BufferRecord) -> None:
         """Pass the stored words on to all caches whose streams go on; raises if one does not answer."""
-        for number, shard in enumerate(record.shards):
-            if shard.last is None:
-                async with await CacheControl.connect(self.directory_of(number), TELL_TIMEOUT) as control:
-                    await _tell(record, control)
+        numbers = [number for number, shard in enumerate(record.shards) if shard.last is None]
+        told = await asyncio.gather(*(self._tell_one(record, number) for number in numbers), return_exceptions=True)
+        for problem in told:
+            # One that does not answer must not keep the others from hearing it.
+            if isinstance(problem, BaseException):
+                raise problem
+
+    async def _tell_one(self, record: BufferRecord, number: int) -> None:
+        async with await CacheControl.connect(self.directory_of(number), TELL_TIMEOUT) as control:
+            await _tell(record, control)
 
     async def connected(self, control: CacheControl) -> None:
         """Pass the stored words on to a cache: whoever said them may have found it dead."""

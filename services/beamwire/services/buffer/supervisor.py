@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Protocol
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.processes import Process, launch
+from beamwire.services.buffer.cache.journal import JOURNAL_FILE
 from beamwire.services.buffer.control import CacheControl, CacheStatus
+
+log = logging.getLogger(__name__)
 
 START_TIMEOUT = 30.0
 LOG_TAIL_LINES = 10
@@ -53,6 +57,7 @@ class CacheKeeper:
         self._number = number
         self._directory = directory
         self._overseer = overseer
+        self._restores = False
 
     async def run(self) -> None:
         """Follow the cache until its stream has ended. CACHE_FAILED if it died for good, TIMED_OUT if it is stuck."""
@@ -77,6 +82,7 @@ class CacheKeeper:
         if process is not None:
             return process
         await self._overseer.prepare(self._number)
+        self._restores = (self._directory / JOURNAL_FILE).exists()
         return await launch(
             [sys.executable, "-m", "beamwire.services.buffer.cache", str(self._directory)],
             directory=self._directory,
@@ -106,13 +112,23 @@ class CacheKeeper:
             await asyncio.gather(followed, died, return_exceptions=True)
 
     async def _follow(self) -> None:
-        async with await CacheControl.connect(self._directory, START_TIMEOUT) as control:
+        async with await self._connect() as control:
             await self._overseer.connected(control)
             async for status in control.watch():
                 await self._overseer.note(self._number, status)
                 if status.state == "ENDED":
                     return
         raise BeamwireError(Reason.CACHE_FAILED, f"the cache of {self._name} closed its control connection")
+
+    async def _connect(self) -> CacheControl:
+        """Wait until the cache answers. One that has much to read again may take its time, as long as it lives."""
+        while True:
+            try:
+                return await CacheControl.connect(self._directory, START_TIMEOUT)
+            except BeamwireError as error:
+                if error.reason is not Reason.TIMED_OUT or not self._restores:
+                    raise
+                log.info("%s is still reading what it left", self._directory)
 
     def _death(self, died: asyncio.Task[object]) -> BeamwireError:
         stderr = self._directory / "stderr"

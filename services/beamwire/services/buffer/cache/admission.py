@@ -41,13 +41,19 @@ class Certificate:
 
 @dataclass(eq=False, slots=True)
 class Pass:
-    """The right of one connection to be there."""
+    """The right of one connection to be there, until it is `void`."""
 
     identity: str
     certificate: Certificate
     role: LinkRole.ValueType
     expires: float
     cut: Callable[[], None]
+    void: bool = False
+
+    def withdraw(self) -> None:
+        """End the connection: what came before and was not looked at yet is not taken either."""
+        self.void = True
+        self.cut()
 
 
 def read_certificate(secured: ssl.SSLSocket, credentials: Credentials) -> Certificate:
@@ -106,7 +112,7 @@ class Admission:
             self._revoked.add(identity)
             for granted in self._passes:
                 if granted.identity == identity or granted.certificate.identity == identity:
-                    granted.cut()
+                    granted.withdraw()
 
     def reap(self) -> None:
         """Put out those whose certificate or ticket has ended."""
@@ -114,7 +120,7 @@ class Admission:
         with self._lock:
             for granted in self._passes:
                 if granted.expires <= now:
-                    granted.cut()
+                    granted.withdraw()
 
     def _check(self, certificate: Certificate, role: LinkRole.ValueType, text: str) -> TicketClaims:
         """What a ticket claims. One who may speak for others may also come with a ticket of its own."""

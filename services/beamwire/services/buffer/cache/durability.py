@@ -17,11 +17,13 @@ class Durability:
     ) -> None:
         self._vault = vault
         self._intake = intake
-        self._lock = lock
+        self._written = threading.Condition(lock)
         self._on_failure = on_failure
         self._dirty = threading.Event()
-        self._durable = intake.snapshot() if vault.restored else {}
+        self._durable: dict[int, int] = {}
         intake.keep_durable(self._durable)
+        # What an earlier process received may never have reached the disk.
+        self._dirty.set()
 
     def start(self) -> None:
         """Begin; ends with the process."""
@@ -32,19 +34,27 @@ class Durability:
         if not self._dirty.is_set():
             self._dirty.set()
 
+    def wait_for(self, number: int, seconds: float) -> bool:
+        """Wait until all that came from a producer is on disk; False if it is not in so many seconds."""
+        with self._written:
+            wanted = self._intake.snapshot().get(number, 0)
+            return self._written.wait_for(lambda: self._durable.get(number, 0) >= wanted, seconds)
+
     def _run(self) -> None:
         while True:
             self._dirty.wait()
             self._dirty.clear()
-            with self._lock:
+            with self._written:
                 received = self._intake.snapshot()
+                ledger = self._vault.ledger.copy()
             try:
-                self._vault.sync()
+                self._vault.sync(ledger)
             except OSError as error:
                 self._on_failure(error)
                 return
-            with self._lock:
+            with self._written:
                 self._durable.update(received)
+                self._written.notify_all()
                 for source in self._intake.sources.values():
                     if source.entrance is not None:
                         source.entrance.ring()

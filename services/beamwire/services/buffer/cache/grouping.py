@@ -12,7 +12,6 @@ from beamwire.services.buffer.cache.config import DEFAULT_GROUP, CacheConfig
 from beamwire.services.buffer.cache.groups import Group
 from beamwire.services.buffer.cache.holdings import Holdings
 from beamwire.services.buffer.cache.peers import RefusedError
-from beamwire.services.buffer.cache.ring import Slot
 from beamwire.services.buffer.cache.vault import Vault
 from beamwire.services.buffer.control import ConsumerStatus
 from beamwire.stream.v1.link_pb2 import Hello, Start
@@ -27,7 +26,7 @@ class Groups:
         self._vault = vault
         self._groups: dict[str, Group] = {}
         for index, name in enumerate(config.groups):
-            self._make(name, index, 0, declared=True)
+            self._make(name, index, declared=True)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self._groups.values())
@@ -40,8 +39,8 @@ class Groups:
     def restore(self) -> list[ConsumerStatus]:
         """Take up the groups of an earlier process, and wait for their consumers; what those had taken in all."""
         facts = self._vault.facts
-        for index, (name, begin) in facts.groups.items():
-            self._make(name, index, begin, declared=False)
+        for index, (name, begin, first_sequence) in facts.groups.items():
+            self._make(name, index, begin, first_sequence=first_sequence)
         deadline = time.monotonic() + self._config.reconnect_grace
         for name, instances in facts.joined.items():
             if name in self._groups:
@@ -64,11 +63,11 @@ class Groups:
             raise RefusedError(error.message, Reason.INVALID_FIELD) from error
         if len(self._groups) == at.MOST_GROUPS:
             self._remove_idle()
-        begin, evicted = self._begin(hello.start if hello is not None else Start())
+        begin, first_sequence, evicted = self._begin(hello.start if hello is not None else Start())
         taken = {group.index for group in self}
         index = next(index for index in range(at.MOST_GROUPS) if index not in taken)
-        self._vault.journal.note(fact="group", name=name, index=index, begin=begin)
-        return self._make(name, index, begin, declared=False), evicted
+        self._vault.journal.note(fact="group", name=name, index=index, begin=begin, first_sequence=first_sequence)
+        return self._make(name, index, begin, first_sequence=first_sequence), evicted
 
     def confirm(self, group: Group) -> None:
         """One of its consumers has confirmed END."""
@@ -78,8 +77,8 @@ class Groups:
         """Whether one of its consumers has confirmed END."""
         return bool(self._holdings.ledger.words[self._record(group) + at.GROUP_CONFIRMATIONS])
 
-    def _make(self, name: str, index: int, begin: int, *, declared: bool) -> Group:
-        group = self._groups[name] = Group(name, index, declared, begin)
+    def _make(self, name: str, index: int, begin: int = 0, *, first_sequence: int = 0, declared: bool = False) -> Group:
+        group = self._groups[name] = Group(name, index, declared, begin, first_sequence)
         self._holdings.add_group(group)
         return group
 
@@ -91,21 +90,23 @@ class Groups:
                 return
         raise RefusedError(f"there are {at.MOST_GROUPS} groups already", Reason.LIMIT_REACHED, retry=True)
 
-    def _begin(self, start: Start) -> tuple[int, int]:
-        """The position of the first frame that a new group gets, and how many frames it asked for that are gone."""
+    def _begin(self, start: Start) -> tuple[int, int, int]:
+        """Where a new group begins, as a position and as a sequence, and how many frames it asked for that are gone."""
         words = self._holdings.ledger.words
         following = words[at.NEXT_POSITION]
-        if start.WhichOneof("point") == "latest":
-            return following, 0
-        wanted = [slot for slot in self._holdings if _is_after(slot, start)]
-        first = min((slot.position for slot in wanted), default=following)
-        if start.WhichOneof("point") in ("sequence", "time"):
-            return first, 0
+        match start.WhichOneof("point"):
+            case "latest":
+                return following, 0, 0
+            case "sequence":
+                return 0, start.sequence, 0
+            case "time":
+                since = start.time.ToNanoseconds()
+                return min((slot.position for slot in self._holdings if slot.time >= since), default=following), 0, 0
         received = sum(
             words[self._holdings.ledger.producer(index) + at.RECEIVED_FRAMES]
             for index in range(len(self._config.expected_producers))
         )
-        return first, received - sum(slot.frames for slot in wanted)
+        return 0, 0, received - sum(slot.frames for slot in self._holdings)
 
     def _taken(self, group: Group) -> ConsumerStatus:
         """What the consumers of an earlier process took, together."""
@@ -124,13 +125,3 @@ class Groups:
 
     def _record(self, group: Group) -> int:
         return self._holdings.ledger.group(group.index)
-
-
-def _is_after(slot: Slot, start: Start) -> bool:
-    match start.WhichOneof("point"):
-        case "sequence":
-            return slot.last_sequence >= start.sequence
-        case "time":
-            return slot.time >= start.time.ToNanoseconds()
-        case _:
-            return True

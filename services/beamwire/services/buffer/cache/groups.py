@@ -92,7 +92,8 @@ class Limbo:
 class Group:
     """Readers that share the work.
 
-    `bit` stands for it in the masks of slots. Frames from position `begin` on are for it. `waiting` and `flying` count
+    `bit` stands for it in the masks of slots. Frames from position `begin` on are for it, of each producer those from
+    `first_sequence` on. `waiting` and `flying` count
     the slots that wait for it and those that are on their way; `pending` may still contain slots that are gone.
     `awaited` are consumers that were connected when the process before died: until they are back or the time in
     `awaited_until` has come, nobody can say what is in their hands, and nothing is delivered.
@@ -102,6 +103,7 @@ class Group:
     index: int
     declared: bool
     begin: int = 0
+    first_sequence: int = 0
     pending: deque[Slot] = field(default_factory=deque)
     waiting: int = 0
     flying: int = 0
@@ -121,10 +123,15 @@ class Group:
         """Whether nothing is left for it, neither waiting nor on its way."""
         return not self.waiting and not self.flying
 
+    def wants(self, slot: Slot) -> bool:
+        """Whether a slot is for it, and it has not done with it."""
+        after = slot.position >= self.begin and slot.last_sequence >= self.first_sequence
+        return after and not slot.gone and not slot.settled & self.bit
+
     def first(self) -> Slot | None:
         """The slot that is delivered next, if there is one."""
         while self.pending:
-            if not self.pending[0].gone:
+            if not self.pending[0].gone and not self.pending[0].settled & self.bit:
                 return self.pending[0]
             self.pending.popleft()
         return None

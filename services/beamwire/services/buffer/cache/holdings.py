@@ -38,7 +38,7 @@ class Holdings:
 
     def __iter__(self) -> Iterator[Slot]:
         """All that is held, in the order in which it came."""
-        return iter(self._slots.values())
+        return (slot for slot in self._slots.values() if not slot.gone)
 
     def add_group(self, group: Group) -> None:
         """A group that is to get, or may look at, what is held from its begin on."""
@@ -49,7 +49,7 @@ class Holdings:
 
     def _offer(self, group: Group) -> None:
         for slot in self:
-            if slot.position >= group.begin and not slot.settled & group.bit:
+            if group.wants(slot):
                 group.pending.append(slot)
                 group.waiting += 1
 
@@ -58,6 +58,7 @@ class Holdings:
         self.groups.remove(group)
         for slot in self:
             slot.settled &= ~group.bit
+            self.ledger.words[self.ledger.entry(slot.index) + at.SETTLED] = slot.settled
         record = self.ledger.group(group.index)
         for place in range(record, record + at.GROUP_LOSSES + at.CAUSES):
             self.ledger.words[place] = 0
@@ -98,7 +99,7 @@ class Holdings:
             slot.index,
             slot.start,
             slot.length,
-            producer,
+            slot.producer,
             slot.sequence,
             slot.frames,
             slot.events,
@@ -112,10 +113,11 @@ class Holdings:
         ledger.change(pairs)
         self._slots[slot.index] = slot
         for group in self.groups:
-            group.pending.append(slot)
-            group.waiting += 1
-            if group.idle:
-                group.wake()
+            if group.wants(slot):
+                group.pending.append(slot)
+                group.waiting += 1
+                if group.idle:
+                    group.wake()
 
     def drop_newest(self, slot: Slot, producer: int) -> None:
         """A message came for which there was no room: `slot` only says what it was."""
@@ -156,7 +158,7 @@ class Holdings:
     def lose(self, slot: Slot, cause: int) -> None:
         """No group will get this slot any more."""
         for group in self.groups:
-            if not slot.gone and not (slot.settled | slot.flights) & group.bit and slot.position >= group.begin:
+            if group.wants(slot) and not slot.flights & group.bit:
                 group.waiting -= 1
                 self._settle(slot, group, cause)
         if not slot.gone and not slot.flights:
@@ -247,8 +249,7 @@ class Holdings:
     # What is kept for replay.
 
     def _wanted(self, slot: Slot) -> bool:
-        others = sum(group.bit for group in self.groups if not group.declared and group.sinks)
-        return bool(self._retain_bytes) or bool(others & ~slot.settled)
+        return bool(self._retain_bytes) or self._looked_at(slot)
 
     def _retain(self, slot: Slot) -> None:
         self._retained.append(slot)
@@ -257,11 +258,7 @@ class Holdings:
             self._free(self._unretain())
 
     def _looked_at(self, slot: Slot) -> bool:
-        return any(
-            not slot.settled & group.bit and slot.position >= group.begin and group.sinks
-            for group in self.groups
-            if not group.declared
-        )
+        return any(group.sinks and group.wants(slot) for group in self.groups if not group.declared)
 
     def _unretain(self) -> Slot:
         slot = self._retained.popleft()
@@ -271,12 +268,12 @@ class Holdings:
     def _free(self, slot: Slot) -> None:
         if slot.gone:
             return
-        slot.gone = True
         self.ledger.words[self.ledger.entry(slot.index) + at.POSITION] = 0
         for group in self.groups:
-            if not group.declared and not (slot.settled | slot.flights) & group.bit and slot.position >= group.begin:
+            if not group.declared and group.wants(slot) and not slot.flights & group.bit:
                 group.waiting -= 1
                 self._count(slot, group, account_pb2.LOSS_CAUSE_EVICTED)
+        slot.gone = True
         if not slot.pins:
             self._release(slot)
 
@@ -294,7 +291,7 @@ class Holdings:
         for slot in slots:
             self.ring.occupy(slot)
             self._slots[slot.index] = slot
-            if verify and not self._is_intact(slot):
+            if verify and not self.is_intact(slot):
                 broken.append(slot)
             elif self._declared and slot.settled & self._declared == self._declared:
                 self._retained.append(slot)
@@ -325,12 +322,13 @@ class Holdings:
                     lost=words[record + at.LOST],
                 )
 
-    def _is_intact(self, slot: Slot) -> bool:
+    def is_intact(self, slot: Slot) -> bool:
+        """Whether the memory of a slot holds the frame that it says, with the right checksum."""
         try:
-            decode(self.ring.message(slot))
+            header = decode(self.ring.message(slot)).header
         except BeamwireError:
             return False
-        return True
+        return (header.producer, header.sequence) == (slot.producer, slot.sequence)
 
 
 def _delivered(words: memoryview, slot: Slot) -> list[int]:

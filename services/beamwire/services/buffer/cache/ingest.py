@@ -15,10 +15,11 @@ from beamwire.services.buffer.cache.intake import EVERYTHING
 from beamwire.services.buffer.cache.peers import Entrance, RefusedError, SealedError
 from beamwire.services.buffer.cache.relay import Relay
 from beamwire.services.buffer.cache.ring import Slot
-from beamwire.stream.v1.frame_pb2 import FRAME_KIND_END, FRAME_KIND_HEADER, FrameHeader
+from beamwire.stream.v1.frame_pb2 import FRAME_KIND_END, FRAME_KIND_HEADER, FRAME_KIND_MARK, FrameHeader
 from beamwire.stream.v1.link_pb2 import Acknowledgement, Credit, Hello, Signal, Welcome
 
 _HEADER_TIMEOUT: Final = 10.0
+_STORING_TIMEOUT: Final = 5.0
 _LARGEST_HEADER: Final = 1024 * 1024
 _HEADER_RULE: Final = "the first frame of a connection, and no other, must be HEADER"
 # Inside a frame, while it holds its place in the ring.
@@ -32,9 +33,9 @@ _ACKNOWLEDGED_BYTES: Final = 4 * 1024 * 1024
 class _Ingest(ABC):
     """What producers of both kinds have in common: where their messages go."""
 
-    def __init__(self, relay: Relay, identity: str) -> None:
+    def __init__(self, relay: Relay, granted: Pass) -> None:
         self._relay = relay
-        self._identity = identity
+        self._granted = granted
         self._producer: int | None = None
         self._entrance: Entrance | None = None
         self._ended = False
@@ -61,9 +62,13 @@ class _Ingest(ABC):
         """A message came whole to where it was placed."""
         entrance = self._entrance
         assert entrance is not None
+        if self._granted.void:
+            raise RefusedError("its right to this buffer has ended", Reason.ROLE_NOT_ALLOWED)
         header = self._parse(message)
         self._check(header)
-        if header.kind == FRAME_KIND_END:
+        if header.kind == FRAME_KIND_MARK:
+            self._relay.pass_over(header, entrance)
+        elif header.kind == FRAME_KIND_END:
             self._relay.ended(header, message, entrance)
             self._ended = True
         elif self._slot is None:
@@ -108,8 +113,8 @@ class _Ingest(ABC):
 class PushIngest(_Ingest):
     """Takes the frames of one of NNG's PUSH producers until it closes, breaks a rule (RefusedError) or breaks down."""
 
-    def __init__(self, relay: Relay, connection: Connection, identity: str) -> None:
-        super().__init__(relay, identity)
+    def __init__(self, relay: Relay, connection: Connection, granted: Pass) -> None:
+        super().__init__(relay, granted)
         self._connection = connection
 
     def run(self) -> None:
@@ -155,7 +160,7 @@ class PushIngest(_Ingest):
             raise RefusedError(f"it sent no HEADER within {_HEADER_TIMEOUT:g} s") from error
         header = self._read_header(message)
         entrance = Entrance(self._connection.interrupt, self._connection.stop_receiving)
-        self._relay.admit(header.producer, self._identity, entrance)
+        self._relay.admit(header.producer, self._granted.identity, entrance)
         self._entrance, self._producer = entrance, header.producer
         self._relay.describe(header.producer, message)
         return True
@@ -174,9 +179,8 @@ class AckedIngest(_Ingest):
     """Takes the frames of one producer of ours, and tells it what is stored. If `verify`, checks every byte."""
 
     def __init__(self, relay: Relay, link: Link, granted: Pass, admission: Admission, *, verify: bool) -> None:
-        super().__init__(relay, granted.identity)
+        super().__init__(relay, granted)
         self._link = link
-        self._granted = granted
         self._admission = admission
         self._verify = verify
         self._interval = relay.config.heartbeat_interval
@@ -187,11 +191,13 @@ class AckedIngest(_Ingest):
     def run(self, hello: Hello) -> None:
         """Return when the producer has closed; RefusedError, OSError."""
         entrance = Entrance(self._link.interrupt, self._link.wake, hello.instance, self._link.wake)
-        stored = self._relay.admit(hello.producer, self._identity, entrance)
+        stored = self._relay.admit(hello.producer, self._granted.identity, entrance)
         self._entrance, self._producer = entrance, hello.producer
         self._ended = stored.sequence == EVERYTHING
         self._described = stored.known
         try:
+            if not self._relay.wait_until_stored(hello.producer, _STORING_TIMEOUT):
+                raise RefusedError("what it sent before is not on disk yet", Reason.SERVICE_UNAVAILABLE, retry=True)
             welcome = Welcome(
                 epoch=self._relay.epoch,
                 stored_sequence=stored.sequence,

@@ -24,6 +24,7 @@ from beamwire.services.buffer.cache.vault import Vault
 from beamwire.stream.v1.frame_pb2 import FRAME_KIND_BUNDLE, FRAME_KIND_DATA, FrameHeader, StreamEnd
 
 EVERYTHING: Final = 2**64 - 1
+_MOST_EVENTS: Final = 2**53
 # What is held beyond this waits for consumers that are at work, for so many seconds at most: see `_holds_back`.
 _WARM_BYTES: Final = 32 * 1024 * 1024
 _PATIENCE: Final = 0.005
@@ -86,11 +87,12 @@ class Intake:
 
         Waits for room, the longest waiting first, and calls `meanwhile` once it has to wait and every `period`.
         """
+        drops = self._config.overflow_policy == "DROP_NEWEST"
         with self._lock:
-            if not self._waiting and not self._holds_back(length) and (slot := self._reserve(length)) is not None:
-                return slot
-            if self._config.overflow_policy == "DROP_NEWEST" and not self._holds_back(length):
-                return None
+            if (drops or not self._waiting) and not self._holds_back(length):
+                slot = self._reserve(length)
+                if slot is not None or drops:
+                    return slot
             turn = threading.Condition(self._lock)
             self._waiting.append(turn)
         try:
@@ -150,9 +152,9 @@ class Intake:
 
     def admit(self, number: int, identity: str, entrance: Entrance) -> Stored:
         """A producer begins, or comes back; RefusedError if it may not."""
-        if self.sealed:
-            raise RefusedError("the stream is sealed")
         source = self.sources.get(number)
+        if self.sealed and (source is None or source.end is None):
+            raise RefusedError("the stream is sealed")
         if number not in self._numbers:
             raise RefusedError(f"there is no producer {number} here; there are {_ranges(self._numbers)}")
         if source is not None and source.identity != identity:
@@ -172,9 +174,9 @@ class Intake:
         words = self._holdings.ledger.words
         record = self._record(source)
         last = EVERYTHING if source.end is not None else words[record + at.LAST_SEQUENCE]
-        return Stored(
-            known and bool(self.header), last, words[record + at.RECEIVED_FRAMES], words[record + at.RECEIVED_EVENTS]
-        )
+        # In a later epoch those that were lost with the ring are counted too: each frame has a sequence.
+        frames = max(words[record + at.RECEIVED_FRAMES], words[record + at.LAST_SEQUENCE] if self._vault.afresh else 0)
+        return Stored(known and bool(self.header), last, frames, words[record + at.RECEIVED_EVENTS])
 
     def describe(self, number: int, message: memoryview) -> bool:
         """A HEADER came; whether it is the first one, which is kept for the consumers."""
@@ -194,6 +196,12 @@ class Intake:
         self._holdings.commit(slot, source.index)
         return True
 
+    def pass_over(self, header: FrameHeader, entrance: Entrance) -> None:
+        """A MARK came, which nobody gets."""
+        source = self._check(header, entrance)
+        if source is not None:
+            self._holdings.ledger.words[self._record(source) + at.LAST_SEQUENCE] = header.sequence
+
     def drop(self, length: int, header: FrameHeader, entrance: Entrance) -> None:
         """A frame came whole, and there is no room for it."""
         source = self._check(header, entrance)
@@ -204,6 +212,9 @@ class Intake:
 
     def ended(self, header: FrameHeader, message: memoryview, entrance: Entrance) -> None:
         """A producer sent END."""
+        counts = header.end.sent_event_count, header.end.selected_event_count, header.sequence
+        if max(counts) > _MOST_EVENTS:
+            raise RefusedError(f"the END of producer {header.producer} counts {max(counts)}, which cannot be")
         source = self._check(header, entrance)
         if source is not None:
             self._vault.journal.note(fact="end", number=source.number, message=b64encode(message).decode())

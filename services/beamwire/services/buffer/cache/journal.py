@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -30,8 +31,12 @@ class Journal:
         os.ftruncate(self._descriptor, good)
 
     def note(self, **fact: object) -> None:
-        """Note one fact."""
-        os.write(self._descriptor, json.dumps(fact, separators=(",", ":")).encode() + b"\n")
+        """Note one fact. OSError if there is no room; then nothing was noted."""
+        line = json.dumps(fact, separators=(",", ":")).encode() + b"\n"
+        written = os.write(self._descriptor, line)
+        if written < len(line):
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+            raise OSError(errno.ENOSPC, "there is no room", str(self._path))
 
     def sync(self) -> None:
         """Wait until all of it is on disk."""

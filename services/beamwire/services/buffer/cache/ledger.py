@@ -84,6 +84,10 @@ class Ledger:
             self.words[self.words[place]] = self.words[place + 1]
         self.words[_REDO_COUNT] = 0
 
+    def copy(self) -> bytes:
+        """All of it as it is now."""
+        return bytes(self._memory)
+
     def group(self, index: int) -> int:
         """Where the record of a group begins."""
         return _GROUPS + index * _GROUP_SIZE

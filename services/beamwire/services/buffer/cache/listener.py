@@ -170,7 +170,7 @@ class Listener:
             connection.send_greeting(_ANSWERS[protocol])
             _log.info("%s %s", who, "produces" if protocol == PUSH else "consumes")
             if protocol == PUSH:
-                PushIngest(self._relay, connection, granted.identity).run()
+                PushIngest(self._relay, connection, granted).run()
             else:
                 connection.set_timeout(None)
                 PushEgress(self._relay, connection, self._hangups).run(granted.identity, address)

@@ -6,14 +6,14 @@ All of it is called with the lock of the relay held, and touches no socket.
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Final
 
 from beamwire.common.v1 import account_pb2
-from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.stream.frame import decode
+from beamwire.mesh.errors import Reason
 from beamwire.services.buffer.cache import ledger as at
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.grouping import Groups
@@ -27,6 +27,8 @@ from beamwire.stream.v1.link_pb2 import FrameRange, Hello
 
 # Frames up to this size together go out in one call.
 _GREEDY_BYTES: Final = 256 * 1024
+# A frame that was found broken so often is given up, though our copy of it is good: something else must be wrong.
+_MOST_REJECTIONS: Final = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,8 @@ class Outlet:
 
     @property
     def has_sinks(self) -> bool:
-        """Whether any consumer is connected."""
-        return any(group.sinks for group in self.groups)
+        """Whether any consumer is connected that the buffer waits for."""
+        return any(group.sinks for group in self.groups.declared)
 
     @property
     def is_done(self) -> bool:
@@ -97,8 +99,8 @@ class Outlet:
             sink.instance = hello.instance
             sink.credit_messages = hello.credit.message_count or UNBOUNDED
             sink.credit_bytes = hello.credit.size_bytes or UNBOUNDED
-            self._take_over(sink, hello)
             self._vault.journal.note(fact="joined", group=group.name, instance=sink.instance)
+            self._take_over(sink, hello)
         group.sinks.add(sink)
         return sink, evicted
 
@@ -141,16 +143,17 @@ class Outlet:
         """Give the consumer what it says it has; the rest of what it had is left."""
         group = sink.group
         deadline = time.monotonic() + self._config.frame_lease
+        settled, held = Claims(hello.settled), Claims(hello.held)
         rest = []
-        waiting = [slot for slot in group.pending if not slot.gone and _is_claimed(slot, hello)]
+        waiting = [slot for slot in group.pending if group.wants(slot) and (slot in settled or slot in held)]
         for slot in waiting:
             self._launch(slot, group)
         if waiting:
             group.pending = type(group.pending)(slot for slot in group.pending if not slot.flights & group.bit)
         for slot in (*left, *waiting):
-            if _is_in(slot, hello.settled):
+            if slot in settled:
                 self._acknowledged(sink, slot)
-            elif _is_in(slot, hello.held):
+            elif slot in held:
                 sink.held[slot.producer, slot.sequence] = Delivery(slot, deadline, slot.length)
             else:
                 rest.append(slot)
@@ -166,15 +169,16 @@ class Outlet:
             sink.greeted = True
             return Step.HEADER
         group = sink.group
-        if group.awaited or not sink.has_credit:
-            return self._wait(sink)
-        if group.first() is not None:
-            return self._take_batch(sink)
         if self.ending and group.drained and not sink.told_end:
             sink.told_end = True
             if sink.acknowledges:
                 sink.flight.append(Delivery(None, time.monotonic() + self._config.frame_lease, end=True))
             return Step.END
+        if not sink.has_credit:
+            # Its own acknowledgement will bring it back; one that waits for frames must not be passed over for it.
+            return Step.WAIT
+        if not group.awaited and group.first() is not None:
+            return self._take_batch(sink)
         return self._wait(sink)
 
     def _wait(self, sink: Sink) -> Step:
@@ -287,17 +291,11 @@ class Outlet:
         slot, delivery.slot = delivery.slot, None
         if slot is None:
             return
-        if not slot.gone and self._is_intact(slot):
+        slot.rejections += 1
+        if not slot.gone and slot.rejections < _MOST_REJECTIONS and self._holdings.is_intact(slot):
             self._put_back(sink.group, [slot])
         else:
             self._holdings.settle(slot, sink.group, account_pb2.LOSS_CAUSE_CORRUPT)
-
-    def _is_intact(self, slot: Slot) -> bool:
-        try:
-            decode(self._holdings.ring.message(slot))
-        except BeamwireError:
-            return False
-        return True
 
     def _acknowledged(self, sink: Sink, slot: Slot) -> None:
         sink.acknowledged_frames += slot.frames
@@ -394,13 +392,21 @@ class Outlet:
             sink.cut()
 
 
+class Claims:
+    """Frames that a consumer says it has or had."""
+
+    def __init__(self, ranges: Iterable[FrameRange]) -> None:
+        self._lasts: dict[int, dict[int, int]] = {}
+        for claim in ranges:
+            lasts = self._lasts.setdefault(claim.producer, {})
+            lasts[claim.first_sequence] = max(claim.last_sequence, lasts.get(claim.first_sequence, 0))
+        self._firsts = {producer: sorted(lasts) for producer, lasts in self._lasts.items()}
+
+    def __contains__(self, slot: Slot) -> bool:
+        firsts = self._firsts.get(slot.producer, [])
+        place = bisect_right(firsts, slot.sequence) - 1
+        return place >= 0 and slot.sequence <= self._lasts[slot.producer][firsts[place]]
+
+
 def _covers(claim: FrameRange, producer: int, sequence: int) -> bool:
     return claim.producer == producer and claim.first_sequence <= sequence <= claim.last_sequence
-
-
-def _is_in(slot: Slot, claims: Iterable[FrameRange]) -> bool:
-    return any(_covers(claim, slot.producer, slot.sequence) for claim in claims)
-
-
-def _is_claimed(slot: Slot, hello: Hello) -> bool:
-    return _is_in(slot, hello.settled) or _is_in(slot, hello.held)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -50,6 +51,7 @@ class Relay:
         self._intake = Intake(config, self._holdings, vault, self._lock)
         self._state: CacheState = "READY"
         self._seal: Seal | None = None
+        self._keeps = False
         self._refused = (0, "")
         self._durability: Durability | None = None
         self._restore()
@@ -117,12 +119,21 @@ class Relay:
             self._intake.drop(length, header, entrance)
         self._received()
 
+    def pass_over(self, header: FrameHeader, entrance: Entrance) -> None:
+        """A MARK came, which nobody gets."""
+        with self._lock:
+            self._intake.pass_over(header, entrance)
+
     def ended(self, header: FrameHeader, message: memoryview, entrance: Entrance) -> None:
         """A producer sent END."""
         with self._lock:
             self._intake.ended(header, message, entrance)
             changed = self._settle()
         self._received(changed)
+
+    def wait_until_stored(self, number: int, seconds: float) -> bool:
+        """Wait until all that came from a producer is stored; False if it is not in so many seconds."""
+        return self._durability is None or self._durability.wait_for(number, seconds)
 
     def stored(self, number: int) -> int:
         """The last sequence of a producer that need not be sent again."""
@@ -235,11 +246,18 @@ class Relay:
         if changed:
             self._on_change(True)
 
-    def seal(self, cause: account_pb2.EndCause.ValueType, detail: str, *, deliver: bool | None = None) -> None:
+    def seal(
+        self,
+        cause: account_pb2.EndCause.ValueType,
+        detail: str,
+        *,
+        deliver: bool | None = None,
+        note: bool = True,
+    ) -> None:
         """No more frames come. What is held is still delivered if `deliver`, by default if the cause is DONE.
 
         Only the first seal counts, but one that says DONE gives way to one that does not. Unless the cause is DONE, the
-        stream ends as soon as no consumer is connected.
+        stream ends as soon as no consumer is connected. One that is not noted does not count for the next process.
         """
         done = cause == account_pb2.END_CAUSE_DONE
         with self._lock:
@@ -247,18 +265,26 @@ class Relay:
             if self._state == "ENDED" or not superseded:
                 return
             self._seal = Seal(cause, detail, forced=not done)
-            self._vault.journal.note(fact="seal", cause=cause, detail=detail)
             self._intake.seal()
             if not (done if deliver is None else deliver):
-                self._outlet.drop(account_pb2.LOSS_CAUSE_UNDELIVERED)
+                self._drop()
             changed = self._settle()
+            if note:
+                # Last: a disk that is full must not keep the stream from ending.
+                self._vault.journal.note(fact="seal", cause=cause, detail=detail)
         self._on_change(changed)
 
     def stop(self) -> None:
-        """The process is to end: take no more, deliver to the consumers that are there."""
+        """The process is to end: take no more, deliver to the consumers that are there.
+
+        What is in a file stays there: another process may go on with it.
+        """
+        self._keeps = self._vault.descriptor >= 0
         if self._state == "READY":
-            self.seal(account_pb2.END_CAUSE_TRUNCATED, "the cache was asked to stop", deliver=True)
-        if not self._outlet.has_sinks:
+            self.seal(account_pb2.END_CAUSE_TRUNCATED, "the cache was asked to stop", deliver=True, note=False)
+        with self._lock:
+            nobody = not self._outlet.has_sinks
+        if nobody:
             self.give_up()
 
     def give_up(self) -> None:
@@ -267,12 +293,13 @@ class Relay:
             seal = self._seal or Seal(self._ending().cause, "", forced=True)
             self._seal = Seal(seal.cause, seal.detail, forced=True)
             self._outlet.give_up()
-            self._outlet.drop(account_pb2.LOSS_CAUSE_UNDELIVERED)
+            self._drop()
             changed = self._settle()
         self._on_change(changed)
 
     def _disk_failed(self, error: OSError) -> None:
-        self.seal(account_pb2.END_CAUSE_FAILED, f"the ring cannot be written to disk: {error}")
+        with suppress(OSError):
+            self.seal(account_pb2.END_CAUSE_FAILED, f"the ring cannot be written to disk: {error}")
 
     @property
     def state(self) -> CacheState:
@@ -320,10 +347,14 @@ class Relay:
         if self._state == "DRAINING" and not self._outlet.has_sinks:
             forced = self._seal is not None and self._seal.forced
             if forced:
-                self._outlet.drop(account_pb2.LOSS_CAUSE_UNDELIVERED)
+                self._drop()
             if forced or self._outlet.is_done:
                 self._state = "ENDED"
         return self._state != before
+
+    def _drop(self) -> None:
+        if not self._keeps:
+            self._outlet.drop(account_pb2.LOSS_CAUSE_UNDELIVERED)
 
     def _wake_consumers(self) -> None:
         for group in self._outlet.groups:

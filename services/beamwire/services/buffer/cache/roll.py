@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Final
 
 from beamwire.services.buffer.cache.groups import Sink
@@ -49,8 +49,12 @@ class Roll:
         sums = {name: getattr(total, name) + getattr(record, name) for name in _SUMS}
         self._sums[key] = total.model_copy(update=sums)
 
-    def records(self, sinks: Iterable[Sink]) -> tuple[ConsumerStatus, ...]:
-        """All that is remembered and these that are connected, in the order in which they came, the sums first."""
+    def records(self, sinks: Iterable[Sink], groups: Container[str]) -> tuple[ConsumerStatus, ...]:
+        """All that is remembered and these that are connected, in the order in which they came, the sums first.
+
+        The sums of other groups than these are forgotten.
+        """
+        self._sums = {key: total for key, total in self._sums.items() if key[0] in groups}
         there = [self._status(sink, connected=True) for sink in sinks]
         return (*self._sums.values(), *sorted((*self._departed, *there), key=lambda record: record.consumer))
 

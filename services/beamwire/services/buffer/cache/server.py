@@ -83,9 +83,10 @@ class CacheServer:
             (self._directory / CONTROL_SOCKET).unlink(missing_ok=True)
 
     def _reap(self) -> None:
-        self._relay.reap()
-        self._admission.reap()
+        # Whatever fails here must not be the last time.
         self._loop.call_later(_REAP_PERIOD, self._reap)
+        self._admission.reap()
+        self._relay.reap()
 
     def _changed_in_thread(self, urgent: bool) -> None:
         # Threads move thousands of frames per second: they wake the loop only if it does not know yet.
@@ -138,8 +139,8 @@ class CacheServer:
         if question.op == "seal":
             self._seal(question)
         if question.op == "revoke":
-            self._vault.journal.note(fact="revoked", identity=question.identity)
             self._admission.revoke(question.identity)
+            self._vault.journal.note(fact="revoked", identity=question.identity)
         _write(writer, self._relay.status().model_dump_json())
         await writer.drain()
         if question.op == "stop":

@@ -33,7 +33,7 @@ def to_counters(holdings: Holdings, intake: Intake, outlet: Outlet, refused: tup
         held_bytes=sum(slot.length for slot in held),
         losses=_losses(words, at.LOSSES),
         producers=producers,
-        consumers=outlet.roll.records(outlet.sinks),
+        consumers=outlet.roll.records(outlet.sinks, {group.name for group in outlet.groups}),
         refused_peer_count=refused[0],
         last_refusal=refused[1],
         groups=tuple(_group(group, holdings) for group in outlet.groups),
@@ -89,7 +89,7 @@ def _producer(source: Source, ledger: Ledger) -> ProducerStatus:
 
 def _group(group: Group, holdings: Holdings) -> GroupStatus:
     words, record = holdings.ledger.words, holdings.ledger.group(group.index)
-    wanted = [slot for slot in holdings if slot.position >= group.begin and not slot.settled & group.bit]
+    wanted = [slot for slot in holdings if group.wants(slot)]
     flying = sum(slot.frames for slot in wanted if slot.flights & group.bit)
     return GroupStatus(
         group=group.name,
