@@ -23,6 +23,8 @@ from bench.ours import Shot, frames_per_message, message_room, reach, stream_hea
 
 # What the SDK's consumer grants by default.
 _CREDIT: Final = Credit(message_count=64, size_bytes=64 << 20)
+# How much it takes before it acknowledges, at the latest.
+_ACKNOWLEDGED_BYTES: Final = 2 << 20
 
 
 def push(job: Job) -> None:
@@ -46,11 +48,11 @@ def push(job: Job) -> None:
 
 
 def pull(job: Job, meter: Meter) -> None:
-    """HEADER, and frames into memory that is used again, acknowledged a quarter of the credit at a time."""
+    """HEADER, and frames into memory that is used again, acknowledged as the SDK's consumer does it."""
     link, _ = _introduce(job, Hello(role=LINK_ROLE_CONSUME, credit=_CREDIT))
     frames = frames_per_message(job.size)
     memory = memoryview(allocate(message_room(job.size)))
-    window = max(min(_CREDIT.message_count, _CREDIT.size_bytes // (job.size * frames)) // 4, 1)
+    window = max(min(_CREDIT.message_count // 4, _ACKNOWLEDGED_BYTES // (job.size * frames)), 1)
     counter = meter.counter(job.size)
     taken = told = 0
     while True:

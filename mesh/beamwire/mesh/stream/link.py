@@ -14,7 +14,7 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from beamwire.mesh.stream.frame import MAGIC
+from beamwire.mesh.stream.frame import ALIGNMENT, MAGIC
 from beamwire.mesh.stream.placed import MappedRing
 from beamwire.mesh.stream.sockets import Connection
 from beamwire.stream.v1.link_pb2 import Heartbeat, Placed, Signal
@@ -36,7 +36,7 @@ class Link:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        connection.read_ahead(len(MAGIC))
+        connection.read_ahead(ALIGNMENT)
         self._interval: float | None = None
         self._sent = self._heard = time.monotonic()
         self._magic = bytearray(len(MAGIC))
@@ -198,7 +198,7 @@ class Link:
 
     def _send_patiently(self, parts: list[memoryview], interval: float) -> None:
         """Send as long as the peer takes something or says something."""
-        alive, waiting = time.monotonic(), self._connection.waiting_bytes()
+        alive, waiting = time.monotonic(), -1
         while parts:
             try:
                 sent = self._connection.gather_some(parts) if len(parts) > 1 else self._connection.send_some(parts[0])
@@ -208,7 +208,7 @@ class Link:
                 now = time.monotonic()
                 # It may have no room for what we send; then its heartbeats pile up here.
                 unread, waiting = waiting, self._connection.waiting_bytes()
-                if unread != waiting:
+                if 0 <= unread != waiting:
                     alive = now
                 if now - alive >= SILENT_INTERVALS * interval:
                     raise self._silent(now - alive) from error

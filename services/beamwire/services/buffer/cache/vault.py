@@ -126,8 +126,8 @@ class Copies:
 class Vault:
     """All that outlives the process.
 
-    `restored` if the ring is that of an earlier process, `afresh` if the ring of an earlier epoch is lost, `rebooted` if
-    the machine was restarted since.
+    `restored` if the ring is that of an earlier process, `afresh` if the ring of an earlier epoch is lost, `rebooted`
+    if the machine was restarted since.
     """
 
     journal: Journal
