@@ -127,6 +127,7 @@ def start_cache(tmp_path: Path, facility: Facility) -> Iterator[StartCache]:
         if cache.process.poll() is None:
             cache.process.send_signal(signal.SIGKILL)
         cache.process.wait(EXIT_TIMEOUT)
+        (cache.directory / "ring").unlink(missing_ok=True)
 
 
 def _spawn(directory: Path) -> subprocess.Popen[bytes]:
