@@ -100,6 +100,7 @@ class Peers:
 
     def join(self, instance: int = 1, **options: Any) -> Sink:
         options.setdefault("credit", Credit(message_count=4, size_bytes=1 << 20))
+        options.setdefault("epoch", self.relay.epoch)
         hello = Hello(role=LINK_ROLE_CONSUME, instance=f"{instance:032x}", **options)
         sink, _ = self.relay.join(Peer("", "", nothing, nothing), hello)
         return sink

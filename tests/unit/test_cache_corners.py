@@ -213,6 +213,20 @@ def test_claims_name_producers_also_after_a_restart_of_a_shard(peers: MakePeers)
     assert p.take(sink) == [2]
 
 
+def test_claims_of_an_earlier_epoch_take_nothing(peers: MakePeers) -> None:
+    p = peers()
+    p.produce()
+    p.send(1)
+    p.take(p.join())
+    (p.directory / "ring").unlink()
+    p.restart()
+    p.produce()
+    p.send(1)
+    sink = p.join(epoch=1, settled=[FrameRange(producer=0, first_sequence=1, last_sequence=1)])
+    assert p.take(sink) == [1]
+    assert p.delivered == 0
+
+
 def test_a_sequence_to_begin_with_is_that_of_each_producer(peers: MakePeers) -> None:
     p = peers(producer_count=2)
     for number in (1, 0):

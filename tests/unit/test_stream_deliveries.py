@@ -104,13 +104,28 @@ def test_after_a_loss_the_cache_is_told_what_is_done_and_what_is_held(deliveries
     for _ in range(3):
         deliveries.take()
     deliveries.lost(account)
-    assert deliveries.claims(account) == ([whole(1, 1), whole(2, 2)], [whole(3, 3)])
+    assert deliveries.claims(account) == ([whole(1, 2)], [whole(3, 3)])
     deliveries.put(delivery(account, 4))
     assert sequence(deliveries.take()) == 4
     acknowledgement = account.acknowledgement()
     assert (acknowledgement.delivery_count, list(acknowledgement.settled)) == (0, [whole(3, 3)])
     deliveries.lost(account)
-    assert deliveries.claims(account) == ([whole(1, 1), whole(2, 2), whole(3, 3)], [whole(4, 4)])
+    assert deliveries.claims(account) == ([whole(1, 3)], [whole(4, 4)])
+
+
+def test_in_another_epoch_nothing_of_the_one_before_is_claimed(deliveries, account):
+    for number in range(1, 4):
+        deliveries.put(delivery(account, number))
+    for _ in range(2):
+        deliveries.take()
+    deliveries.lost(account)
+    deliveries.begin_epoch(account)
+    assert deliveries.claims(account) == ([], [])
+    deliveries.put(delivery(account, 7))
+    deliveries.take()
+    assert list(account.acknowledgement().settled) == []
+    deliveries.lost(account)
+    assert deliveries.claims(account) == ([], [whole(7, 7)])
 
 
 def test_what_is_done_while_dialing_is_claimed_and_not_said_twice(deliveries, account):

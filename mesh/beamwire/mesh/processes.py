@@ -38,6 +38,11 @@ class Exit:
     signal: int | None
     error: str = ""
 
+    def __str__(self) -> str:
+        if self.signal is not None:
+            return f"ended by signal {self.signal}"
+        return f"exit code {self.exit_code}" + (f", {self.error}" if self.error else "")
+
 
 class Process:
     """One program, running or ended, known by its directory. Any process of the same user may hold one."""

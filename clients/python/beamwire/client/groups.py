@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from beamwire.client.request import ParsedRequest
 from beamwire.mesh.errors import invalid_field
 from beamwire.request.v1.request_service_pb2 import Transfer
@@ -12,9 +14,14 @@ DEFAULT_GROUP = "default"
 def for_group(parsed: ParsedRequest, group: str) -> ParsedRequest:
     """Return a request whose buffer waits for the group that its creator reads in, if it names no groups itself.
 
-    Raises BeamwireError INVALID_FIELD if the request names several, and it cannot be told which is meant.
+    Raises BeamwireError INVALID_FIELD if the request names others, or several, and it cannot be told which is meant.
     """
-    if not group or parsed.transfer.buffer_spec.groups:
+    declared = list(parsed.transfer.buffer_spec.groups)
+    if group and declared and group not in declared:
+        near = get_close_matches(group, declared, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise invalid_field("group", f"{group!r} is not among the request's groups: {', '.join(declared)}{hint}")
+    if not group or declared:
         choose_group(group, parsed.transfer)
         return parsed
     transfer = Transfer()
@@ -33,4 +40,6 @@ def choose_group(wanted: str, transfer: Transfer) -> str:
         return wanted
     if len(declared) == 1:
         return declared[0]
-    raise invalid_field("group", f"say in which of its groups this program reads: {', '.join(declared)}")
+    raise invalid_field(
+        "group", f"say in which of its groups this program reads, with group= or --group: {', '.join(declared)}"
+    )

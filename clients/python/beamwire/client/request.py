@@ -217,6 +217,7 @@ class _Conversion:
         word = mapping.get(key)
         prefix = f"{key.upper()}_"
         words = {name.removeprefix(prefix).lower(): number for name, number in enum.items() if number}
+        word = word.lower() if isinstance(word, str) else word
         if word is not None and (not isinstance(word, str) or word not in words):
             self._problems.add(f"buffer.{key}", f"must be one of {', '.join(words)}, not {word!r}")
             return 0

@@ -33,6 +33,8 @@ _EXPLANATION_SECONDS = 30.0
 # A cache that stops also refuses a late consumer; one that may not consume should not wait long to hear so.
 _REFUSAL_SECONDS = 2.0
 _CANCEL_SECONDS = 20.0
+# After a transfer has failed, how long its consumers may wait for END.
+_LAST_WORD_SECONDS = 3.0
 # What a consumer can see of a failure whose cause is elsewhere.
 _SYMPTOMS = frozenset(
     {
@@ -150,6 +152,7 @@ class Session:
         self.transfer: Transfer | None = None
         self.concluded = False
         self._closing = False
+        self._farewell: asyncio.Task[None] | None = None
 
     @property
     def counters(self) -> Counters:
@@ -266,6 +269,9 @@ class Session:
             cause.add_note(f"the transfer could not be cancelled: {error.message}")
         finally:
             self._left.set()
+            if self._farewell is not None:
+                self._farewell.cancel()
+                await asyncio.wait([self._farewell])
             if self._following is not None:
                 self._following.cancel()
                 await asyncio.wait([self._following])
@@ -306,6 +312,14 @@ class Session:
             for reader in self._readers:
                 if not reader.counters.frames:
                     await asyncio.to_thread(reader.close)
+            if transfer.state != Transfer.STATE_SUCCEEDED and self._farewell is None:
+                self._farewell = asyncio.create_task(self._say_farewell())
+
+    async def _say_farewell(self) -> None:
+        """A stream that failed may still say how; one whose cache is gone for good need not be sought any longer."""
+        await asyncio.sleep(_LAST_WORD_SECONDS)
+        for reader in self._readers:
+            await asyncio.to_thread(reader.close)
 
     async def _fail(self, error: BeamwireError) -> None:
         async with self._changed:

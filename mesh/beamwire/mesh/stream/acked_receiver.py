@@ -110,6 +110,9 @@ class AckedReceiver:
         self._described.set()
         for feed in self._feeds:
             feed.leave()
+        if any(feed.is_current for feed in self._feeds):
+            # Closed from what is told of a loss: feeds that wait for each other would wait for ever.
+            return
         for feed in self._feeds:
             feed.join()
 

@@ -86,13 +86,13 @@ class AckedSender:
         """Keep a frame, and see to it that it is sent."""
         try:
             self._outbox.put(header, payload)
+            self._wake()
         except (BeamwireError, ValueError):
             raise
         except BaseException:
             # Ctrl-C: nobody knows whether the frame is counted.
             self.abort()
             raise
-        self._wake()
 
     def end(self, header: FrameHeader, timeout: float) -> None:
         """Send END and wait until it is acknowledged, and so all before it."""

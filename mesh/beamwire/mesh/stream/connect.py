@@ -22,7 +22,7 @@ _LOCAL_SHAPE: Final = "beamwire://localhost/buffers/<id>?epoch=1&transport=ipc&p
 _LOCALHOST: Final = "localhost"
 _OPTIONS: Final = ("epoch", "transport", "path", "delivery", "ticket")
 _TICKET: Final = re.compile(r"[A-Za-z0-9._~-]{0,2048}")
-_SECRET: Final = re.compile(r"(ticket=)[^&#]*")
+_SECRET: Final = re.compile(r"(?i)(ticket[=:])[^&#'\"\s]*")
 _HOST: Final = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
 _MAX_EPOCH: Final = 2**32 - 1
 
@@ -70,7 +70,7 @@ class ConnectString:
             hosts = tuple(_parse_host(text, host) for host in url.netloc.split(","))
         return cls(
             hosts,
-            check_id(_FIELD, buffer, reserved=True),
+            _parse_buffer(text, buffer),
             _parse_epoch(text, options),
             transport,
             delivery,
@@ -150,6 +150,13 @@ def _parse_delivery(text: str, options: dict[str, str]) -> Delivery:
     raise _invalid(text, f"delivery is {' or '.join(get_args(Delivery))}, not {wanted!r}")
 
 
+def _parse_buffer(text: str, buffer: str) -> str:
+    try:
+        return check_id(_FIELD, buffer, reserved=True)
+    except BeamwireError as error:
+        raise _invalid(text, error.message) from None
+
+
 def _parse_ticket(text: str, options: dict[str, str]) -> str:
     ticket = options.get("ticket", "")
     if not _TICKET.fullmatch(ticket):
@@ -158,5 +165,4 @@ def _parse_ticket(text: str, options: dict[str, str]) -> str:
 
 
 def _invalid(text: str, why: str) -> BeamwireError:
-    shown = _SECRET.sub(r"\1…", text)
-    return invalid_field(_FIELD, f"{shown[:200]!r} is not a connect string: {why}")
+    return invalid_field(_FIELD, _SECRET.sub(r"\1…", f"{text[:3000]!r} is not a connect string: {why}")[:600])

@@ -6,7 +6,7 @@ import enum
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from beamwire.mesh.errors import BeamwireError
@@ -21,6 +21,8 @@ _LEASE_SHARE: Final = 0.8
 # What is done with is acknowledged at the latest when it is this share of the credit, or so many bytes: what the cache
 # need not keep any longer is still warm when it is used again.
 _WINDOW: Final = 4
+# So many claims fit into one Hello, whatever they are.
+_MOST_CLAIMS: Final = 2048
 _WINDOW_BYTES: Final = 2 * 1024 * 1024
 
 
@@ -36,7 +38,7 @@ class Sleep(enum.Enum):
 class Delivery:
     """A message of a cache with one frame or several, or with END; `size` is that of the message in bytes."""
 
-    __slots__ = ("account", "arrivals", "end", "next", "number", "producer", "sequence", "size", "time")
+    __slots__ = ("account", "arrivals", "bygone", "end", "next", "number", "producer", "sequence", "size", "time")
 
     def __init__(
         self,
@@ -58,6 +60,8 @@ class Delivery:
         # Counted on the present connection; 0 if it came on one that was lost.
         self.number = 0
         self.next = 0
+        # It came in an epoch that is over, and there is nobody to whom it could be acknowledged.
+        self.bygone = False
 
     @property
     def numbers(self) -> tuple[int, int, int]:
@@ -76,7 +80,7 @@ class Account:
         self.stale = False
         self.ended = False
         # The last deliveries that were done with: an acknowledgement that was lost can be about no others.
-        self._recent: deque[tuple[int, int, int]] = deque(maxlen=credit.message_count)
+        self._recent: deque[tuple[int, int, int]] = deque(maxlen=min(credit.message_count, _MOST_CLAIMS))
         self._settled: list[FrameRange] = []
         self._received = self._done = self._told = 0
         self._done_bytes = 0
@@ -111,6 +115,8 @@ class Account:
 
     def finish(self, delivery: Delivery) -> None:
         """The caller has done with a delivery, and with all before it."""
+        if delivery.bygone:
+            return
         if delivery.end is None:
             self._recent.append(delivery.numbers)
         if delivery.number:
@@ -130,7 +136,12 @@ class Account:
     def claims(self) -> list[FrameRange]:
         """What the cache is told of former connections when a new one begins."""
         self._settled = []
-        return [_range(numbers) for numbers in self._recent]
+        return _merged(self._recent)
+
+    def begin_epoch(self) -> None:
+        """Another epoch began: what was done with in the one before can be claimed no more."""
+        self._recent.clear()
+        self._settled.clear()
 
     def forget(self) -> None:
         """The connection is lost, and its numbers mean nothing any more."""
@@ -208,11 +219,19 @@ class Deliveries:
                 self._current.number = 0
             account.forget()
 
+    def begin_epoch(self, account: Account) -> None:
+        """The cache began another epoch: what the caller has of the one before is nobody's business any more."""
+        with self.lock:
+            account.begin_epoch()
+            if self._current is not None and self._current.account is account:
+                self._current.bygone = True
+
     def claims(self, account: Account) -> tuple[list[FrameRange], list[FrameRange]]:
         """What the caller has done with, and what it has, of a cache whose connection was lost."""
         with self.lock:
             current = self._current
-            held = [_range(current.numbers)] if current is not None and current.account is account else []
+            mine = current is not None and current.account is account and not current.bygone
+            held = [_range(current.numbers)] if current is not None and mine else []
             return account.claims(), held
 
     def _next_of_current(self) -> Arrival | None:
@@ -280,6 +299,17 @@ class Deliveries:
 
 def _is_of(item: Delivery | BeamwireError, account: Account) -> bool:
     return isinstance(item, Delivery) and item.account is account
+
+
+def _merged(deliveries: Iterable[tuple[int, int, int]]) -> list[FrameRange]:
+    """Ranges that follow each other as one."""
+    merged: list[tuple[int, int, int]] = []
+    for producer, first, last in sorted(deliveries):
+        if merged and merged[-1][0] == producer and first <= merged[-1][2] + 1:
+            merged[-1] = producer, merged[-1][1], max(last, merged[-1][2])
+        else:
+            merged.append((producer, first, last))
+    return [_range(numbers) for numbers in merged]
 
 
 def _range(numbers: tuple[int, int, int]) -> FrameRange:

@@ -97,6 +97,11 @@ class Feed:
             self._dialer.stop()
         self._wake()
 
+    @property
+    def is_current(self) -> bool:
+        """Whether this is its thread."""
+        return self._thread is threading.current_thread()
+
     def join(self) -> None:
         """Wait until the thread is gone, which was told to leave or has ended."""
         if self._thread is not threading.current_thread():
@@ -123,6 +128,7 @@ class Feed:
             credit=share.credit,
             settled=settled,
             held=held,
+            epoch=self._dialer.epoch,
             shared_memory=self._mappable,
         )
 
@@ -144,6 +150,8 @@ class Feed:
         if self.account.ended:
             _log.warning("the cache at %s cannot be told that all was received: %s", self._dialer.address, error)
         else:
+            # What was not handed over yet could never be acknowledged, and goes to others.
+            self._receiver.deliveries.lost(self.account)
             self._receiver.fail(error)
 
     def _serve(self, link: Link, welcome: Welcome) -> bool:
@@ -167,11 +175,15 @@ class Feed:
         if self._leaving:
             raise ClosedError
         patience = _FAREWELL_TIMEOUT if self.account.ended else self._receiver.reconnect_timeout
+        epoch = self._dialer.epoch
         opened = self._dialer.reopen(self._lost, patience, useful=self._useful)
         self._useful = False
+        if self._dialer.epoch != epoch:
+            self._receiver.deliveries.begin_epoch(self.account)
         return opened
 
     def _begin(self, link: Link, welcome: Welcome) -> None:
+        self._close_deadline = None
         self.account.frame_lease = welcome.frame_lease.ToNanoseconds() / 1e9
         if welcome.evicted_frame_count:
             self._receiver.evicted(welcome.evicted_frame_count)
@@ -271,6 +283,8 @@ class Feed:
                 raise ValueError(error.message) from error
             self._reject(link, error)
         else:
+            if delivery is not None and not self._described and delivery.end is None:
+                raise ValueError("a delivery came before HEADER")
             if delivery is not None:
                 self._useful = True
                 self._receiver.deliveries.put(delivery)

@@ -215,11 +215,16 @@ class Producer:
         self._check_open()
         self._sender.wait_for_room()
         self._sender.send(header, payload)
-        self._sequence += 1
-        self._digest.update(event_ids.astype("<u8", copy=False).tobytes())
-        self.counters.bytes = self._sender.message_bytes
-        self.counters.frames += 1
-        self.counters.events += len(event_ids)
+        try:
+            self._sequence += 1
+            self._digest.update(event_ids.astype("<u8", copy=False).tobytes())
+            self.counters.bytes = self._sender.message_bytes
+            self.counters.frames += 1
+            self.counters.events += len(event_ids)
+        except BaseException:
+            # Ctrl-C: END would not count what was sent.
+            self._sender.close()
+            raise
 
     def _tell(self, story: str, returned: bool) -> None:
         self.counters.reconnects += returned

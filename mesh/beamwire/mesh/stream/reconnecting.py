@@ -27,6 +27,10 @@ _LONGEST_DELAY: Final = 0.5
 _ANSWER_TIMEOUT: Final = 10.0
 _HEARTBEAT_INTERVAL: Final = 2.0
 _INTERRUPT_PERIOD: Final = 0.1
+_LONG_LIFE: Final = 8.0
+# In milliseconds.
+_LEAST_PULSE: Final = 20
+_MOST_PULSE: Final = 60_000
 _TICKET_REASONS: Final = frozenset({Reason.TICKET_EXPIRED, Reason.TICKET_INVALID})
 _PASSING_REASONS: Final = frozenset({Reason.CACHE_FAILED, Reason.TIMED_OUT, Reason.SERVICE_UNAVAILABLE})
 
@@ -84,6 +88,7 @@ class Dialer:
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._useless_since: float | None = None
+        self._welcomed = time.monotonic()
         self._delay = _FIRST_DELAY
 
     @property
@@ -133,6 +138,7 @@ class Dialer:
                     raise
                 error = failed
             else:
+                self._welcomed = time.monotonic()
                 if not again:
                     self.epoch = welcome.epoch
                 return link, welcome
@@ -167,7 +173,8 @@ class Dialer:
 
     def _calm_down(self, why: object, timeout: float, useful: bool) -> None:
         """Dial no faster and faster to a cache that lets us in and breaks off each time, and not for ever."""
-        if useful:
+        # One that only kept its pulse for long was good too: there may have been nothing to send.
+        if useful or time.monotonic() - self._welcomed > _LONG_LIFE:
             self._useless_since = None
             return
         now = time.monotonic()
@@ -216,6 +223,9 @@ class Dialer:
             raise _RefusedError(self._error_of(answer.refusal), answer.refusal.retry)
         if not answer.HasField("welcome"):
             raise ValueError("its first message is neither Welcome nor Refusal")
+        interval = answer.welcome.heartbeat_interval.ToMilliseconds()
+        if answer.welcome.HasField("heartbeat_interval") and not _LEAST_PULSE <= interval <= _MOST_PULSE:
+            raise ValueError(f"a heartbeat every {interval} ms is out of the question")
         return answer.welcome
 
     def _error_of(self, refusal: Refusal) -> BeamwireError:

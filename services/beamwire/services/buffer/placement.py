@@ -87,8 +87,12 @@ class Placement:
     def _check_sizes(self, spec: BufferSpec) -> None:
         most = min(spec.producer_count, MOST_SHARDS)
         if spec.shard_count > most:
-            why = "each shard needs a producer" if most == spec.producer_count else "no buffer may have more"
-            raise invalid_field("buffer.spec.shard_count", f"must be from 1 to {most}: {why}")
+            why = (
+                "each shard needs a producer, and there are no more (of a transfer: processes)"
+                if most == spec.producer_count
+                else "no buffer may have more"
+            )
+            raise invalid_field("buffer.spec.shard_count", f"must be at least 1 and at most {most}: {why}")
         limit = self.capacity_bytes // spec.shard_count
         if not 1 <= spec.capacity_bytes <= limit:
             each = " for each of its shards" if spec.shard_count > 1 else ""

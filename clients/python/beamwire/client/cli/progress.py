@@ -64,6 +64,7 @@ class Meter:
         counters = transfer.counters
         expected = counters.expected_event_count
         left = max(0, expected - events)
+        running = transfer.state in (Transfer.STATE_UNSPECIFIED, Transfer.STATE_STREAMING, Transfer.STATE_DRAINING)
         return Snapshot(
             transfer=transfer.name,
             state=state_word(transfer) if transfer.state else "STREAMING",
@@ -73,6 +74,6 @@ class Meter:
             event_rate=event_rate,
             byte_rate=(bytes_ - first_bytes) / span if span > 0 else 0.0,
             fill=counters.held_bytes / counters.capacity_bytes if counters.capacity_bytes else None,
-            eta_seconds=left / event_rate if expected and event_rate else None,
+            eta_seconds=left / event_rate if running and expected and event_rate else None,
             lost_events=max(counters.lost_event_count, lost_events(transfer.receipt)),
         )

@@ -295,7 +295,10 @@ type Hello struct {
 	// are acknowledged later by `Acknowledgement.settled`.
 	Held []*FrameRange `protobuf:"bytes,10,rep,name=held,proto3" json:"held,omitempty"`
 	// Of a consumer on the cache's host: it can map the ring of the cache, and copy frames from there.
-	SharedMemory  bool `protobuf:"varint,11,opt,name=shared_memory,json=sharedMemory,proto3" json:"shared_memory,omitempty"`
+	SharedMemory bool `protobuf:"varint,11,opt,name=shared_memory,json=sharedMemory,proto3" json:"shared_memory,omitempty"`
+	// Of a consumer that comes back: the epoch it last knew. What it settled or held counts in that one
+	// alone: in a later epoch the same sequences may be other frames.
+	Epoch         uint32 `protobuf:"varint,12,opt,name=epoch,proto3" json:"epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -405,6 +408,13 @@ func (x *Hello) GetSharedMemory() bool {
 		return x.SharedMemory
 	}
 	return false
+}
+
+func (x *Hello) GetEpoch() uint32 {
+	if x != nil {
+		return x.Epoch
+	}
+	return 0
 }
 
 // Where a new group begins.
@@ -1226,7 +1236,7 @@ const file_beamwire_stream_v1_link_proto_rawDesc = "" +
 	"\theartbeat\x18\x06 \x01(\v2\x1d.beamwire.stream.v1.HeartbeatH\x00R\theartbeat\x127\n" +
 	"\arenewal\x18\a \x01(\v2\x1b.beamwire.stream.v1.RenewalH\x00R\arenewal\x124\n" +
 	"\x06placed\x18\b \x01(\v2\x1a.beamwire.stream.v1.PlacedH\x00R\x06placedB\b\n" +
-	"\x06signal\"\xb1\x03\n" +
+	"\x06signal\"\xc7\x03\n" +
 	"\x05Hello\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x120\n" +
 	"\x04role\x18\x02 \x01(\x0e2\x1c.beamwire.stream.v1.LinkRoleR\x04role\x12\x16\n" +
@@ -1239,7 +1249,8 @@ const file_beamwire_stream_v1_link_proto_rawDesc = "" +
 	"\asettled\x18\t \x03(\v2\x1e.beamwire.stream.v1.FrameRangeR\asettled\x122\n" +
 	"\x04held\x18\n" +
 	" \x03(\v2\x1e.beamwire.stream.v1.FrameRangeR\x04held\x12#\n" +
-	"\rshared_memory\x18\v \x01(\bR\fsharedMemory\"\x98\x01\n" +
+	"\rshared_memory\x18\v \x01(\bR\fsharedMemory\x12\x14\n" +
+	"\x05epoch\x18\f \x01(\rR\x05epoch\"\x98\x01\n" +
 	"\x05Start\x12\x1c\n" +
 	"\bearliest\x18\x01 \x01(\bH\x00R\bearliest\x12\x18\n" +
 	"\x06latest\x18\x02 \x01(\bH\x00R\x06latest\x12\x1c\n" +

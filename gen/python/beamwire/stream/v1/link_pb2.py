@@ -27,7 +27,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62\x65\x61mwire/stream/v1/link.proto\x12\x12\x62\x65\x61mwire.stream.v1\x1a\x1f\x62\x65\x61mwire/common/v1/reason.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa4\x03\n\x06Signal\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.beamwire.stream.v1.HelloH\x00\x12.\n\x07welcome\x18\x02 \x01(\x0b\x32\x1b.beamwire.stream.v1.WelcomeH\x00\x12.\n\x07refusal\x18\x03 \x01(\x0b\x32\x1b.beamwire.stream.v1.RefusalH\x00\x12>\n\x0f\x61\x63knowledgement\x18\x04 \x01(\x0b\x32#.beamwire.stream.v1.AcknowledgementH\x00\x12\x32\n\trejection\x18\x05 \x01(\x0b\x32\x1d.beamwire.stream.v1.RejectionH\x00\x12\x32\n\theartbeat\x18\x06 \x01(\x0b\x32\x1d.beamwire.stream.v1.HeartbeatH\x00\x12.\n\x07renewal\x18\x07 \x01(\x0b\x32\x1b.beamwire.stream.v1.RenewalH\x00\x12,\n\x06placed\x18\x08 \x01(\x0b\x32\x1a.beamwire.stream.v1.PlacedH\x00\x42\x08\n\x06signal\"\xd3\x02\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12*\n\x04role\x18\x02 \x01(\x0e\x32\x1c.beamwire.stream.v1.LinkRole\x12\x0e\n\x06ticket\x18\x03 \x01(\t\x12\x10\n\x08instance\x18\x04 \x01(\t\x12\x10\n\x08producer\x18\x05 \x01(\r\x12\r\n\x05group\x18\x06 \x01(\t\x12(\n\x05start\x18\x07 \x01(\x0b\x32\x19.beamwire.stream.v1.Start\x12*\n\x06\x63redit\x18\x08 \x01(\x0b\x32\x1a.beamwire.stream.v1.Credit\x12/\n\x07settled\x18\t \x03(\x0b\x32\x1e.beamwire.stream.v1.FrameRange\x12,\n\x04held\x18\n \x03(\x0b\x32\x1e.beamwire.stream.v1.FrameRange\x12\x15\n\rshared_memory\x18\x0b \x01(\x08\"v\n\x05Start\x12\x12\n\x08\x65\x61rliest\x18\x01 \x01(\x08H\x00\x12\x10\n\x06latest\x18\x02 \x01(\x08H\x00\x12\x12\n\x08sequence\x18\x03 \x01(\x04H\x00\x12*\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x42\x07\n\x05point\"3\n\x06\x43redit\x12\x15\n\rmessage_count\x18\x01 \x01(\r\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"M\n\nFrameRange\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x16\n\x0e\x66irst_sequence\x18\x02 \x01(\x04\x12\x15\n\rlast_sequence\x18\x03 \x01(\x04\"\xd6\x02\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x17\n\x0fstored_sequence\x18\x02 \x01(\x04\x12\r\n\x05known\x18\x03 \x01(\x08\x12*\n\x06\x63redit\x18\x04 \x01(\x0b\x32\x1a.beamwire.stream.v1.Credit\x12.\n\x0b\x66rame_lease\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12heartbeat_interval\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x13\x65victed_frame_count\x18\x07 \x01(\x04\x12\x1a\n\x12stored_frame_count\x18\x08 \x01(\x04\x12\x1a\n\x12stored_event_count\x18\t \x01(\x04\x12\x11\n\tring_path\x18\n \x01(\t\x12\x19\n\x11ring_offset_bytes\x18\x0b \x01(\x04\"Z\n\x07Refusal\x12/\n\x06reason\x18\x01 \x01(\x0e\x32\x1f.beamwire.common.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05retry\x18\x03 \x01(\x08\"l\n\x0f\x41\x63knowledgement\x12\x16\n\x0e\x64\x65livery_count\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12/\n\x07settled\x18\x03 \x03(\x0b\x32\x1e.beamwire.stream.v1.FrameRange\"-\n\tRejection\x12\x10\n\x08\x64\x65livery\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"2\n\x06Placed\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x0b\n\tHeartbeat\"\x19\n\x07Renewal\x12\x0e\n\x06ticket\x18\x01 \x01(\t\"\xf1\x01\n\x0cTicketClaims\x12\x0e\n\x06\x62uffer\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12*\n\x04role\x18\x03 \x01(\x0e\x32\x1c.beamwire.stream.v1.LinkRole\x12\x1a\n\x12\x63\x65rtificate_sha256\x18\x04 \x01(\x0c\x12\x33\n\x0fnot_before_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tticket_id\x18\x07 \x01(\t*S\n\x08LinkRole\x12\x19\n\x15LINK_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11LINK_ROLE_PRODUCE\x10\x01\x12\x15\n\x11LINK_ROLE_CONSUME\x10\x02\x42[\n\x16org.beamwire.stream.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/stream/v1;streamv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x62\x65\x61mwire/stream/v1/link.proto\x12\x12\x62\x65\x61mwire.stream.v1\x1a\x1f\x62\x65\x61mwire/common/v1/reason.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xa4\x03\n\x06Signal\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x19.beamwire.stream.v1.HelloH\x00\x12.\n\x07welcome\x18\x02 \x01(\x0b\x32\x1b.beamwire.stream.v1.WelcomeH\x00\x12.\n\x07refusal\x18\x03 \x01(\x0b\x32\x1b.beamwire.stream.v1.RefusalH\x00\x12>\n\x0f\x61\x63knowledgement\x18\x04 \x01(\x0b\x32#.beamwire.stream.v1.AcknowledgementH\x00\x12\x32\n\trejection\x18\x05 \x01(\x0b\x32\x1d.beamwire.stream.v1.RejectionH\x00\x12\x32\n\theartbeat\x18\x06 \x01(\x0b\x32\x1d.beamwire.stream.v1.HeartbeatH\x00\x12.\n\x07renewal\x18\x07 \x01(\x0b\x32\x1b.beamwire.stream.v1.RenewalH\x00\x12,\n\x06placed\x18\x08 \x01(\x0b\x32\x1a.beamwire.stream.v1.PlacedH\x00\x42\x08\n\x06signal\"\xe2\x02\n\x05Hello\x12\x0f\n\x07version\x18\x01 \x01(\r\x12*\n\x04role\x18\x02 \x01(\x0e\x32\x1c.beamwire.stream.v1.LinkRole\x12\x0e\n\x06ticket\x18\x03 \x01(\t\x12\x10\n\x08instance\x18\x04 \x01(\t\x12\x10\n\x08producer\x18\x05 \x01(\r\x12\r\n\x05group\x18\x06 \x01(\t\x12(\n\x05start\x18\x07 \x01(\x0b\x32\x19.beamwire.stream.v1.Start\x12*\n\x06\x63redit\x18\x08 \x01(\x0b\x32\x1a.beamwire.stream.v1.Credit\x12/\n\x07settled\x18\t \x03(\x0b\x32\x1e.beamwire.stream.v1.FrameRange\x12,\n\x04held\x18\n \x03(\x0b\x32\x1e.beamwire.stream.v1.FrameRange\x12\x15\n\rshared_memory\x18\x0b \x01(\x08\x12\r\n\x05\x65poch\x18\x0c \x01(\r\"v\n\x05Start\x12\x12\n\x08\x65\x61rliest\x18\x01 \x01(\x08H\x00\x12\x10\n\x06latest\x18\x02 \x01(\x08H\x00\x12\x12\n\x08sequence\x18\x03 \x01(\x04H\x00\x12*\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x42\x07\n\x05point\"3\n\x06\x43redit\x12\x15\n\rmessage_count\x18\x01 \x01(\r\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"M\n\nFrameRange\x12\x10\n\x08producer\x18\x01 \x01(\r\x12\x16\n\x0e\x66irst_sequence\x18\x02 \x01(\x04\x12\x15\n\rlast_sequence\x18\x03 \x01(\x04\"\xd6\x02\n\x07Welcome\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x17\n\x0fstored_sequence\x18\x02 \x01(\x04\x12\r\n\x05known\x18\x03 \x01(\x08\x12*\n\x06\x63redit\x18\x04 \x01(\x0b\x32\x1a.beamwire.stream.v1.Credit\x12.\n\x0b\x66rame_lease\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x35\n\x12heartbeat_interval\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1b\n\x13\x65victed_frame_count\x18\x07 \x01(\x04\x12\x1a\n\x12stored_frame_count\x18\x08 \x01(\x04\x12\x1a\n\x12stored_event_count\x18\t \x01(\x04\x12\x11\n\tring_path\x18\n \x01(\t\x12\x19\n\x11ring_offset_bytes\x18\x0b \x01(\x04\"Z\n\x07Refusal\x12/\n\x06reason\x18\x01 \x01(\x0e\x32\x1f.beamwire.common.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05retry\x18\x03 \x01(\x08\"l\n\x0f\x41\x63knowledgement\x12\x16\n\x0e\x64\x65livery_count\x18\x01 \x01(\x04\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12/\n\x07settled\x18\x03 \x03(\x0b\x32\x1e.beamwire.stream.v1.FrameRange\"-\n\tRejection\x12\x10\n\x08\x64\x65livery\x18\x01 \x01(\x04\x12\x0e\n\x06reason\x18\x02 \x01(\t\"2\n\x06Placed\x12\x14\n\x0coffset_bytes\x18\x01 \x01(\x04\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\"\x0b\n\tHeartbeat\"\x19\n\x07Renewal\x12\x0e\n\x06ticket\x18\x01 \x01(\t\"\xf1\x01\n\x0cTicketClaims\x12\x0e\n\x06\x62uffer\x18\x01 \x01(\t\x12\x10\n\x08identity\x18\x02 \x01(\t\x12*\n\x04role\x18\x03 \x01(\x0e\x32\x1c.beamwire.stream.v1.LinkRole\x12\x1a\n\x12\x63\x65rtificate_sha256\x18\x04 \x01(\x0c\x12\x33\n\x0fnot_before_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tticket_id\x18\x07 \x01(\t*S\n\x08LinkRole\x12\x19\n\x15LINK_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11LINK_ROLE_PRODUCE\x10\x01\x12\x15\n\x11LINK_ROLE_CONSUME\x10\x02\x42[\n\x16org.beamwire.stream.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/stream/v1;streamv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,32 +35,32 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'beamwire.stream.v1.link_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\026org.beamwire.stream.v1P\001Z?github.com/beamwire/beamwire/gen/go/beamwire/stream/v1;streamv1'
-  _globals['_LINKROLE']._serialized_start=2098
-  _globals['_LINKROLE']._serialized_end=2181
+  _globals['_LINKROLE']._serialized_start=2113
+  _globals['_LINKROLE']._serialized_end=2196
   _globals['_SIGNAL']._serialized_start=152
   _globals['_SIGNAL']._serialized_end=572
   _globals['_HELLO']._serialized_start=575
-  _globals['_HELLO']._serialized_end=914
-  _globals['_START']._serialized_start=916
-  _globals['_START']._serialized_end=1034
-  _globals['_CREDIT']._serialized_start=1036
-  _globals['_CREDIT']._serialized_end=1087
-  _globals['_FRAMERANGE']._serialized_start=1089
-  _globals['_FRAMERANGE']._serialized_end=1166
-  _globals['_WELCOME']._serialized_start=1169
-  _globals['_WELCOME']._serialized_end=1511
-  _globals['_REFUSAL']._serialized_start=1513
-  _globals['_REFUSAL']._serialized_end=1603
-  _globals['_ACKNOWLEDGEMENT']._serialized_start=1605
-  _globals['_ACKNOWLEDGEMENT']._serialized_end=1713
-  _globals['_REJECTION']._serialized_start=1715
-  _globals['_REJECTION']._serialized_end=1760
-  _globals['_PLACED']._serialized_start=1762
-  _globals['_PLACED']._serialized_end=1812
-  _globals['_HEARTBEAT']._serialized_start=1814
-  _globals['_HEARTBEAT']._serialized_end=1825
-  _globals['_RENEWAL']._serialized_start=1827
-  _globals['_RENEWAL']._serialized_end=1852
-  _globals['_TICKETCLAIMS']._serialized_start=1855
-  _globals['_TICKETCLAIMS']._serialized_end=2096
+  _globals['_HELLO']._serialized_end=929
+  _globals['_START']._serialized_start=931
+  _globals['_START']._serialized_end=1049
+  _globals['_CREDIT']._serialized_start=1051
+  _globals['_CREDIT']._serialized_end=1102
+  _globals['_FRAMERANGE']._serialized_start=1104
+  _globals['_FRAMERANGE']._serialized_end=1181
+  _globals['_WELCOME']._serialized_start=1184
+  _globals['_WELCOME']._serialized_end=1526
+  _globals['_REFUSAL']._serialized_start=1528
+  _globals['_REFUSAL']._serialized_end=1618
+  _globals['_ACKNOWLEDGEMENT']._serialized_start=1620
+  _globals['_ACKNOWLEDGEMENT']._serialized_end=1728
+  _globals['_REJECTION']._serialized_start=1730
+  _globals['_REJECTION']._serialized_end=1775
+  _globals['_PLACED']._serialized_start=1777
+  _globals['_PLACED']._serialized_end=1827
+  _globals['_HEARTBEAT']._serialized_start=1829
+  _globals['_HEARTBEAT']._serialized_end=1840
+  _globals['_RENEWAL']._serialized_start=1842
+  _globals['_RENEWAL']._serialized_end=1867
+  _globals['_TICKETCLAIMS']._serialized_start=1870
+  _globals['_TICKETCLAIMS']._serialized_end=2111
 # @@protoc_insertion_point(module_scope)

@@ -133,6 +133,7 @@ class Hello(_message.Message):
     SETTLED_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     SHARED_MEMORY_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The version of this protocol: 1."""
     role: Global___LinkRole.ValueType
@@ -149,6 +150,10 @@ class Hello(_message.Message):
     """Of a consumer: the group whose work it shares; empty for `default`."""
     shared_memory: _builtins.bool
     """Of a consumer on the cache's host: it can map the ring of the cache, and copy frames from there."""
+    epoch: _builtins.int
+    """Of a consumer that comes back: the epoch it last knew. What it settled or held counts in that one
+    alone: in a later epoch the same sequences may be other frames.
+    """
     @_builtins.property
     def start(self) -> Global___Start:
         """Of a consumer: where its group begins, if the group is new."""
@@ -181,10 +186,11 @@ class Hello(_message.Message):
         settled: _abc.Iterable[Global___FrameRange] | None = ...,
         held: _abc.Iterable[Global___FrameRange] | None = ...,
         shared_memory: _builtins.bool = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "group", b"group", "held", b"held", "instance", b"instance", "producer", b"producer", "role", b"role", "settled", b"settled", "shared_memory", b"shared_memory", "start", b"start", "ticket", b"ticket", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "epoch", b"epoch", "group", b"group", "held", b"held", "instance", b"instance", "producer", b"producer", "role", b"role", "settled", b"settled", "shared_memory", b"shared_memory", "start", b"start", "ticket", b"ticket", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -183,6 +183,14 @@ export declare type Hello = Message<"beamwire.stream.v1.Hello"> & {
    * @generated from field: bool shared_memory = 11;
    */
   sharedMemory: boolean;
+
+  /**
+   * Of a consumer that comes back: the epoch it last knew. What it settled or held counts in that one
+   * alone: in a later epoch the same sequences may be other frames.
+   *
+   * @generated from field: uint32 epoch = 12;
+   */
+  epoch: number;
 };
 
 /**

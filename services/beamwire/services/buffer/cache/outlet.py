@@ -132,7 +132,7 @@ class Outlet:
             self._abandon(other, grace=self._config.reconnect_grace)
         lost = group.limbo.pop(sink.instance, None)
         left = [] if lost is None else lost.slots
-        if hello.settled or hello.held:
+        if (hello.settled or hello.held) and hello.epoch >= self._vault.epoch:
             left = self._claim(sink, hello, left)
         self._put_back(group, left)
         group.awaited.discard(sink.instance)
