@@ -6,7 +6,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,7 +70,7 @@ def run(plan: Plan, seed: int) -> Result:
     """Carry out a plan and judge it. What the processes left on disk stays only if it failed, for a person to read."""
     result = Result(plan.name, seed, plan.frames, plan.size)
     directory = Path(tempfile.mkdtemp(prefix=f"beamwire-faults-{plan.name}-"))
-    shared_memory = set(Path("/dev/shm").glob(f"*-{BUFFER}.*"))
+    before = _belongings()
     begin = time.monotonic()
     try:
         with _parts(plan, seed, directory) as parts:
@@ -79,7 +79,7 @@ def run(plan: Plan, seed: int) -> Result:
     except (RuntimeError, AssertionError, OSError) as error:
         result.failures.append(str(error))
     result.seconds = round(time.monotonic() - begin, 1)
-    result.failures += _left_behind(shared_memory)
+    result.failures += _left_behind(before)
     if result.failures:
         result.failures.append(f"what the processes wrote is in {directory}")
     else:
@@ -196,11 +196,15 @@ def _missed(plan: Plan, result: Result) -> list[str]:
     return missed
 
 
-def _left_behind(shared_memory: set[Path]) -> list[str]:
-    """Processes, listening ports and files in shared memory that outlived the run."""
+def _belongings() -> dict[str, str]:
+    """Processes, listening ports and files in shared memory that are ours now, and what to say of each."""
     me = psutil.Process()
-    left = [f"process {child.pid} was left behind" for child in me.children(recursive=True)]
+    found = {f"process {child.pid}": "was left behind" for child in me.children(recursive=True)}
     listening = [c for c in me.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    left += [f"port {connection.laddr.port} was left open" for connection in listening]
-    files = set(Path("/dev/shm").glob(f"*-{BUFFER}.*")) - shared_memory
-    return left + [f"{path} was left behind" for path in files]
+    found |= {f"port {connection.laddr.port}": "was left open" for connection in listening}
+    return found | {str(path): "was left behind" for path in Path("/dev/shm").glob(f"*-{BUFFER}.*")}
+
+
+def _left_behind(before: Mapping[str, str]) -> list[str]:
+    """What outlived the run and was not there before."""
+    return [f"{what} {said}" for what, said in _belongings().items() if what not in before]
