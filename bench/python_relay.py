@@ -11,7 +11,8 @@ from typing import Final
 
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.stream.pool import allocate
-from beamwire.mesh.stream.sockets import PULL, PUSH, Connection, PlainConnection, TlsConnection, listen, tune
+from beamwire.mesh.stream.sockets import PULL, PUSH, Connection, PlainConnection, listen, tune
+from beamwire.mesh.stream.tls import TlsConnection
 
 _BLOCK: Final = 1 << 20
 _BLOCKS: Final = 8

@@ -107,9 +107,9 @@ class _Parts:
         return all(ends)
 
     @property
-    def handled(self) -> int:
-        """How many events consumers have finished with."""
-        return self.steady.logged() + sum(peer.logged() for peer in self.shared)
+    def handled(self) -> tuple[int, int]:
+        """How many events each group of consumers has finished with."""
+        return sum(peer.logged() for peer in self.shared), self.steady.logged()
 
 
 @contextmanager
@@ -146,14 +146,15 @@ def _parts(plan: Plan, seed: int, directory: Path) -> Iterator[_Parts]:
 
 def _stream(plan: Plan, parts: _Parts, result: Result) -> None:
     """Let the stream run to its end; RuntimeError if a peer fails, or if nothing moves for a minute."""
-    moved, last = time.monotonic(), -1
+    moved, last = time.monotonic(), (-1, -1)
     while not parts.done:
         handled = parts.handled
         if handled != last:
             moved, last = time.monotonic(), handled
         if time.monotonic() - moved > _STALL:
             raise RuntimeError(_stalled(parts))
-        parts.agenda.go_on(parts.steady.logged() / plan.frames)
+        # That of the group which is ahead: the other may be far behind, and those to break done by then.
+        parts.agenda.go_on(max(handled) / plan.frames)
         # Nobody tells when a file grows.
         time.sleep(_TICK)
     result.faults = dict(parts.agenda.counts)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from beamwire.common.v1 import account_pb2
+from beamwire.mesh.stream.link import ENDED
 from beamwire.services.buffer.cache.groups import Group, Sink, Step
-from beamwire.services.buffer.cache.intake import EVERYTHING
 from beamwire.services.buffer.cache.outlet import Peer
 from beamwire.services.buffer.cache.peers import Entrance, RefusedError
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME, Credit, FrameRange, Hello, Start
@@ -259,7 +259,7 @@ def test_one_who_has_ended_is_told_so_though_the_stream_is_sealed(peers: MakePee
     p.end(2, 3)
     p.relay.seal(account_pb2.END_CAUSE_DONE, "")
     p.relay.disconnected(0, p.entrances[0])
-    assert p.produce() == EVERYTHING
+    assert p.produce() == ENDED
 
 
 def test_an_end_that_cannot_be_is_refused_before_it_is_noted(peers: MakePeers) -> None:

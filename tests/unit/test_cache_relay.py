@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from beamwire.common.v1 import account_pb2
 from beamwire.services.buffer.cache.groups import Delivery, Sink, Step
+from beamwire.services.buffer.cache.journal import Journal
 from beamwire.services.buffer.cache.outlet import Peer
 from beamwire.services.buffer.cache.peers import RefusedError, SealedError
 from beamwire.services.buffer.cache.roll import MOST_DEPARTED
@@ -296,6 +298,31 @@ def test_after_a_restart_nothing_is_delivered_before_those_who_were_there_are_ba
     while not (taken := p.take(second)) and time.monotonic() < deadline:
         p.relay.reap()
     assert taken == [1, 2]  # the first one did not come
+    # What the dead processes had sent is known to their successor: frame 2, and then both.
+    assert p.relay.status().counters.groups[0].redelivered_frame_count == 3
+
+
+def test_one_who_left_does_not_keep_the_others_waiting_though_the_disk_is_full(
+    peers: MakePeers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Journal, **fact: object) -> None:
+        raise OSError(errno.ENOSPC, "there is no room")
+
+    p = peers(reconnect_grace=0.1)
+    p.produce()
+    first, second = p.join(1), p.join(2)
+    p.send(1)
+    assert p.take(first) == [1]
+    p.restart()
+    second = p.join(2)
+    monkeypatch.setattr(Journal, "note", full)
+    deadline = time.monotonic() + 5
+    while not (taken := p.take(second)) and time.monotonic() < deadline:
+        p.relay.reap()
+    assert taken == [1]
+    p.acknowledge(second, 1)
+    p.relay.leave(second)
+    p.check()
 
 
 def test_a_cache_whose_ring_is_lost_begins_a_new_epoch_and_says_what_is_gone(peers: MakePeers) -> None:

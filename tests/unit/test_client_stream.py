@@ -20,7 +20,8 @@ from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.rpc.status import to_status
 from beamwire.mesh.stream.link import Link
-from beamwire.mesh.stream.sockets import PAIR, PULL, PUSH, TlsConnection
+from beamwire.mesh.stream.sockets import PAIR, PULL, PUSH
+from beamwire.mesh.stream.tls import TlsConnection
 from beamwire.mesh.stream.writer import FrameWriter
 from beamwire.request.v1 import request_service_pb2 as pb
 from beamwire.request.v1.request_service_pb2 import Receipt, Transfer

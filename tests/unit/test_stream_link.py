@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from beamwire.mesh.stream.link import LARGEST_SIGNAL, SIGNAL_MAGIC, Link
-from beamwire.mesh.stream.sockets import Connection, PlainConnection, TlsConnection, tune
+from beamwire.mesh.stream.sockets import Connection, PlainConnection, tune
+from beamwire.mesh.stream.tls import TlsConnection
 from beamwire.stream.v1.link_pb2 import Acknowledgement, Heartbeat, Hello, Signal
 from beamwire.testing.facility import Facility
 

@@ -14,7 +14,8 @@ from beamwire.mesh.stream.bundle import frames
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.frame import Frame, decode
 from beamwire.mesh.stream.link import Link
-from beamwire.mesh.stream.sockets import PAIR, Connection, PlainConnection, TlsConnection, tune
+from beamwire.mesh.stream.sockets import PAIR, Connection, PlainConnection, tune
+from beamwire.mesh.stream.tls import TlsConnection
 from beamwire.mesh.stream.writer import FrameWriter
 from beamwire.stream.v1.frame_pb2 import (
     FRAME_KIND_BUNDLE,

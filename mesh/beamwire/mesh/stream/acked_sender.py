@@ -11,6 +11,7 @@ from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream.connect import ConnectString, Place
 from beamwire.mesh.stream.inbox import ClosedError
+from beamwire.mesh.stream.link import ENDED
 from beamwire.mesh.stream.outbox import Outbox, Payload, closed
 from beamwire.mesh.stream.reconnecting import Dialer, LostError, no_frame
 from beamwire.mesh.stream.ticket import TicketSource
@@ -19,8 +20,6 @@ from beamwire.stream.v1.frame_pb2 import FrameHeader
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_PRODUCE, Hello, Renewal, Signal, Welcome
 
 WINDOW: Final = 64 * 1024 * 1024
-# The stored sequence of a producer that has ended.
-_ALL: Final = 2**64 - 1
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class AckedSender:
         self.epoch = self._dialer.epoch
         self._lost: Exception | None = None
         self._useful = True
-        self._ended_before = welcome.stored_sequence == _ALL
+        self._ended_before = welcome.stored_sequence == ENDED
         self.stored_sequence = 0 if self._ended_before else welcome.stored_sequence
         self.stored_frame_count = welcome.stored_frame_count
         self.stored_event_count = welcome.stored_event_count
@@ -168,7 +167,7 @@ class AckedSender:
     def _begin(self, welcome: Welcome) -> None:
         if not welcome.known:
             self._link.send(memoryview(self._header))
-        if welcome.stored_sequence == _ALL and not self._outbox.ending:
+        if welcome.stored_sequence == ENDED and not self._outbox.ending:
             raise self._ended_already()
         self._outbox.rewind(welcome.stored_sequence)
 

@@ -22,10 +22,9 @@ from beamwire.mesh.stream.sockets import (
     Connection,
     PeerClosedError,
     PlainConnection,
-    TlsConnection,
-    secure,
     tune,
 )
+from beamwire.mesh.stream.tls import TlsConnection, secure
 
 _FIRST_DELAY: Final = 0.05
 _LONGEST_DELAY: Final = 0.5

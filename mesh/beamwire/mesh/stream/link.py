@@ -21,6 +21,8 @@ from beamwire.stream.v1.link_pb2 import Heartbeat, Placed, Signal
 
 SIGNAL_MAGIC: Final = b"BWSG"
 LARGEST_SIGNAL: Final = 65536
+# The stored sequence of a producer that has ended.
+ENDED: Final = 2**64 - 1
 # A peer is dead when nothing was heard of it for so many intervals.
 SILENT_INTERVALS: Final = 4
 _CLOSE_TIMEOUT: Final = 5.0

@@ -1,12 +1,11 @@
 """Scalability protocols over sockets: greetings, messages with their length in front, and closing in good order.
 
-Speaks the TCP mapping of nanomsg and NNG, `tcp://` and `tls+tcp://`, for PUSH, PULL and PAIR.
+Speaks the TCP mapping of nanomsg and NNG for PUSH, PULL and PAIR; `tls` puts it into TLS.
 """
 
 from __future__ import annotations
 
 import fcntl
-import select
 import socket
 import ssl
 import struct
@@ -297,72 +296,6 @@ class PlainConnection(Connection):
         return self._socket.recv_into(target, len(target), socket.MSG_DONTWAIT)
 
 
-class TlsConnection(Connection):
-    """SP over TLS."""
-
-    def __init__(self, sock: ssl.SSLSocket) -> None:
-        super().__init__(sock)
-        self._tls = sock
-        self._longest_wait: float | None = None
-
-    def send(self, data: memoryview | bytes) -> None:  # noqa: D102
-        # Each call writes one record. SSLSocket.sendall does the same with more Python around it.
-        view = memoryview(data)
-        sent = 0
-        while sent < len(view):
-            sent += self._tls.write(view[sent:])
-
-    def finish(self) -> None:  # noqa: D102
-        self._tls.unwrap()
-        # OpenSSL takes an alert for a close; one who closes in anger also resets the connection.
-        socket.socket.shutdown(self._tls, socket.SHUT_WR)
-        if socket.socket.recv(self._tls, 1):
-            raise ValueError("the peer sent something after its last message")
-
-    def bound_stalls(self, seconds: float) -> None:  # noqa: D102
-        self._patient = True
-        self.set_timeout(seconds)
-
-    def bound_waits(self, seconds: float) -> None:  # noqa: D102
-        # Python would ask the kernel before it asks OpenSSL; without blocking it is the other way round.
-        self.set_timeout(0)
-        self._longest_wait = seconds
-
-    def send_some(self, data: memoryview) -> int:  # noqa: D102
-        while True:
-            try:
-                return self._tls.write(data)
-            except ssl.SSLWantWriteError:
-                self._wait(select.POLLOUT)
-            except ssl.SSLWantReadError:
-                self._wait(select.POLLIN)
-
-    def leave(self) -> None:  # noqa: D102
-        self.set_timeout(0)
-        # It sends its close and then looks for that of the peer, which may come later, or behind other things.
-        with suppress(ssl.SSLError):
-            self._tls.unwrap()
-        socket.socket.shutdown(self._tls, socket.SHUT_WR)
-
-    def _receive(self, target: memoryview, flags: int = 0) -> int:
-        if self._longest_wait is None:
-            return self._tls.recv_into(target, len(target))
-        while True:
-            try:
-                return self._tls.recv_into(target, len(target))
-            except ssl.SSLWantReadError:
-                self._wait(select.POLLIN)
-
-    def _receive_now(self, target: memoryview) -> int:
-        return self._tls.recv_into(target, len(target))
-
-    def _wait(self, event: int) -> None:
-        poll = select.poll()
-        poll.register(self._tls, event)
-        if self._longest_wait is not None and not poll.poll(self._longest_wait * 1000):
-            raise TimeoutError("timed out")
-
-
 def _timeval(seconds: float) -> bytes:
     return _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
 
@@ -372,22 +305,6 @@ def interrupt(sock: socket.socket) -> None:
     # The method of the base class: that of a TLS socket would make the other thread read without TLS.
     with suppress(OSError):
         socket.socket.shutdown(sock, socket.SHUT_RDWR)
-
-
-def secure(context: ssl.SSLContext, sock: socket.socket, *, server_hostname: str | None = None) -> ssl.SSLSocket:
-    """TLS on a connected socket, its handshake still to be done; OSError if the peer is gone.
-
-    A server names no host.
-    """
-    # Python would find out by itself, and lose the socket.
-    sock.getpeername()
-    return context.wrap_socket(
-        sock,
-        server_side=server_hostname is None,
-        server_hostname=server_hostname,
-        do_handshake_on_connect=False,
-        suppress_ragged_eofs=False,
-    )
 
 
 def tune(sock: socket.socket) -> None:

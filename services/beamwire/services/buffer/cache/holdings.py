@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from beamwire.common.v1 import account_pb2
@@ -58,7 +58,10 @@ class Holdings:
         self.groups.remove(group)
         for slot in self:
             slot.settled &= ~group.bit
-            self.ledger.words[self.ledger.entry(slot.index) + at.SETTLED] = slot.settled
+            slot.sent &= ~group.bit
+            record = self.ledger.entry(slot.index)
+            self.ledger.words[record + at.SETTLED] = slot.settled
+            self.ledger.words[record + at.SENT] = slot.sent
         record = self.ledger.group(group.index)
         for place in range(record, record + at.GROUP_LOSSES + at.CAUSES):
             self.ledger.words[place] = 0
@@ -107,6 +110,7 @@ class Holdings:
             settled,
             lost,
             slot.last_sequence,
+            slot.sent,
         )
         pairs = self._received(slot, producer, now)
         pairs += (ledger.entry(slot.index) + at.POSITION, position + 1, at.NEXT_POSITION, position + 1)
@@ -122,7 +126,11 @@ class Holdings:
     def drop_newest(self, slot: Slot, producer: int) -> None:
         """A message came for which there was no room: `slot` only says what it was."""
         pairs = self._received(slot, producer, time.time_ns())
-        pairs += self._lost(slot, account_pb2.LOSS_CAUSE_OVERFLOW, self.groups)
+        cause = account_pb2.LOSS_CAUSE_OVERFLOW
+        place = at.LOSSES + cause
+        pairs += (place, self.ledger.words[place] + slot.events)
+        for group in self.groups:
+            pairs += self._tally(slot, group, cause)
         self.ledger.change(pairs)
 
     def _received(self, slot: Slot, producer: int, now: int) -> list[int]:
@@ -144,6 +152,19 @@ class Holdings:
         ]
 
     # What goes.
+
+    def is_settled(self, slot: Slot) -> bool:
+        """Whether every group that is to get everything has done with a slot."""
+        return slot.settled & self._declared == self._declared
+
+    def mark_sent(self, slot: Slot, group: Group) -> None:
+        """A slot goes to a consumer of this group; if not for the first time, it is delivered again."""
+        words = self.ledger.words
+        if slot.sent & group.bit:
+            words[self.ledger.group(group.index) + at.GROUP_REDELIVERED] += slot.frames
+            return
+        slot.sent |= group.bit
+        words[self.ledger.entry(slot.index) + at.SENT] = slot.sent
 
     def settle(self, slot: Slot, group: Group, cause: int = DELIVERED) -> None:
         """A group has done with a slot that is on its way to it: it has it, or will not get it for this cause."""
@@ -203,7 +224,7 @@ class Holdings:
         pairs = self._tally(slot, group, cause)
         record = ledger.entry(slot.index)
         pairs += (record + at.SETTLED, slot.settled)
-        finished = group.declared and slot.settled & self._declared == self._declared
+        finished = group.declared and self.is_settled(slot)
         if finished and slot.lost:
             place = at.LOSSES + slot.lost
             pairs += (place, words[place] + slot.events)
@@ -238,13 +259,6 @@ class Holdings:
             record + at.GROUP_BYTES,
             words[record + at.GROUP_BYTES] + slot.length,
         ]
-
-    def _lost(self, slot: Slot, cause: int, groups: Iterable[Group]) -> list[int]:
-        place = at.LOSSES + cause
-        pairs = [place, self.ledger.words[place] + slot.events]
-        for group in groups:
-            pairs += self._tally(slot, group, cause)
-        return pairs
 
     # What is kept for replay.
 
@@ -293,7 +307,7 @@ class Holdings:
             self._slots[slot.index] = slot
             if verify and not self.is_intact(slot):
                 broken.append(slot)
-            elif self._declared and slot.settled & self._declared == self._declared:
+            elif self._declared and self.is_settled(slot):
                 self._retained.append(slot)
                 self._retained_bytes += slot.length
         self._slots = {slot.index: slot for slot in slots}
@@ -320,6 +334,7 @@ class Holdings:
                     time=words[record + at.TIME],
                     settled=words[record + at.SETTLED],
                     lost=words[record + at.LOST],
+                    sent=words[record + at.SENT],
                 )
 
     def is_intact(self, slot: Slot) -> bool:

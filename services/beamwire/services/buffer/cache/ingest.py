@@ -7,11 +7,10 @@ from typing import Final
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream.frame import decode, parse_header
-from beamwire.mesh.stream.link import Link
+from beamwire.mesh.stream.link import ENDED, Link
 from beamwire.mesh.stream.pool import BufferPool
 from beamwire.mesh.stream.sockets import Connection
 from beamwire.services.buffer.cache.admission import Admission, Pass
-from beamwire.services.buffer.cache.intake import EVERYTHING
 from beamwire.services.buffer.cache.peers import Entrance, RefusedError, SealedError
 from beamwire.services.buffer.cache.relay import Relay
 from beamwire.services.buffer.cache.ring import Slot
@@ -193,7 +192,7 @@ class AckedIngest(_Ingest):
         entrance = Entrance(self._link.interrupt, self._link.wake, hello.instance, self._link.wake)
         stored = self._relay.admit(hello.producer, self._granted.identity, entrance)
         self._entrance, self._producer = entrance, hello.producer
-        self._ended = stored.sequence == EVERYTHING
+        self._ended = stored.sequence == ENDED
         self._described = stored.known
         try:
             if not self._relay.wait_until_stored(hello.producer, _STORING_TIMEOUT):

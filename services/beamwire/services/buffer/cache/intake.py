@@ -14,6 +14,7 @@ from typing import Final
 
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh.stream.frame import parse_header
+from beamwire.mesh.stream.link import ENDED
 from beamwire.mesh.stream.writer import MESSAGE_LENGTH
 from beamwire.services.buffer.cache import ledger as at
 from beamwire.services.buffer.cache.config import CacheConfig
@@ -21,9 +22,8 @@ from beamwire.services.buffer.cache.holdings import Holdings
 from beamwire.services.buffer.cache.peers import Entrance, RefusedError, SealedError, Source
 from beamwire.services.buffer.cache.ring import Slot
 from beamwire.services.buffer.cache.vault import Vault
-from beamwire.stream.v1.frame_pb2 import FRAME_KIND_BUNDLE, FRAME_KIND_DATA, FrameHeader, StreamEnd
+from beamwire.stream.v1.frame_pb2 import FRAME_KIND_BUNDLE, FRAME_KIND_DATA, FrameHeader
 
-EVERYTHING: Final = 2**64 - 1
 _MOST_EVENTS: Final = 2**53
 # What is held beyond this waits for consumers that are at work, for so many seconds at most: see `_holds_back`.
 _WARM_BYTES: Final = 8 * 1024 * 1024
@@ -69,7 +69,7 @@ class Intake:
                 header, _ = parse_header(memoryview(facts.ends[number]))
                 if not words[self._record(source) + at.ENDED]:
                     self._close_account(source, header)
-                _note_end(source, header.end)
+                source.end = header.end
 
     # Room. Called without the lock.
 
@@ -173,7 +173,7 @@ class Intake:
         source.entrance = entrance
         words = self._holdings.ledger.words
         record = self._record(source)
-        last = EVERYTHING if source.end is not None else words[record + at.LAST_SEQUENCE]
+        last = ENDED if source.end is not None else words[record + at.LAST_SEQUENCE]
         # In a later epoch those that were lost with the ring are counted too: each frame has a sequence.
         frames = max(words[record + at.RECEIVED_FRAMES], words[record + at.LAST_SEQUENCE] if self._vault.afresh else 0)
         return Stored(known and bool(self.header), last, frames, words[record + at.RECEIVED_EVENTS])
@@ -220,7 +220,7 @@ class Intake:
             self._vault.journal.note(fact="end", number=source.number, message=b64encode(message).decode())
             self._count_bytes(source, len(message))
             self._close_account(source, header)
-            _note_end(source, header.end)
+            source.end = header.end
 
     def disconnected(self, number: int, entrance: Entrance) -> None:
         """A connection of a producer is gone."""
@@ -324,13 +324,6 @@ def _describe(slot: Slot, header: FrameHeader) -> None:
     slot.frames = count if header.kind in (FRAME_KIND_DATA, FRAME_KIND_BUNDLE) else 0
     slot.events = header.event_count
     slot.traceparent = header.traceparent
-
-
-def _note_end(source: Source, end: StreamEnd) -> None:
-    source.end = end
-    source.skipped = {
-        account_pb2.LossCause.Name(loss.cause).removeprefix("LOSS_CAUSE_"): loss.event_count for loss in end.skipped
-    }
 
 
 def _ranges(numbers: dict[int, int]) -> str:

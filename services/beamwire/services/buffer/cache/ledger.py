@@ -43,8 +43,8 @@ LAST_SEQUENCE, RECEIVED_FRAMES, RECEIVED_EVENTS, RECEIVED_BYTES, FIRST_MISSING, 
 
 # One record for each frame that is held; its position counted from 1, or 0 if the record is free.
 _ENTRY_SIZE: Final = 12
-POSITION, START, LENGTH, PRODUCER, SEQUENCE, FRAMES, EVENTS, TIME, SETTLED, LOST, LAST = range(11)
-_ENTRY: Final = struct.Struct(f"{LAST - START + 1}Q")
+POSITION, START, LENGTH, PRODUCER, SEQUENCE, FRAMES, EVENTS, TIME, SETTLED, LOST, LAST, SENT = range(12)
+_ENTRY: Final = struct.Struct(f"{SENT - START + 1}Q")
 
 
 @cache

@@ -24,11 +24,10 @@ from beamwire.mesh.stream.sockets import (
     PUSH,
     Connection,
     PlainConnection,
-    TlsConnection,
     listen,
-    secure,
     tune,
 )
+from beamwire.mesh.stream.tls import TlsConnection, secure
 from beamwire.services.buffer.cache.admission import Admission, Certificate, Pass, read_certificate
 from beamwire.services.buffer.cache.config import DATA_SOCKET
 from beamwire.services.buffer.cache.egress import AckedEgress, PushEgress

@@ -6,15 +6,15 @@ All of it is called with the lock of the relay held, and touches no socket.
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Final
 
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh.errors import Reason
-from beamwire.services.buffer.cache import ledger as at
+from beamwire.services.buffer.cache.claims import Claims
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.grouping import Groups
 from beamwire.services.buffer.cache.groups import UNBOUNDED, Delivery, Group, Limbo, Sink, Step
@@ -80,10 +80,6 @@ class Outlet:
         """Events pushed to consumers that have neither confirmed nor left."""
         return sum(sink.sent_events for sink in self.sinks) if self._pushes else 0
 
-    def is_settled(self, slot: Slot) -> bool:
-        """Whether every group that is to get everything has done with a slot."""
-        return all(slot.settled & group.bit for group in self.groups.declared)
-
     # Coming and going.
 
     def join(self, peer: Peer, hello: Hello | None) -> tuple[Sink, int]:
@@ -117,10 +113,15 @@ class Outlet:
         self.roll.left(sink)
         self._abandon(sink, grace=0.0 if sink.given_up else self._config.reconnect_grace)
         if sink.instance and not any(other.instance == sink.instance for other in group.sinks):
-            self._vault.journal.note(fact="left", group=group.name, instance=sink.instance)
+            self._note_left(group, sink.instance)
         # It may have been woken for a frame that it did not take.
         if group.waiting:
             group.wake()
+
+    def _note_left(self, group: Group, instance: str) -> None:
+        # On a full disk: the next process then waits for one who will not come, for no longer than for any other.
+        with suppress(OSError):
+            self._vault.journal.note(fact="left", group=group.name, instance=instance)
 
     def _take_over(self, sink: Sink, hello: Hello) -> None:
         """Settle what the last connection of this consumer had: its claims count, the rest is delivered again."""
@@ -144,16 +145,17 @@ class Outlet:
         group = sink.group
         deadline = time.monotonic() + self._config.frame_lease
         settled, held = Claims(hello.settled), Claims(hello.held)
+        either = Claims((*hello.settled, *hello.held))
         rest = []
-        waiting = [slot for slot in group.pending if group.wants(slot) and (slot in settled or slot in held)]
+        waiting = [slot for slot in group.pending if group.wants(slot) and either.covers(slot.producer, slot.sequence)]
         for slot in waiting:
             self._launch(slot, group)
         if waiting:
             group.pending = type(group.pending)(slot for slot in group.pending if not slot.flights & group.bit)
         for slot in (*left, *waiting):
-            if slot in settled:
+            if settled.covers(slot.producer, slot.sequence):
                 self._acknowledged(sink, slot)
-            elif slot in held:
+            elif held.covers(slot.producer, slot.sequence):
                 sink.held[slot.producer, slot.sequence] = Delivery(slot, deadline, slot.length)
             else:
                 rest.append(slot)
@@ -199,6 +201,7 @@ class Outlet:
             group.pending.popleft()
             slot.pins += 1
             self._launch(slot, group)
+            self._holdings.mark_sent(slot, group)
             sink.flight.append(Delivery(slot, deadline, slot.length))
             sink.flight_bytes += slot.length
             slots.append(slot)
@@ -253,7 +256,7 @@ class Outlet:
         for slot in slots:
             self._holdings.unpin(slot)
 
-    def acknowledge(self, sink: Sink, count: int, settled: Iterable[FrameRange]) -> None:
+    def acknowledge(self, sink: Sink, count: int, settled: Collection[FrameRange]) -> None:
         """A consumer has done with so many deliveries, and with these that it held. RefusedError if it had not so many.
 
         Sets `confirmed` of the sink if END is among them.
@@ -271,8 +274,9 @@ class Outlet:
             elif delivery.end:
                 sink.confirmed = True
                 self.groups.confirm(sink.group)
-        for claim in settled:
-            for key in [key for key in sink.held if _covers(claim, *key)]:
+        if sink.held and settled:
+            claims = Claims(settled)
+            for key in [key for key in sink.held if claims.covers(*key)]:
                 delivery = sink.held.pop(key)
                 if delivery.slot is not None:
                     self._acknowledged(sink, delivery.slot)
@@ -337,8 +341,6 @@ class Outlet:
             group.waiting += 1
             back.append(slot)
         if back:
-            frames = sum(slot.frames for slot in back)
-            self._holdings.ledger.words[self._holdings.ledger.group(group.index) + at.GROUP_REDELIVERED] += frames
             group.put_back(back)
             group.wake()
         self._offer_end(group)
@@ -349,10 +351,10 @@ class Outlet:
             for instance in [name for name, limbo in group.limbo.items() if limbo.deadline <= now]:
                 self._put_back(group, group.limbo.pop(instance).slots)
             if group.awaited and group.awaited_until <= now:
-                for instance in group.awaited:
-                    self._vault.journal.note(fact="left", group=group.name, instance=instance)
-                group.awaited.clear()
+                lost, group.awaited = group.awaited, set()
                 group.wake_all()
+                for instance in lost:
+                    self._note_left(group, instance)
             for sink in group.sinks:
                 if sink.acknowledges:
                     self._reap_leases(sink, now)
@@ -390,23 +392,3 @@ class Outlet:
         for sink in self.sinks:
             sink.leaving = sink.given_up = True
             sink.cut()
-
-
-class Claims:
-    """Frames that a consumer says it has or had."""
-
-    def __init__(self, ranges: Iterable[FrameRange]) -> None:
-        self._lasts: dict[int, dict[int, int]] = {}
-        for claim in ranges:
-            lasts = self._lasts.setdefault(claim.producer, {})
-            lasts[claim.first_sequence] = max(claim.last_sequence, lasts.get(claim.first_sequence, 0))
-        self._firsts = {producer: sorted(lasts) for producer, lasts in self._lasts.items()}
-
-    def __contains__(self, slot: Slot) -> bool:
-        firsts = self._firsts.get(slot.producer, [])
-        place = bisect_right(firsts, slot.sequence) - 1
-        return place >= 0 and slot.sequence <= self._lasts[slot.producer][firsts[place]]
-
-
-def _covers(claim: FrameRange, producer: int, sequence: int) -> bool:
-    return claim.producer == producer and claim.first_sequence <= sequence <= claim.last_sequence

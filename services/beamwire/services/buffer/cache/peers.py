@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from beamwire.mesh.errors import Reason
 from beamwire.stream.v1.frame_pb2 import StreamEnd
@@ -48,4 +48,3 @@ class Source:
     identity: str
     entrance: Entrance | None = None
     end: StreamEnd | None = None
-    skipped: dict[str, int] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -204,7 +204,7 @@ class Relay:
         with self._lock:
             self._outlet.cut_off(sink, slots)
 
-    def acknowledge(self, sink: Sink, count: int, settled: Iterable[FrameRange]) -> bool:
+    def acknowledge(self, sink: Sink, count: int, settled: Collection[FrameRange]) -> bool:
         """A consumer has done with so many deliveries, and these that it held; whether END is among them."""
         with self._lock:
             self._outlet.acknowledge(sink, count, settled)

@@ -13,6 +13,7 @@ class Slot:
     """A place for one message behind its length, as it goes over the wire. What it carries is filled in later.
 
     `settled` has a bit for each group that has done with it, `flights` one for each group in which it is on its way,
+    `sent` one for each group in which some consumer was sent it once,
     `lost` is the cause why some group will not get it, `pins` counts those who are reading the memory,
     `rejections` those who could not use what they read.
     """
@@ -30,6 +31,7 @@ class Slot:
     settled: int = 0
     flights: int = 0
     lost: int = 0
+    sent: int = 0
     pins: int = 0
     rejections: int = 0
     gone: bool = False

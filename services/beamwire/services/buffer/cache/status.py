@@ -13,6 +13,7 @@ from beamwire.services.buffer.cache.ledger import Ledger
 from beamwire.services.buffer.cache.outlet import Outlet
 from beamwire.services.buffer.cache.peers import Source
 from beamwire.services.buffer.control import Counters, Flow, GroupStatus, ProducerStatus
+from beamwire.stream.v1.frame_pb2 import StreamEnd
 
 
 def to_counters(holdings: Holdings, intake: Intake, outlet: Outlet, refused: tuple[int, str]) -> Counters:
@@ -20,7 +21,7 @@ def to_counters(holdings: Holdings, intake: Intake, outlet: Outlet, refused: tup
     ledger = holdings.ledger
     words = ledger.words
     producers = tuple(_producer(source, ledger) for _, source in sorted(intake.sources.items()))
-    held = [slot for slot in holdings if not outlet.is_settled(slot)]
+    held = [slot for slot in holdings if not holdings.is_settled(slot)]
     return Counters(
         received_frame_count=sum(producer.received_frame_count for producer in producers),
         received_event_count=sum(producer.received_event_count for producer in producers),
@@ -64,7 +65,7 @@ def balance(holdings: Holdings, outlet: Outlet, received: Iterable[tuple[int, in
     """Events received that nobody can account for: always 0."""
     words = holdings.ledger.words
     lost = sum(words[at.LOSSES : at.LOSSES + at.CAUSES]) - words[at.NEVER_RECEIVED]
-    held = sum(slot.events for slot in holdings if not outlet.is_settled(slot))
+    held = sum(slot.events for slot in holdings if not holdings.is_settled(slot))
     events = sum(events for _, events in received)
     return events - words[at.DELIVERED_EVENTS] - lost - held - outlet.pushed_events
 
@@ -82,9 +83,15 @@ def _producer(source: Source, ledger: Ledger) -> ProducerStatus:
         ended=end is not None,
         selected_event_count=end.selected_event_count if end is not None else 0,
         sent_event_count=end.sent_event_count if end is not None else 0,
-        skipped=source.skipped,
+        skipped=_skipped(end) if end is not None else {},
         first_missing_sequence=words[record + at.FIRST_MISSING],
     )
+
+
+def _skipped(end: StreamEnd) -> dict[str, int]:
+    return {
+        account_pb2.LossCause.Name(loss.cause).removeprefix("LOSS_CAUSE_"): loss.event_count for loss in end.skipped
+    }
 
 
 def _group(group: Group, holdings: Holdings) -> GroupStatus:
