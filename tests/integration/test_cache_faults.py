@@ -291,16 +291,23 @@ def test_a_peer_without_header_holds_nothing_and_is_cut_off(facility, monkeypatc
 @pytest.mark.parametrize("transport", ["tls+tcp", "tcp"])
 def test_a_producer_may_wait_between_frames_and_not_inside_one(facility, monkeypatch, transport):
     monkeypatch.setattr(ingest, "_LONGEST_STALL", 0.3)
-    with relay_of(facility, transport) as (relay, connect, user):
-        with closing(dial(connect, connect.hosts[0], user, PUSH, timeout=5)) as peer:
+    with relay_of(facility, transport, producer_count=2) as (relay, connect, user):
+
+        def connected() -> list[bool]:
+            return [producer.connected for producer in relay.status().counters.producers]
+
+        with (
+            closing(dial(connect, connect.hosts[0], user, PUSH, timeout=5)) as peer,
+            closing(dial(connect, connect.hosts[0], user, PUSH, timeout=5)) as other,
+        ):
             peer.send(FrameWriter().encode(first(0)))
-            # Nothing to wait for: that nothing happens is what is tested.
-            time.sleep(1.0)
-            message = bytes(FrameWriter().encode(data(1)))
-            peer.send(message)
+            other.send(FrameWriter().encode(first(1)))
+            wait_for(lambda: connected() == [True, True])
+            # It begins to wait inside a frame when the other one has waited between frames for some time already.
+            other.send(bytes(FrameWriter().encode(data(1, producer=1)))[:-1])
+            wait_for(lambda: connected() == [True, False])
+            peer.send(FrameWriter().encode(data(1)))
             wait_for(lambda: relay.status().counters.received_event_count == 1)
-            peer.send(message[:-1])
-            wait_for(lambda: not relay.status().counters.producers[0].connected)
         relay.give_up()
     assert relay.status().counters.held_frame_count == 0
 
@@ -328,6 +335,7 @@ def test_an_alert_to_one_who_drips_takes_no_longer_than_its_bound(facility, monk
 def drip(sock: socket.socket, data: bytes) -> None:
     for byte in data:
         sock.sendall(bytes([byte]))
+        # A peer that is slow on purpose.
         time.sleep(0.2)
     sock.sendall(b"x" * 100)
     raise AssertionError("it was read to the end")

@@ -31,6 +31,7 @@ from beamwire.mesh.stream.ticket import Ticket, mint
 from beamwire.services.buffer.control import CacheControl, CacheStatus
 from beamwire.stream.v1.frame_pb2 import StreamHeader
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME, LINK_ROLE_PRODUCE, LinkRole, Placed, TicketClaims
+from tests.conftest import wait_until
 from tests.integration.conftest import CacheProcess, StartCache
 
 TIMEOUT = 30.0
@@ -237,11 +238,8 @@ def test_nothing_stays_mapped_or_open(start_cache: StartCache) -> None:
             assert mappings(cache) == 0
         producer.close()
     assert psutil.Process().num_fds() == ours
-    deadline = time.monotonic() + TIMEOUT
-    while process.num_fds() > theirs and time.monotonic() < deadline:
-        time.sleep(0.01)
     # Fewer, if the question for its status was still open then.
-    assert process.num_fds() <= theirs
+    wait_until(lambda: process.num_fds() <= theirs, TIMEOUT, "the closing of its files")
 
 
 # Opens the socket as root would leave it to everybody, as somebody else; says what it is answered.

@@ -166,6 +166,7 @@ async def test_the_group_has_the_grace_time_although_its_leader_ended(tmp_path: 
     code = """
         import os, signal, sys, time
         def end(*_):
+            # A program that takes a while to end.
             time.sleep(0.4)
             print("tidied", flush=True)
             os._exit(0)
@@ -244,17 +245,18 @@ import asyncio, os, sys, time
 from pathlib import Path
 from beamwire.mesh.processes import launch
 async def main():
-    await launch(["sh", "-c", "echo up; sleep {seconds}; exit 5"], directory=Path(sys.argv[1]), env=dict(os.environ))
+    script = "echo up; until [ -e go ]; do sleep 0.01; done; exit 5"
+    await launch(["sh", "-c", script], directory=Path(sys.argv[1]), env=dict(os.environ))
     print("launched", flush=True)
     time.sleep(60)
 asyncio.run(main())
 """
 
 
-def killed_launcher(directory: Path, seconds: float) -> None:
+def killed_launcher(directory: Path) -> None:
     """A service that launched a program and was then killed, with its whole session."""
     with subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER.format(seconds=seconds), str(directory)],
+        [sys.executable, "-c", LAUNCHER, str(directory)],
         stdout=subprocess.PIPE,
         start_new_session=True,
     ) as service:
@@ -264,15 +266,16 @@ def killed_launcher(directory: Path, seconds: float) -> None:
 
 
 async def test_a_program_survives_its_service_and_is_found_again(tmp_path: Path) -> None:
-    await asyncio.to_thread(killed_launcher, tmp_path / "p", 0.5)
+    await asyncio.to_thread(killed_launcher, tmp_path / "p")
     process = Process.attach(tmp_path / "p")
     assert process is not None
     assert process.alive()
+    (tmp_path / "p/go").touch()
     assert await process.wait() == Exit(5, None)
 
 
 async def test_a_program_found_again_can_be_terminated(tmp_path: Path) -> None:
-    await asyncio.to_thread(killed_launcher, tmp_path / "p", 60)
+    await asyncio.to_thread(killed_launcher, tmp_path / "p")
     process = Process.attach(tmp_path / "p")
     assert process is not None
     await until(said(tmp_path / "p", "up"))

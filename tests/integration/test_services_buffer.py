@@ -319,8 +319,9 @@ async def test_a_killed_cache_that_pushes_fails_the_buffer(live_facility, buffer
     watching = asyncio.create_task(until(buffers, buffer.name, pb.Buffer.STATE_FAILED))
     os.kill(cache_of(live_facility, buffer.name).pid, signal.SIGKILL)
     failed = await watching
-    assert "died" in failed.error.message
+    assert "died (ended by signal 9); what it held is lost with it" in failed.error.message
     assert failed.restart_count == 0
+    assert failed.end_cause == account_pb2.END_CAUSE_FAILED
 
 
 async def test_a_killed_cache_comes_back_with_all_it_held(live_facility, buffers, member):
@@ -427,7 +428,42 @@ async def test_a_cache_that_dies_again_and_again_fails_the_buffer(live_facility,
     os.kill(cache_of(live_facility, buffer.name).pid, signal.SIGKILL)
     failed = await watching
     assert failed.restart_count == 5
-    assert "died" in failed.error.message
+    assert failed.end_cause == account_pb2.END_CAUSE_FAILED
+    assert "died (ended by signal 9); it had been started again 5 times in a row" in failed.error.message
+    assert "{" not in failed.error.message
+
+
+def losses_of(counters) -> dict[str, int]:
+    return {account_pb2.LossCause.Name(x.cause).removeprefix("LOSS_CAUSE_"): x.event_count for x in counters.losses}
+
+
+async def test_what_a_cache_takes_with_it_for_good_is_lost_and_what_was_delivered_is_not(
+    live_facility, buffers, member
+):
+    buffer = await ready(buffers, groups=["fast", "slow"], producer_count=2, shard_count=2)
+    producers = [await asyncio.to_thread(member.producer, buffer, number) for number in range(2)]
+    consumer = member.consumer(buffer, group="fast")
+    taking = asyncio.create_task(asyncio.to_thread(list, consumer))
+    for number in range(20):
+        await asyncio.to_thread(producers[number % 2].send, FRAME, IDS + np.uint64(3 * number))
+    await seen(buffers, buffer.name, lambda b: b.counters.groups[0].acknowledged_event_count == 60)
+    for _ in range(5):
+        await kill(live_facility, buffer.name, 1)
+    watching = asyncio.create_task(until(buffers, buffer.name, pb.Buffer.STATE_FAILED))
+    os.kill(cache_of(live_facility, buffer.name, 1).pid, signal.SIGKILL)
+    failed = await watching
+    await asyncio.gather(*(asyncio.to_thread(peer.close) for peer in (*producers, consumer)))
+    assert isinstance((await asyncio.gather(taking, return_exceptions=True))[0], BeamwireError)
+    counters = failed.counters
+    assert failed.end_cause == account_pb2.END_CAUSE_FAILED
+    assert (counters.received_event_count, counters.delivered_event_count) == (60, 0)
+    # What the dead one held, and the other one, which was told to end.
+    assert losses_of(counters) == {"CACHE_FAILED": 30, "UNDELIVERED": 30}
+    groups = {group.group: (group.acknowledged_event_count, losses_of(group)) for group in counters.groups}
+    assert groups == {"fast": (60, {}), "slow": (0, {"CACHE_FAILED": 30, "UNDELIVERED": 30})}
+    assert not any(producer.connected for producer in counters.producers)
+    assert not any(consumer.connected for consumer in counters.consumers)
+    await asyncio.to_thread(wait_until, lambda: not rings_of(live_facility, buffer.name), what="the end of the rings")
 
 
 async def test_two_shards_share_the_producers_and_look_like_one(live_facility, buffers, member):

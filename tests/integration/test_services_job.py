@@ -18,6 +18,7 @@ from beamwire.job.v1 import job_service_pb2_grpc as pb_grpc
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.rpc.channel import connect
+from tests.conftest import wait_until
 
 PYTHON = sys.executable
 
@@ -213,7 +214,17 @@ async def test_pages_of_a_list_hold_each_job_once(jobs):
     assert newest_first == made[::-1]
 
 
-async def test_a_job_outlives_the_service_and_is_taken_up_again(own_facility):
+# Ends when it is told to, and says so before.
+OBEDIENT = """
+import pathlib, time
+print("up", flush=True)
+while not pathlib.Path({go!r}).exists():
+    time.sleep(0.01)
+pathlib.Path({gone!r}).touch()
+"""
+
+
+async def test_a_job_outlives_the_service_and_is_taken_up_again(own_facility, tmp_path: Path):
     live_facility = own_facility
     async with connect(live_facility.address, operator(live_facility)) as channel:
         stub = pb_grpc.JobServiceStub(channel)
@@ -221,12 +232,17 @@ async def test_a_job_outlives_the_service_and_is_taken_up_again(own_facility):
         async for _ in stub.TailLogs(pb.TailLogsRequest(name=job.name, follow=True)):
             break
         pid = int((await stub.GetJob(pb.GetJobRequest(name=job.name))).native_id)
-        short = await stub.CreateJob(script("import time; time.sleep(0.5)"))
+        go, gone = tmp_path / "go", tmp_path / "gone"
+        short = await stub.CreateJob(script(OBEDIENT.format(go=str(go), gone=str(gone))))
+        async for _ in stub.TailLogs(pb.TailLogsRequest(name=short.name, follow=True)):
+            break
         killed = live_facility.processes.pop()
         killed.kill()
         await asyncio.to_thread(killed.wait)
         killed.stdout.close()
         assert psutil.pid_exists(pid)
+        go.touch()
+        await asyncio.to_thread(wait_until, gone.exists, what="the end of the short job")
         await asyncio.to_thread(live_facility.start)
         again = await stub.GetJob(pb.GetJobRequest(name=job.name), wait_for_ready=True)
         assert again.state == pb.Job.STATE_ACTIVE

@@ -220,8 +220,16 @@ async def collect(store: Store[Thing], until: str, pause: float = 0) -> list[Thi
             seen.append(version)
             if version.state == until:
                 break
+            # A watcher who is slower than the changes.
             await asyncio.sleep(pause)
     return seen
+
+
+async def watched(store: Store[Thing], count: int = 1) -> None:
+    """Wait until so many watch."""
+    async with asyncio.timeout(5):
+        while len(store._watchers.get("things/a", ())) < count:  # noqa: ASYNC110  (the store does not say who came)
+            await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("pause", [0, 0.02])
@@ -248,6 +256,7 @@ async def test_publishes_are_coalesced_to_ten_a_second(store: Store[Thing]) -> N
     while loop.time() < began + 0.55:
         count += 1
         store.publish(record.model_copy(update={"count": count}))
+        # Time itself is what is measured here: how many come through in half a second.
         await asyncio.sleep(0.002)
     last = await store.update(record.model_copy(update={"state": "DONE", "count": count + 1}))
     seen = await watching
@@ -275,7 +284,7 @@ async def test_a_watch_with_the_newest_etag_waits_for_a_change(store: Store[Thin
     record = await store.insert(thing())
     async with aclosing(store.watch("things/a", etag=record.etag)) as versions:
         waiting = asyncio.create_task(anext(versions))
-        await asyncio.sleep(0.05)
+        await watched(store)
         assert not waiting.done()
         changed = await store.update(record.model_copy(update={"count": 1}))
         assert await waiting == changed
@@ -286,7 +295,7 @@ async def test_a_watch_with_the_newest_etag_waits_for_a_change(store: Store[Thin
 async def test_a_watch_ends_with_its_record(store: Store[Thing]) -> None:
     record = await store.insert(thing())
     watching = asyncio.create_task(collect(store, "never"))
-    await asyncio.sleep(0.02)
+    await watched(store)
     await store.update(record.model_copy(update={"state": "DONE"}))
     await store.delete("things/a")
     assert [version.state for version in await watching] == ["NEW", "DONE"]
@@ -297,7 +306,7 @@ async def test_a_watch_ends_with_its_record(store: Store[Thing]) -> None:
 async def test_watchers_leave_nothing_behind(store: Store[Thing]) -> None:
     await store.insert(thing())
     watching = [asyncio.create_task(collect(store, "never")) for _ in range(3)]
-    await asyncio.sleep(0.02)
+    await watched(store, 3)
     for task in watching:
         task.cancel()
     await asyncio.wait(watching)
@@ -308,7 +317,7 @@ async def test_a_cancelled_caller_leaves_a_whole_change(store: Store[Thing]) -> 
     record = await store.insert(thing())
     async with aclosing(store.watch("things/a", etag=record.etag)) as versions:
         waiting = asyncio.create_task(anext(versions))
-        await asyncio.sleep(0.01)
+        await watched(store)
         changing = asyncio.create_task(store.update(record.model_copy(update={"count": 1})))
         await asyncio.sleep(0)
         changing.cancel()

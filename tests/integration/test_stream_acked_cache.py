@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,22 +14,28 @@ import pytest
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.producer import Producer
 from beamwire.stream.v1.frame_pb2 import StreamEnd, StreamHeader
+from tests.conftest import wait_until
 
 HEADER = StreamHeader(buffer="buffers/b0", producer_count=1)
 WAIT = 60.0
 
 
-def produce(cache, producer: int = 0, batches: int = 500, size: int = 3000, pause: float = 0.0) -> Producer:
+def produce(
+    cache, producer: int = 0, batches: int = 500, size: int = 3000, before: Callable[[int], None] | None = None
+) -> Producer:
     with Producer(cache.connect, cache.user, HEADER, producer=producer) as out:
         for batch in range(batches):
+            if before is not None:
+                before(batch)
             ids = np.arange(4, dtype=np.uint64) + batch * 4 + producer * 1_000_000
             out.send({"x": np.repeat(ids[:, None], size // 32, axis=1)}, ids)
-            time.sleep(pause)
     return out
 
 
-def consume(cache, group: str = "", limit: int = sys.maxsize) -> tuple[Counter[int], StreamEnd | None, Consumer]:
-    seen: Counter[int] = Counter()
+def consume(
+    cache, group: str = "", limit: int = sys.maxsize, seen: Counter[int] | None = None
+) -> tuple[Counter[int], StreamEnd | None, Consumer]:
+    seen = Counter() if seen is None else seen
     with Consumer(cache.connect, cache.user, group=group) as stream:
         for frame in stream:
             np.testing.assert_array_equal(frame.arrays["x"][:, 0], frame.event_ids)
@@ -69,12 +74,13 @@ def test_two_producers_and_two_consumers_share_each_event_once(start_cache, tran
 def test_what_a_consumer_leaves_goes_to_the_next(start_cache):
     cache = start_cache(transport="tcp", delivery="ACKED")
     with ThreadPoolExecutor(2) as pool:
-        producing = pool.submit(produce, cache)
+        # Frames so large that each is a delivery of its own.
+        producing = pool.submit(produce, cache, 0, 100, 300_000)
         first, _, _ = consume(cache, limit=100)
         second, _, _ = consume(cache)
         producing.result(WAIT)
     # The frame that the first one had in its hands comes again.
-    assert set(first) | set(second) == set(expected(1, 500))
+    assert set(first) | set(second) == set(expected(1, 100))
     assert sum((first & second).values()) <= 4
 
 
@@ -85,24 +91,24 @@ def test_a_killed_cache_is_noticed_and_one_that_comes_back_goes_on(start_cache):
     config = cache.directory / "cache.json"
     config.write_text(config.read_text().replace('"port": 0', f'"port": {port}'))
     restarted: list[subprocess.Popen[bytes]] = []
+    seen: Counter[int] = Counter()
 
-    def restart() -> None:
-        for _ in range(3):
-            time.sleep(0.4)
-            victim = restarted[-1] if restarted else cache.process
-            victim.kill()
-            victim.wait()
-            command = [sys.executable, "-m", "beamwire.services.buffer.cache", str(cache.directory)]
-            restarted.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+    def restart(batch: int) -> None:
+        if batch not in (250, 500, 750):
+            return
+        # Something came through the one that is killed, while the rest of the last 250 batches is on its way.
+        wait_until(lambda: len(seen) > 4 * (batch - 250), WAIT, "events")
+        victim = restarted[-1] if restarted else cache.process
+        victim.kill()
+        victim.wait()
+        command = [sys.executable, "-m", "beamwire.services.buffer.cache", str(cache.directory)]
+        restarted.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
 
-    killer = threading.Thread(target=restart)
     with ThreadPoolExecutor(2) as pool:
-        consuming = pool.submit(consume, cache)
-        producing = pool.submit(produce, cache, 0, 1000, 3000, 0.003)
-        killer.start()
+        consuming = pool.submit(consume, cache, seen=seen)
+        producing = pool.submit(produce, cache, 0, 1000, before=restart)
         out = producing.result(WAIT)
-        seen, end, stream = consuming.result(WAIT)
-    killer.join()
+        _, end, stream = consuming.result(WAIT)
     assert seen == expected(1, 1000)
     assert end is not None
     assert end.sent_event_count == 4000

@@ -26,9 +26,11 @@ from beamwire.stream.v1.frame_pb2 import (
 from beamwire.stream.v1.link_pb2 import (
     LINK_ROLE_PRODUCE,
     Credit,
+    Heartbeat,
     Signal,
 )
 from beamwire.testing.scripted_cache import HEADER, WAIT, Peer, ScriptedCache, place
+from tests.conftest import wait_until
 
 ALL = 2**64 - 1
 
@@ -176,8 +178,8 @@ def test_a_cache_that_began_afresh_is_told_the_header_again(cache, user):
         peer.welcome()
         peer.header()
         peer.frames(5)
+        # Comes before the close: the producer hears it in any case.
         peer.acknowledge(5)
-        time.sleep(0.1)
 
     def second(peer: Peer):
         peer.welcome(epoch=2)
@@ -191,8 +193,7 @@ def test_a_cache_that_began_afresh_is_told_the_header_again(cache, user):
     playing = cache.play(first, second)
     with Producer(cache.connect, user, HEADER, on_reconnect=stories.append) as out:
         send(out, range(5), size=100_000)
-        while not stories:
-            time.sleep(0.01)
+        wait_until(lambda: stories, WAIT, "a story of the loss")
         send(out, range(5, 10), size=100_000)
     _, frames = playing.result(WAIT)
     # What was acknowledged is gone; the numbers go on.
@@ -252,12 +253,23 @@ def test_an_end_whose_acknowledgement_was_lost(cache, user):
     assert out.counters.reconnects == 1
 
 
+def nothing_more(peer: Peer) -> None:
+    """The next message is a heartbeat: for a whole interval nothing else was sent."""
+    assert peer.link.receive(place) == Signal(heartbeat=Heartbeat())
+
+
 def test_send_waits_while_the_window_is_full_and_close_ends_it(plain):
+    full = threading.Event()
+
     def script(peer: Peer) -> None:
         peer.welcome(credit=Credit(size_bytes=1_000_000))
         peer.header()
+        # 10 before the first acknowledgement, 5 in place of those.
         peer.frames(10)
         peer.acknowledge(5)
+        peer.frames(5)
+        nothing_more(peer)
+        full.set()
         with suppress(OSError):
             while peer.receive() is not None:
                 pass
@@ -266,9 +278,8 @@ def test_send_waits_while_the_window_is_full_and_close_ends_it(plain):
     out = Producer(plain.connect, None, HEADER)
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(send, out, range(1000), 100_000)
-        time.sleep(0.5)
+        assert full.wait(WAIT)
         assert not sending.done()
-        # 10 before the first acknowledgement, 5 in place of those.
         assert out.counters.frames == 15
         out.close()
         with pytest.raises(BeamwireError, match="closed") as caught:
@@ -282,11 +293,14 @@ def test_send_waits_while_the_window_is_full_and_close_ends_it(plain):
 
 def test_ctrl_c_in_send_leaves_a_producer_that_can_still_say_how_it_ended(plain):
     interrupted = threading.Event()
+    caller = threading.get_ident()
 
     def script(peer: Peer):
         peer.welcome(credit=Credit(size_bytes=1_000_000))
         peer.header()
         first = peer.frames(10)
+        nothing_more(peer)
+        signal.pthread_kill(caller, signal.SIGALRM)
         assert interrupted.wait(WAIT)
         peer.acknowledge(10)
         end = peer.end()
@@ -297,7 +311,7 @@ def test_ctrl_c_in_send_leaves_a_producer_that_can_still_say_how_it_ended(plain)
     playing = plain.play(script)
     with pytest.raises(KeyboardInterrupt), Producer(plain.connect, None, HEADER) as out:
         try:
-            with interrupting(0.7):
+            with interruptible():
                 send(out, itertools.count(), 100_000)
         finally:
             interrupted.set()
@@ -425,16 +439,16 @@ def test_tickets_are_shown_replaced_and_renewed(plain):
         peer.welcome()
         peer.header()
         renewal = peer.receive()
+        renewed.set()
         assert isinstance(renewal, Signal)
         peer.acknowledge(peer.end().header.sequence)
         peer.finish()
         return renewal.renewal.ticket
 
-    playing = plain.play(expired, good)
     renewed = threading.Event()
-    with Producer(plain.connect, None, HEADER, tickets=source) as out:
-        renewed.wait(1.5)
-        del out
+    playing = plain.play(expired, good)
+    with Producer(plain.connect, None, HEADER, tickets=source):
+        assert renewed.wait(WAIT)
     assert playing.result(WAIT)[1] == "ticket-3"
 
 
@@ -452,12 +466,10 @@ def test_a_ticket_from_the_connect_string_is_shown_and_not_replaced(plain):
 
 
 @contextmanager
-def interrupting(seconds: float) -> Iterator[None]:
-    """Ctrl-C after this time."""
+def interruptible() -> Iterator[None]:
+    """SIGALRM is as Ctrl-C."""
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

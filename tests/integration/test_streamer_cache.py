@@ -25,7 +25,7 @@ from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.frame import Frame
 from beamwire.services.buffer.control import CacheControl
-from beamwire.services.streamer.handlers import BufferDataHandler
+from beamwire.services.streamer.handlers.buffer import BufferDataHandler
 from beamwire.services.streamer.parallel import Alone
 from beamwire.services.streamer.run import run
 from beamwire.testing import events, xtc2
@@ -67,7 +67,7 @@ class Buffer:
 
 
 @contextmanager
-def cache(directory: Path, producer_count: int = 1) -> Iterator[Buffer]:
+def cache(directory: Path, producer_count: int = 1, **more: int) -> Iterator[Buffer]:
     facility = Facility(directory / "facility")
     own, job, user = (facility.member(path) for path in ("cache/b1", "job/j1", "user/alice"))
     place = directory / "cache"
@@ -78,6 +78,7 @@ def cache(directory: Path, producer_count: int = 1) -> Iterator[Buffer]:
         "producers": [str(job.identity)],
         "consumers": [str(user.identity)],
         "credentials": str(own.directory),
+        **more,
     }
     (place / "cache.json").write_text(json.dumps(config))
     process = subprocess.Popen(
@@ -260,32 +261,22 @@ def test_being_told_to_end_while_nobody_reads(tmp_path: Path) -> None:
     """The buffer is full, so the END frame cannot be sent; the streamer is gone all the same."""
     data = {
         "event_source": {"type": "InternalEventSource", "number_of_events_to_generate": 1_000_000},
-        "data_sources": {"image": {"type": "GenericRandomNumpyArray", "array_shape": "64", "array_dtype": "uint8"}},
+        "data_sources": {"image": {"type": "GenericRandomNumpyArray", "array_shape": "262144", "array_dtype": "uint8"}},
     }
-    with cache(tmp_path) as buffer, buffer.streamer(data) as process:
-        assert process.stderr is not None
-        first = process.stderr.readline() if _blocked(tmp_path / "cache") else ""
+    with cache(tmp_path, capacity_frames=8) as buffer, buffer.streamer(data) as process:
+        asyncio.run(_holds(tmp_path / "cache", 8))
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 143, first
+        assert process.wait(10) == 143
         assert time.monotonic() - begin < 4
 
 
-def _blocked(place: Path) -> bool:
-    """Waits until the cache takes no more; returns whether there is a line of progress to read."""
-
-    async def wait() -> bool:
-        control = CacheControl(place)
-        before = -1
-        async with asyncio.timeout(60):
-            while True:
-                now = (await control.status()).counters.received_frame_count
-                if now > 0 and now == before:
-                    return False
-                before = now
-                await asyncio.sleep(0.5)
-
-    return asyncio.run(wait())
+async def _holds(place: Path, count: int) -> None:
+    """Wait until the cache holds so many frames."""
+    async with asyncio.timeout(60):
+        async for status in CacheControl(place).watch():
+            if status.counters.held_frame_count == count:
+                return
 
 
 @pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec (pip install beamwire[mpi])")

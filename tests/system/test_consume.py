@@ -132,6 +132,7 @@ def test_a_direct_and_a_tunnelled_consumer_share_the_work(client: Client) -> Non
         with client.stream(buffer.connect_string, via=via) as stream:
             for batch in stream:
                 ids[via] += batch.event_ids.tolist()
+                # A reader for whom there is always something to do, so that neither gets everything.
                 time.sleep(0.001)
 
     readers = [threading.Thread(target=read, args=(via,)) for via in ids]

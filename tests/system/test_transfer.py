@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from beamwire.client import BeamwireError, Reason, connect
+from beamwire.common.v1 import account_pb2
 from beamwire.mesh.processes import Process
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
@@ -217,6 +218,38 @@ def test_a_cache_that_dies_costs_no_event(own_facility):
     wait_until(lambda: not leftovers(own_facility), what="the end of all jobs and caches")
 
 
+def kill_cache_for_good(live_facility: LiveFacility, buffer: str) -> None:
+    """Kill a cache as soon as it lives, until it is not started again."""
+    dead: set[int] = set()
+
+    def another() -> int:
+        pid = cache_pid(live_facility, buffer)
+        return 0 if pid in dead else pid
+
+    for _ in range(6):
+        dead.add(pid := wait_until(another, what="another cache"))
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_cache_that_dies_for_good_leaves_a_receipt_that_says_what_it_took(own_facility, tmp_path):
+    request = request_file(tmp_path / "r.yaml", synthetic(100_000, rate=200))
+    with connect(config_dir=own_facility.config_dir) as client:
+        transfer = client.create_transfer(request)
+        wait_until(lambda: client.get_transfer(transfer.name).counters.received_event_count > 40, what="some events")
+        kill_cache_for_good(own_facility, transfer.buffer)
+        ended = wait_until(lambda: _if_ended(client.get_transfer(transfer.name)), what="the end of the transfer")
+    assert ended.State.Name(ended.state) == "STATE_FAILED"
+    receipt = ended.receipt
+    assert receipt.balanced
+    assert receipt.end_cause == account_pb2.END_CAUSE_FAILED
+    losses = {account_pb2.LossCause.Name(loss.cause): loss.event_count for loss in receipt.losses}
+    assert losses == {"LOSS_CAUSE_CACHE_FAILED": receipt.selected_event_count}
+    assert receipt.selected_event_count > 40
+    assert "died (ended by signal 9); it had been started again 5 times in a row" in ended.error.message
+    assert "{" not in ended.error.message
+    wait_until(lambda: not leftovers(own_facility), what="the end of all jobs and caches")
+
+
 def test_two_groups_each_get_every_event_and_the_receipt_says_so(live_facility, client, tmp_path):
     request = {**synthetic(200), "buffer": {"groups": ["training", "monitor"], "frame_lease": "30s"}}
     transfer = client.create_transfer(request)
@@ -306,6 +339,7 @@ def test_a_pushed_consumer_that_dies_is_counted_and_the_transfer_is_no_success(o
             pull.communicate(timeout=60)
         ended = wait_until(lambda: _if_ended(client.get_transfer(transfer.name)), what="the end of the transfer")
         assert ended.State.Name(ended.state) == "STATE_FAILED"
+        assert "consumer connection" in ended.error.message, "in words"
         assert ended.receipt.balanced
         losses = {loss.Cause.Name(loss.cause) if hasattr(loss, "Cause") else loss.cause: loss.event_count
                   for loss in ended.receipt.losses}  # fmt: skip

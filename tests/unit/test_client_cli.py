@@ -7,14 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from beamwire.client.cli.app import cli
-from beamwire.client.cli.failures import TerminatedError, exit_code, explain
+from beamwire.client.cli.failures import TerminatedError, error_document, exit_code, explain
 from beamwire.mesh.enrollment import JoinToken
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 from beamwire.testing.facility import Facility
@@ -265,8 +265,71 @@ def test_a_signal_ends_the_command_without_a_traceback(tmp_path: Path, number: i
         silent.settimeout(20)
         connection, _ = silent.accept()
         with connection:
-            time.sleep(0.2)
+            # It is in the middle of a handshake.
+            connection.settimeout(20)
+            assert connection.recv(1)
             process.send_signal(number)
             _, err = process.communicate(timeout=20)
     assert process.returncode == code, err
     assert err == "interrupted\n"
+
+
+def only_json(result: Result) -> dict:
+    """The one line of JSON that a failure prints on standard output."""
+    (line,) = result.stdout.splitlines()
+    return json.loads(line)
+
+
+def test_programs_get_failures_as_json(tmp_path: Path) -> None:
+    enrol(tmp_path)
+    path = tmp_path / "request.yaml"
+    path.write_text("even_source: 1\nlease: soon\ndata_sources: {x: {type: A}}\n")
+    result = CliRunner().invoke(cli, ["--json", "get", str(path)])
+    assert result.exit_code == 2
+    error = only_json(result)["error"]
+    assert error["reason"] == "INVALID_FIELD"
+    assert error["message"].startswith("even_source: ")
+    assert "even_source" in [violation["field"] for violation in error["violations"]]
+    assert result.stderr.startswith("error: even_source: "), "a person is told all the same"
+    plain = CliRunner().invoke(cli, ["get", str(path)])
+    assert plain.stdout == ""
+
+
+def test_programs_get_wrong_usage_as_json() -> None:
+    result = CliRunner().invoke(cli, ["--json", "get", "--consumers", "0", "x.yaml"])
+    assert result.exit_code == 2
+    error = only_json(result)["error"]
+    assert error["reason"] == "INVALID_FIELD"
+    assert "--consumers" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "document"),
+    [
+        (BeamwireError(Reason.CACHE_FAILED, "it died"), {"reason": "CACHE_FAILED", "message": "it died"}),
+        (KeyboardInterrupt(), {"reason": "INTERRUPTED", "message": "interrupted"}),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/data/x.h5"),
+            {
+                "reason": "ENOSPC",
+                "message": "/data/x.h5: No space left on device; free some space, or write elsewhere with -o",
+            },
+        ),
+        (OSError("odd"), {"reason": "INTERNAL", "message": "odd"}),
+        (ZeroDivisionError("oops"), {"reason": "INTERNAL", "message": "ZeroDivisionError('oops')"}),
+    ],
+)
+def test_every_failure_is_a_document(error: BaseException, document: dict) -> None:
+    assert error_document(error) == document
+    error.add_note("what came before is kept")
+    assert error_document(error) == {**document, "notes": ["what came before is kept"]}
+
+
+@pytest.mark.parametrize("connect", [[], ["--connect", "beamwire://127.0.0.1:9/buffers/b?epoch=1"]])
+def test_push_reads_the_files_before_it_makes_a_buffer(tmp_path: Path, connect: list[str]) -> None:
+    enrol(tmp_path)
+    np.save(tmp_path / "good.npy", np.zeros((2, 3)))
+    (tmp_path / "bad.npz").write_bytes(b"nonsense")
+    result = beamwire("push", *connect, str(tmp_path / "good.npy"), str(tmp_path / "bad.npz"))
+    assert result.exit_code == 2, "3 would be the facility, which is not there"
+    assert "bad.npz: cannot be read as numpy arrays" in result.output

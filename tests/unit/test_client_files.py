@@ -421,3 +421,14 @@ def test_a_disk_that_takes_no_more_is_heard_and_leaves_no_partial_file(
     assert done.stderr == ""
     assert done.stdout.startswith(f"File too large {tmp_path}/abc")
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"abc-p0-{number}.npz" for number in range(left)]
+
+
+def test_the_size_of_a_file_of_arrays_is_that_of_what_is_sent(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    members: dict[str, Any] = {
+        "img": np.zeros((2, 1000), np.uint8),
+        "hits": np.zeros(4, np.uint16),
+        "hits.row_offsets": np.array([0, 1, 4], np.int64),
+    }
+    np.savez_compressed(path, **members)
+    assert read_arrays(path, 0).size == 2000 + 8 + 24 > path.stat().st_size

@@ -100,10 +100,27 @@ def test_several_groups_have_a_table_of_their_own():
     receipt.groups.append(GroupCounters(group="peek", redelivered_frame_count=3))
     lines = [line.split() for line in receipt_text(receipt).splitlines()]
     assert ["GROUP", "EVENTS", "FRAMES", "AGAIN", "LOST", "WHY"] in lines
-    assert ["a", "1", "0", "0"] in lines
-    assert ["peek", "(joined)", "0", "3", "0"] in lines
+    assert ["a", "1", "0", "0", "0"] in lines
+    assert ["peek", "(joined)", "0", "0", "3", "0"] in lines
 
 
 def test_one_is_not_many():
     assert (counted(0, "frame"), counted(1, "frame"), counted(2, "frame")) == ("0 frames", "1 frame", "2 frames")
     assert ("delivered", "1 event in 1 frame") in receipt_rows(RECEIPT)
+
+
+def test_of_several_groups_each_has_its_own_frames():
+    receipt = Receipt(delivered_event_count=4, frame_count=6)
+    receipt.groups.append(
+        GroupCounters(group="a", declared=True, acknowledged_event_count=4, acknowledged_frame_count=2)
+    )
+    receipt.groups.append(
+        GroupCounters(group="b", declared=True, acknowledged_event_count=5, acknowledged_frame_count=4)
+    )
+    receipt.groups.append(GroupCounters(group="peek", acknowledged_frame_count=9))
+    assert receipt_rows(receipt)[1:4] == [
+        ("delivered", "4 events to every group"),
+        ("  to a", "4 events in 2 frames"),
+        ("  to b", "5 events in 4 frames"),
+    ]
+    assert "6 frames" not in receipt_text(receipt)

@@ -1,8 +1,13 @@
 """The arithmetic of progress, and how quantities look."""
 
+import threading
+
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from beamwire.buffer.v1.buffer_service_pb2 import Buffer, BufferCounters, BufferSpec, ConsumerCounters, GroupCounters
+from beamwire.client.cli.display import LineDisplay
+from beamwire.client.cli.glance import Glance, frame_fill, groups_behind
 from beamwire.client.cli.progress import Meter
 from beamwire.client.cli.text import (
     aligned,
@@ -18,6 +23,7 @@ from beamwire.common.v1.account_pb2 import END_CAUSE_DONE, LOSS_CAUSE_CONSUMER_C
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.rpc.status import to_status
 from beamwire.request.v1.request_service_pb2 import Component, Receipt, StreamConfig, Transfer, TransferCounters
+from tests.conftest import wait_until
 
 
 def transfer(expected: int = 1000, held: int = 25, capacity: int = 100) -> Transfer:
@@ -142,3 +148,93 @@ def test_a_dry_run_says_what_would_be_done() -> None:
     assert text.startswith("the request is valid\n")
     assert "would send   10 events" in text
     assert "never" not in text, "it does not exist"
+
+
+def ring(held: int, capacity: int = 10, shards: int = 2) -> Buffer:
+    spec = BufferSpec(capacity_frames=capacity, shard_count=shards)
+    return Buffer(name="buffers/b", spec=spec, counters=BufferCounters(held_frame_count=held))
+
+
+@pytest.mark.parametrize(
+    ("frames", "fill", "bound", "words"),
+    [(15, 0.75, "frames", "ring 75% of its frames"), (1, 0.25, "bytes", "ring 25%"), (5, 0.25, "bytes", "ring 25%")],
+)
+def test_the_ring_is_as_full_as_its_tighter_bound(frames: int, fill: float, bound: str, words: str) -> None:
+    seen = Meter().snapshot(1.0, transfer(), events=0, bytes_=0, buffer=ring(frames))
+    assert (seen.fill, seen.fill_bound) == (fill, bound)
+    assert words in seen.text().split(", ")
+    assert frame_fill(Buffer()) is None
+
+
+def test_the_groups_that_are_behind_are_those_that_the_buffer_waits_for() -> None:
+    groups = [
+        GroupCounters(group="mine", declared=True, pending_frame_count=1),
+        GroupCounters(group="viewer", declared=True, pending_frame_count=3, in_flight_frame_count=1),
+        GroupCounters(group="slow", declared=True),
+        GroupCounters(group="done", declared=True),
+        GroupCounters(group="joined", pending_frame_count=9),
+    ]
+    consumers = [ConsumerCounters(group="slow"), ConsumerCounters(group="done", confirmed=True)]
+    behind = groups_behind(Buffer(counters=BufferCounters(groups=groups, consumers=consumers)), "mine")
+    assert behind == {"viewer": 4, "slow": 0}
+    text = Meter().snapshot(1.0, transfer(), events=0, bytes_=0, waiting_for=behind).text()
+    assert text.endswith("waiting for group viewer (4 frames to go), group slow to confirm the end")
+
+
+def test_a_line_is_shown_as_soon_as_the_waiting_begins(capsys: pytest.CaptureFixture[str]) -> None:
+    display, meter = LineDisplay(), Meter()
+    for waiting in ({}, {}, {"viewer": 2}, {"viewer": 1}):
+        display.show(meter.snapshot(1.0, transfer(), events=0, bytes_=0, waiting_for=waiting))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "waiting for group viewer (2 frames to go)" in lines[1]
+
+
+class Service:
+    """Answers get_buffer as a client does, when it is let to."""
+
+    def __init__(self, answer: Buffer | BeamwireError) -> None:
+        self.answer = answer
+        self.calls = 0
+        self.may = threading.Event()
+
+    def get_buffer(self, name: str) -> Buffer:
+        self.calls += 1
+        assert self.may.wait(10)
+        if isinstance(self.answer, BeamwireError):
+            raise self.answer
+        return self.answer
+
+
+def looked(glance: Glance, service: Service, now: float) -> Buffer | None:
+    """What is seen once an answer has come."""
+    running = transfer()
+    running.buffer = "buffers/b"
+    assert glance.look(now, running) is None, "nobody waits for the answer"
+    service.may.set()
+    wait_until(lambda: glance._asked is not None and glance._asked.done(), what="the answer")
+    return glance.look(now, running)
+
+
+def test_a_glance_waits_for_nothing_and_asks_seldom() -> None:
+    service = Service(ring(3))
+    with Glance(service) as glance:  # type: ignore[arg-type]
+        assert glance.look(0.0, transfer()) is None, "a transfer without a buffer"
+        assert looked(glance, service, 1.0) == ring(3)
+        running = transfer()
+        running.buffer = "buffers/b"
+        glance.look(2.0, running)
+        assert service.calls == 1
+        glance.look(4.0, running)
+        wait_until(lambda: service.calls == 2, what="another look")
+
+
+@pytest.mark.parametrize(("reason", "again"), [(Reason.NOT_OWNER, False), (Reason.SERVICE_UNAVAILABLE, True)])
+def test_who_may_not_see_the_buffer_asks_no_more(reason: Reason, again: bool) -> None:
+    service = Service(BeamwireError(reason, "no"))
+    with Glance(service) as glance:  # type: ignore[arg-type]
+        assert looked(glance, service, 1.0) is None
+        running = transfer()
+        running.buffer = "buffers/b"
+        glance.look(100.0, running)
+        assert (glance._asked is not None) is again

@@ -122,16 +122,18 @@ async def test_one_task_a_name() -> None:
 
 async def test_what_is_awaited_to_the_end_ends_before_the_cancellation_goes_on() -> None:
     done: list[str] = []
-    begun = asyncio.Event()
+    begun, go = asyncio.Event(), asyncio.Event()
 
     async def action() -> None:
         begun.set()
-        await asyncio.sleep(0.02)
+        await go.wait()
         done.append("action")
 
     task = asyncio.create_task(tasks.to_the_end(action(), 5))
     await begun.wait()
     task.cancel()
+    # Comes after the cancellation.
+    asyncio.get_running_loop().call_soon(go.set)
     with pytest.raises(asyncio.CancelledError):
         await task
     assert done == ["action"]
@@ -155,6 +157,7 @@ async def test_cancelling_one_waits_for_its_end() -> None:
         try:
             await asyncio.Event().wait()
         finally:
+            # A task that takes a while to end.
             await asyncio.sleep(0.01)
             ended.append("tidied")
 

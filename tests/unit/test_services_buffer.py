@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.failure import Failure
+from beamwire.mesh.store import Store
 from beamwire.mesh.stream.ticket import check
+from beamwire.mesh.tasks import TaskRunner
 from beamwire.services.buffer import placement as placing
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.control import CacheStatus, ConsumerStatus, Counters, GroupStatus, ProducerStatus
-from beamwire.services.buffer.model import BufferRecord, BufferSpec, Shard
+from beamwire.services.buffer.domain import Buffers
+from beamwire.services.buffer.driver import Driver
+from beamwire.services.buffer.model import BufferRecord, BufferSpec, Seal, Shard
 from beamwire.services.buffer.placement import Placement, Rings, range_of_shard, write_configuration
+from beamwire.services.buffer.restarts import GOOD_WHILE, MOST_RESTARTS, after_death
 from beamwire.services.buffer.shards import merge
 from beamwire.services.buffer.tickets import issue
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME
@@ -61,7 +69,7 @@ def test_a_transport_of_a_later_release_is_unsupported():
 
 
 def test_the_operator_may_forbid_local_buffers():
-    with pytest.raises(BeamwireError, match="does not allow IPC") as refused:
+    with pytest.raises(BeamwireError, match="does not allow ipc") as refused:
         Placement(allow_ipc=False).check(BufferSpec(transport="IPC"))
     assert refused.value.reason is Reason.INVALID_FIELD
 
@@ -251,3 +259,90 @@ def test_counters_are_summed_and_groups_found_by_name():
     assert [consumer.shard for consumer in counters.consumers] == [0, 1]
     found = [(g.group, g.acknowledged_event_count, g.consumer_count) for g in counters.groups]
     assert found == [("a", 12, 2), ("peek", 1, 0)]
+
+
+def test_a_cache_that_ran_well_for_a_while_has_its_restarts_back():
+    shard = Shard(address="h:1")
+    for number in range(MOST_RESTARTS):
+        died = after_death(shard, NOW + number * GOOD_WHILE / 2)
+        assert died is not None
+        assert (died.restart_count, died.spent_restarts) == (number + 1, number + 1)
+        shard = died
+    last = shard.death_time
+    assert last is not None
+    assert after_death(shard, last + GOOD_WHILE - timedelta(seconds=1)) is None
+    again = after_death(shard, last + GOOD_WHILE)
+    assert again is not None
+    assert (again.restart_count, again.spent_restarts, again.address) == (MOST_RESTARTS + 1, 1, "h:1")
+    assert after_death(shard, last + timedelta(seconds=5), good_while=timedelta(seconds=5)) is not None
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"overflow_policy": "SPILL", "delivery": "PUSH"}, "spill needs delivery acked"),
+        ({"transport": "IPC", "delivery": "PUSH"}, "ipc needs delivery acked"),
+        ({"transport": "RDMA"}, "rdma is not in this release; use tls_tcp"),
+    ],
+)
+def test_refusals_are_in_the_words_of_requests(spec, words):
+    assert words in refusal(**spec).message
+
+
+async def test_the_driver_counts_deaths_by_its_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("beamwire.services.buffer.driver.FIRST_PAUSE", 0.0)
+    database = await Database.open(tmp_path / "buffer.sqlite")
+    store = Store(database, BufferRecord)
+    await store.insert(make_record().model_copy(update={"shards": (Shard(address="h:1"),)}))
+    moment = [NOW]
+
+    async def mint(identity: str, names: tuple[str, ...]) -> str:
+        raise AssertionError(identity)
+
+    driver = Driver(
+        "buffers/b", store, tmp_path, "facility.test", Placement(), Rings(tmp_path), mint, now=lambda: moment[0]
+    )
+    death = BeamwireError(Reason.CACHE_FAILED, "it died")
+    for _ in range(MOST_RESTARTS):
+        await driver.bury(0, death)
+    with pytest.raises(BeamwireError, match="it died; it had been started again 5 times in a row") as final:
+        await driver.bury(0, death)
+    assert final.value.reason is Reason.CACHE_FAILED
+    moment[0] += GOOD_WHILE
+    await driver.bury(0, death)
+    (shard,) = (await store.require("buffers/b")).shards
+    assert (shard.restart_count, shard.spent_restarts, shard.death_time) == (6, 1, moment[0])
+    await database.close()
+
+
+@pytest.mark.parametrize(
+    ("seal", "cause"), [(None, "FAILED"), (Seal(cause="DONE"), "FAILED"), (Seal(cause="EXPIRED"), "EXPIRED")]
+)
+async def test_a_buffer_that_was_failing_when_the_service_stopped_fails_when_it_is_back(
+    tmp_path: Path, seal: Seal | None, cause: str
+):
+    database = await Database.open(tmp_path / "buffer.sqlite")
+    store = Store(database, BufferRecord)
+    failure = Failure(reason="CACHE_FAILED", message="it died")
+    changes = {
+        "state": "READY",
+        "error": failure,
+        "seal": seal,
+        "expire_time": NOW + timedelta(hours=1),
+        "shards": (Shard(address="h:1"),),
+        "counters": Counters(received_event_count=5, held_frame_count=1),
+    }
+    await store.insert(make_record().model_copy(update=changes))
+
+    async def mint(identity: str, names: tuple[str, ...]) -> str:
+        raise AssertionError(f"a cache was started for {identity}")
+
+    async with TaskRunner() as runner:
+        buffers = Buffers(store, tmp_path / "buffers", "facility.test", Placement(), mint, runner)
+        await buffers.resume()
+        async with aclosing(store.watch("buffers/b")) as versions:
+            failed = await anext(version async for version in versions if version.state == "FAILED")
+    await database.close()
+    assert (failed.error, failed.end_cause) == (failure, cause)
+    assert failed.counters is not None
+    assert (failed.counters.losses, failed.counters.held_frame_count) == ({"CACHE_FAILED": 5}, 0)

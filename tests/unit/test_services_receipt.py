@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from beamwire.services.request.model import BufferAccount, ConsumerAccount, GroupAccount, ProducerAccount
-from beamwire.services.request.receipt import imbalances, receipt_of, unwanted_losses
+from beamwire.services.request.receipt import imbalances, in_words, receipt_of, unwanted_losses
 
 counts = st.integers(0, 1000)
 
@@ -128,3 +128,27 @@ def test_what_a_cache_took_with_it_is_lost_there_and_balances():
     assert receipt.balanced
     assert unwanted_losses(receipt) == {"CACHE_FAILED": 15}
     assert not receipt_of(account.model_copy(update={"losses": {"CACHE_FAILED": 14}}), "DONE").balanced
+
+
+def test_what_died_with_a_cache_that_is_not_started_again_balances_in_each_group():
+    producer = ProducerAccount(
+        producer=0, ended=True, selected_event_count=30, sent_event_count=30, received_event_count=28
+    )
+    account = BufferAccount(
+        received_event_count=28,
+        delivered_event_count=10,
+        losses={"PRODUCER_CONNECTION": 2, "CACHE_FAILED": 18},
+        producers=(producer,),
+        groups=(
+            GroupAccount(group="a", declared=True, acknowledged_event_count=10, losses={"CACHE_FAILED": 18}),
+            GroupAccount(group="b", declared=True, acknowledged_event_count=28),
+        ),
+    )
+    receipt = receipt_of(account, "FAILED")
+    assert receipt.balanced
+    assert receipt.stages[2].losses == {"CACHE_FAILED": 18}
+    assert (receipt.selected_event_count, receipt.delivered_event_count) == (30, 10)
+
+
+def test_causes_are_said_in_words():
+    assert in_words("CONSUMER_CONNECTION") == "consumer connection"

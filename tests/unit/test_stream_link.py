@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import ssl
 import struct
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -177,18 +177,18 @@ def test_a_signal_that_is_too_large_is_not_sent(pair):
 
 
 def test_wake_ends_the_present_wait_or_the_next_one(pair):
-    near, _ = pair
+    near, far = pair
     near.set_pulse(1.0)
     near.wake()
     near.wake()
     assert not near.wait(WAIT)
     assert not near.wait(0.0)
-    timer = threading.Timer(0.1, near.wake)
-    timer.start()
-    begin = time.monotonic()
-    assert not near.wait(WAIT)
-    assert time.monotonic() - begin < 5.0
-    timer.join()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(near.wait, WAIT)
+        # Nobody else gives a sign of life.
+        assert far.receive(place) == Signal(heartbeat=Heartbeat())
+        near.wake()
+        assert not waiting.result(3.0)
 
 
 def test_a_wake_is_heard_although_messages_are_there(pair):
@@ -263,9 +263,11 @@ def test_a_peer_that_has_no_room_but_gives_signs_of_life(pair):
         sending = pool.submit(near.send, message(body))
         end = time.monotonic() + 1.0
         while time.monotonic() < end:
+            # Time must pass here, five times what a silent peer is given.
             far.pulse()
-            time.sleep(0.01)
+            wait([sending], 0.01)
         assert not sending.done()
+        assert far.wait(WAIT)
         assert bytes(far.receive(place)) == body
         sending.result(WAIT)
 
@@ -275,7 +277,11 @@ def test_interrupt_ends_a_receive_and_a_send_in_another_thread(pair):
     near.set_pulse(10.0)
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(near.send, message(frame(64 * 2**20)))
-        time.sleep(0.2)
+        deadline = time.monotonic() + WAIT
+        while select.select([], [near], [], 0)[1]:
+            # Nobody reads, so what has no room now will have none later.
+            assert time.monotonic() < deadline
+            wait([sending], 0.01)
         near.interrupt()
         with pytest.raises((OSError, ssl.SSLError)):
             sending.result(5.0)

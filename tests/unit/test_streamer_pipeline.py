@@ -29,7 +29,7 @@ from beamwire.services.streamer.components import (
 from beamwire.services.streamer.parallel import Alone, ranks
 from beamwire.services.streamer.pipeline import Account, CancelledError, Pipeline
 from beamwire.services.streamer.registry import Kind
-from beamwire.services.streamer.serializers import HDF5BinarySerializer
+from beamwire.services.streamer.serializers.hdf5 import HDF5BinarySerializer
 from beamwire.services.streamer.stopping import Stop
 from beamwire.testing import events
 
@@ -111,10 +111,10 @@ class Recorder:
             raise BeamwireError(Reason.CACHE_FAILED, "the cache is gone")
         arrays = {
             name: Ragged(value.values.copy(), value.row_offsets.copy()) if isinstance(value, Ragged) else value.copy()
-            for name, value in message.batch.arrays.items()
+            for name, value in message.arrays.items()
         }
         data = None if message.data is None else bytes(message.data)
-        self.sent.append((message.batch.event_ids.tolist(), arrays, data))
+        self.sent.append((message.event_ids.tolist(), arrays, data))
 
     def skip(self, cause: int, count: int = 1) -> None:
         self.skipped.append((cause, count))
@@ -371,7 +371,7 @@ def test_zfp_keeps_its_bound() -> None:
     values = np.random.default_rng(1).normal(0, 100, (4, 32, 32)).astype(np.float32)
     made = Batch(np.arange(4, dtype=np.uint64), {"image": values})
     for mode, worst in (({"accuracy": 0.5}, 0.5), ({"reversible": True}, 0.0)):
-        message = hdf5(compression="zfp", zfp=mode).serialize(made)
+        (message,) = hdf5(compression="zfp", zfp=mode).serialize(made)
         assert message.data is not None
         with opened(message.data) as file:
             assert np.abs(file["image"][:] - values).max() <= worst
@@ -403,7 +403,7 @@ def test_hdf5_parameters_that_make_no_sense(wrong: dict[str, Any]) -> None:
 
 
 def test_text_in_hdf5() -> None:
-    message = hdf5().serialize(Batch(np.arange(2, dtype=np.uint64), {"name": np.array(["ab", "ü"])}))
+    (message,) = hdf5().serialize(Batch(np.arange(2, dtype=np.uint64), {"name": np.array(["ab", "ü"])}))
     assert message.data is not None
     with opened(message.data) as file:
         assert file["name"].asstr()[:].tolist() == ["ab", "ü"]

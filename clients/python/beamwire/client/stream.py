@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -73,12 +74,13 @@ class Stream:
         self._parts = self._dial([1] * self._consumers)
         return self._parts
 
-    def wait(self) -> Receipt | None:
+    def wait(self, timeout: float | None = None) -> Receipt | None:
         """Wait for the end of the transfer after every batch was read; iterating does so by itself.
 
-        Returns the receipt; None for a bare buffer. Raises BeamwireError if the transfer did not succeed.
+        Returns the receipt; None for a bare buffer. Raises BeamwireError if the transfer did not succeed, TimeoutError
+        if it has not ended within `timeout` seconds; it may be waited for again then.
         """
-        self._portal.call(self._session.conclude(None))
+        self._portal.call(asyncio.wait_for(self._session.conclude(None), timeout))
         return self._session.receipt
 
     @property

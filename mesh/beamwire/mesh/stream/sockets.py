@@ -165,7 +165,10 @@ class Connection(ABC):
         self._lead = MESSAGE_LENGTH.size + count
 
     def look(self) -> bool:
-        """Whether bytes of the next message, or the peer's close, are there; after `bound_waits` only."""
+        """Whether bytes of the next message, or the peer's close, are there.
+
+        Inside TLS and before `bound_waits` only those are seen that were decrypted already.
+        """
         if self._end > self._begin or self._over:
             return True
         self._begin = self._end = 0

@@ -94,6 +94,9 @@ class TlsConnection(Connection):
                 self._wait(select.POLLIN)
 
     def _receive_now(self, target: memoryview) -> int:
+        if self._longest_wait is None and not self._tls.pending():
+            # It would wait.
+            raise ssl.SSLWantReadError
         return self._tls.recv_into(target, len(target))
 
     def _wait(self, event: int) -> None:

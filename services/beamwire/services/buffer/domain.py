@@ -131,7 +131,7 @@ class Buffers:
 
     async def _tell(self, record: BufferRecord) -> None:
         # Before that, the one who drives the buffer tells what is stored when its caches are there.
-        if record.state in (BufferState.READY, BufferState.DRAINING):
+        if record.state in (BufferState.READY, BufferState.DRAINING) and record.error is None:
             await self._driver(record.name).tell(record)
 
     async def delete(self, name: str) -> None:
@@ -158,6 +158,7 @@ class Buffers:
         record = await self._store.require(name)
         driver = self._driver(name)
         try:
+            _raise_if_failing(record)
             lease = (record.expire_time - datetime.now(UTC)).total_seconds()
             try:
                 async with asyncio.timeout(lease):
@@ -169,7 +170,10 @@ class Buffers:
             if not isinstance(error, BeamwireError | OSError):
                 log.exception("%s met a fault", name)
             failure = Failure.of(error)
-            await self._store.change(name, lambda r: {**_to(r, BufferState.FAILED), "error": failure})
+            # Before the caches that still run are stopped: who is cut off by that shall know why.
+            await self._store.change(name, lambda r: {"error": failure} if r.error != failure else {})
+            account = await _wound_up(driver, failure.message)
+            await self._store.change(name, lambda r: {**account, **_to(r, BufferState.FAILED)})
         await self._discard(name)
 
     async def _expire(self, name: str, driver: Driver) -> None:
@@ -200,12 +204,27 @@ class Buffers:
         self._rings.remove(name.removeprefix("buffers/"))
 
 
+def _raise_if_failing(record: BufferRecord) -> None:
+    """Go on with the end of a buffer that had failed when the service stopped, its account not yet closed."""
+    if record.error is not None:
+        raise record.error.to_error()
+
+
+async def _wound_up(driver: Driver, story: str) -> dict[str, object]:
+    """Stop the caches of a buffer that failed, and return its end and account; whatever they do, it has failed."""
+    try:
+        return await driver.wind_up(story)
+    except Exception:
+        log.exception("the account of a buffer that failed could not be closed")
+        return {"end_cause": "FAILED"}
+
+
 def _ended(record: BufferRecord) -> bool:
     return BUFFER_STATES.is_terminal(BufferState(record.state))
 
 
 def _supersedes(seal: Seal, record: BufferRecord) -> bool:
-    if _ended(record):
+    if _ended(record) or record.error is not None:
         return False
     return record.seal is None or (record.seal.cause == "DONE" and seal.cause != "DONE")
 

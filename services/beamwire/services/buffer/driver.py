@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.store import Store
+from beamwire.mesh.processes import Process
+from beamwire.mesh.store import Store, utcnow
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.services.buffer.control import CacheControl, CacheStatus
 from beamwire.services.buffer.model import BUFFER_STATES, BufferRecord, BufferState, Shard
 from beamwire.services.buffer.placement import TRANSPORTS, Placement, Rings, write_configuration
+from beamwire.services.buffer.remains import final_status
+from beamwire.services.buffer.restarts import MOST_RESTARTS, after_death
 from beamwire.services.buffer.shards import merge
-from beamwire.services.buffer.supervisor import CacheKeeper
+from beamwire.services.buffer.supervisor import CacheKeeper, end
 
 log = logging.getLogger(__name__)
 
-# How often one cache may die and be started again, and how long it waits for that, in seconds.
-MOST_RESTARTS = 5
+# How long a cache that died waits before it is started again, in seconds.
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 2.0
 # A cache that was there answers at once, or not at all.
 TELL_TIMEOUT = 8.0
@@ -41,6 +44,7 @@ class Driver:
         placement: where caches run.
         rings: where their frames are.
         mint: mints a join token for a cache.
+        now: the clock by which a cache that ran well for a while gets its restarts back.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class Driver:
         placement: Placement,
         rings: Rings,
         mint: Minter,
+        now: Callable[[], datetime] = utcnow,
     ) -> None:
         self._name = name
         self._id = name.removeprefix("buffers/")
@@ -61,6 +66,7 @@ class Driver:
         self._placement = placement
         self._rings = rings
         self._mint = mint
+        self._now = now
         self._statuses: dict[int, CacheStatus] = {}
         self._buried: set[int] = set()
 
@@ -106,7 +112,11 @@ class Driver:
         """Write the configuration of a cache. A PUSH cache that is gone took its frames with it: CACHE_FAILED."""
         record = await self._store.require(self._name)
         if record.state != BufferState.STARTING and not record.spec.acked:
-            raise BeamwireError(Reason.CACHE_FAILED, f"the cache of {self._name} was gone when the service came back")
+            raise BeamwireError(
+                Reason.CACHE_FAILED,
+                f"the cache of {self._name} was gone when the service came back, and all that it held: a buffer with "
+                "delivery push keeps nothing",
+            )
         directory = self.directory_of(number)
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if record.spec.acked and not record.shards[number].ring:
@@ -124,14 +134,59 @@ class Driver:
         """Count a death and wait a little; raise it if there were too many, or nothing can be taken up again."""
         record = await self._store.require(self._name)
         shard = record.shards[number]
-        # One that never came to listen has a fault that starting it again does not mend.
-        if not record.spec.acked or not shard.address or shard.restart_count >= MOST_RESTARTS:
-            raise death
-        count = shard.restart_count + 1
-        log.warning("%s; it is started again, the %d. time of at most %d", death, count, MOST_RESTARTS)
+        if not record.spec.acked:
+            raise _for_good(death, "what it held is lost with it: only a buffer with delivery acked survives its cache")
+        if not shard.address:
+            # It has a fault that starting it again does not mend.
+            raise _for_good(death, "it had not yet begun to listen")
+        living = after_death(shard, self._now())
+        if living is None:
+            story = f"it had been started again {MOST_RESTARTS} times in a row; what it held is lost, so begin anew"
+            raise _for_good(death, story)
+        log.warning("%s; it is started again, the %d. time of %d", death, living.spent_restarts, MOST_RESTARTS)
         self._buried.add(number)
-        await self._store.change(self._name, lambda r: _of_shard(r, number, restart_count=count))
-        await asyncio.sleep(min(FIRST_PAUSE * 2 ** (count - 1), LONGEST_PAUSE))
+        await self._store.change(
+            self._name,
+            lambda r: _of_shard(
+                r, number, **living.model_dump(include={"restart_count", "spent_restarts", "death_time"})
+            ),
+        )
+        await asyncio.sleep(min(FIRST_PAUSE * 2 ** (living.spent_restarts - 1), LONGEST_PAUSE))
+
+    async def wind_up(self, story: str) -> dict[str, object]:
+        """Stop what is left of a buffer that failed; returns its end and its final account, to be stored.
+
+        Consumers of caches that still run are told that the stream failed, with this story. All that was not delivered
+        is counted as lost.
+        """
+        record = await self._store.require(self._name)
+        numbers = range(record.spec.shard_count)
+        whole = merge(await asyncio.gather(*(self._wind_up_one(record, number, story) for number in numbers)))
+        # One that was sealed for a reason of its own, the end of its lease say, ended for that.
+        sealed = record.seal.cause if record.seal is not None else "DONE"
+        return {
+            "end_cause": whole.end_cause if sealed == "DONE" else sealed,
+            "flow": "",
+            "counters": whole.counters,
+            "first_frame_time": _time(whole.first_frame_time),
+            "last_frame_time": _time(whole.last_frame_time),
+        }
+
+    async def _wind_up_one(self, record: BufferRecord, number: int, story: str) -> CacheStatus:
+        ended = record.shards[number].last
+        if ended is not None:
+            return ended
+        directory = self.directory_of(number)
+        seen = self._statuses.get(number)
+        if seen is None and record.counters is not None and record.spec.shard_count == 1:
+            seen = CacheStatus(state="FAILED", address="", epoch=record.epoch, counters=record.counters)
+        process = Process.attach(directory)
+        if process is not None and process.alive():
+            # One that does not answer is told by its end.
+            with suppress(BeamwireError):
+                seen = await (await CacheControl.connect(directory, TELL_TIMEOUT)).seal("FAILED", story)
+            await end(directory)
+        return await asyncio.to_thread(final_status, directory, seen)
 
     async def note(self, number: int, status: CacheStatus) -> None:
         """Store what a cache says if something changed that matters; otherwise only show the new counters."""
@@ -225,6 +280,11 @@ def _log_return(record: BufferRecord, number: int, status: CacheStatus) -> None:
         log.warning("cache %d of %s is back without what it held, in epoch %d", number, record.name, status.epoch)
     else:
         log.warning("cache %d of %s is back, with %d frames", number, record.name, held)
+
+
+def _for_good(death: BeamwireError, why: str) -> BeamwireError:
+    """Return a death that no other cache follows, with the reason for that."""
+    return BeamwireError(death.reason, f"{death.message}; {why}", metadata=death.metadata)
 
 
 def _time(seconds: float) -> datetime | None:

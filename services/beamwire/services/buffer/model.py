@@ -76,12 +76,15 @@ class Shard(BaseModel, frozen=True):
     """One cache process of a buffer: what its successor needs to know.
 
     `address` is host:port or a path, once peers may dial it; `ring` the file that holds its frames, empty if they are
-    in memory of its own; `last` its last word, once its stream has ended.
+    in memory of its own; `last` its last word, once its stream has ended. `restart_count` counts all its restarts,
+    `spent_restarts` those since it last ran well for a while, `death_time` is when it last died.
     """
 
     address: str = ""
     ring: str = ""
     restart_count: int = 0
+    spent_restarts: int = 0
+    death_time: datetime | None = None
     last: CacheStatus | None = None
 
 

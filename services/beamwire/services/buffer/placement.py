@@ -71,18 +71,20 @@ class Placement:
         self._check_leases(spec)
         _check_groups(spec)
         if not spec.acked and spec.overflow_policy == "SPILL":
-            raise invalid_field("buffer.spec.overflow_policy", "SPILL needs delivery ACKED: PUSH keeps nothing")
+            raise invalid_field("buffer.spec.overflow_policy", "spill needs delivery acked: push keeps nothing")
 
     def _check_transport(self, spec: BufferSpec) -> None:
         field = "buffer.spec.transport"
         if spec.transport not in TRANSPORTS:
-            raise BeamwireError(Reason.UNSUPPORTED, f"{field}: {spec.transport} is not in this release; use TLS_TCP")
+            raise BeamwireError(
+                Reason.UNSUPPORTED, f"{field}: {spec.transport.lower()} is not in this release; use tls_tcp"
+            )
         if spec.transport == "TCP" and not self.plain_tcp:
-            raise invalid_field(field, "this facility does not allow plain TCP here; use TLS_TCP")
+            raise invalid_field(field, "this facility does not allow plain tcp here; use tls_tcp")
         if spec.transport == "IPC" and not self.allow_ipc:
-            raise invalid_field(field, "this facility does not allow IPC; use TLS_TCP")
+            raise invalid_field(field, "this facility does not allow ipc; use tls_tcp")
         if spec.transport == "IPC" and not spec.acked:
-            raise invalid_field(field, "IPC needs delivery ACKED")
+            raise invalid_field(field, "ipc needs delivery acked")
 
     def _check_sizes(self, spec: BufferSpec) -> None:
         most = min(spec.producer_count, MOST_SHARDS)
@@ -104,7 +106,7 @@ class Placement:
                 "buffer.spec.retain_bytes", f"must be from 0 to {spec.capacity_bytes}, the capacity of the buffer"
             )
         if spec.retain_bytes and not spec.acked:
-            raise invalid_field("buffer.spec.retain_bytes", "needs delivery ACKED: PUSH keeps nothing")
+            raise invalid_field("buffer.spec.retain_bytes", "needs delivery acked: push keeps nothing")
 
     def _check_leases(self, spec: BufferSpec) -> None:
         longest = self.lease.total_seconds()
@@ -117,7 +119,7 @@ class Placement:
 def _check_groups(spec: BufferSpec) -> None:
     if spec.groups and not spec.acked:
         raise invalid_field(
-            "buffer.spec.groups", "needs delivery ACKED: the consumers of a PUSH buffer share its frames"
+            "buffer.spec.groups", "needs delivery acked: the consumers of a buffer with delivery push share its frames"
         )
     if len(spec.groups) > MOST_GROUPS:
         raise invalid_field("buffer.spec.groups", f"may be at most {MOST_GROUPS}")

@@ -13,11 +13,11 @@ from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.processes import Process, launch
 from beamwire.services.buffer.cache.journal import JOURNAL_FILE
 from beamwire.services.buffer.control import CacheControl, CacheStatus
+from beamwire.services.buffer.remains import last_words
 
 log = logging.getLogger(__name__)
 
 START_TIMEOUT = 30.0
-LOG_TAIL_LINES = 10
 # The cache drains on SIGTERM for a while before it gives up by itself.
 STOP_GRACE = 15.0
 
@@ -131,13 +131,11 @@ class CacheKeeper:
                 log.info("%s is still reading what it left", self._directory)
 
     def _death(self, died: asyncio.Task[object]) -> BeamwireError:
-        stderr = self._directory / "stderr"
-        lines = stderr.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if stderr.exists() else []
+        words = last_words(self._directory)
         how = str(died.result()) if died.done() and not died.cancelled() else "its control socket closed"
-        printed = "; it printed:\n" + "\n".join(lines) if lines else ""
-        return BeamwireError(
-            Reason.CACHE_FAILED, f"the cache of {self._name} died ({how}){printed}", metadata={"buffer": self._name}
-        )
+        printed = f"; the last that it said: {words[-1]}" if words else ""
+        metadata = {"buffer": self._name, **({"log": "\n".join(words)} if words else {})}
+        return BeamwireError(Reason.CACHE_FAILED, f"the cache of {self._name} died ({how}){printed}", metadata=metadata)
 
 
 async def end(directory: Path) -> None:

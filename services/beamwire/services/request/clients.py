@@ -216,6 +216,6 @@ def _buffer_view(buffer: buffer_pb.Buffer) -> BufferView:
         capacity_bytes=buffer.spec.capacity_bytes * buffer.spec.shard_count,
         overflow_policy=buffer_pb.OverflowPolicy.Name(buffer.spec.overflow_policy).removeprefix("OVERFLOW_POLICY_"),
         account=account,
-        end_cause=account_pb2.EndCause.Name(buffer.end_cause).removeprefix("END_CAUSE_"),
+        end_cause=account_pb2.EndCause.Name(buffer.end_cause).removeprefix("END_CAUSE_") if buffer.end_cause else "",
         error=_failure(buffer.error),
     )

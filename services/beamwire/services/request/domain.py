@@ -20,7 +20,7 @@ from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner, to_the_end
 from beamwire.services.request.model import TRANSFER_STATES, TransferRecord, TransferState
 from beamwire.services.request.ports import BufferPort, BufferView, Fitness, JobPort, JobView, Preflight
-from beamwire.services.request.receipt import imbalances, receipt_of, unwanted_losses
+from beamwire.services.request.receipt import imbalances, in_words, receipt_of, unwanted_losses
 
 T = TypeVar("T")
 
@@ -214,7 +214,8 @@ class Transfers:
             await asyncio.wait({settled, buffer}, timeout=SETTLE_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
             if not settled.done() and not buffer.done():
                 raise BeamwireError(
-                    Reason.PRODUCER_FAILED, "the streamer ended with exit code 0 without saying END on every rank"
+                    Reason.PRODUCER_FAILED,
+                    "the streamer ended with exit code 0, but not every rank had ended its stream",
                 )
         finally:
             await _reap(settled)
@@ -226,7 +227,7 @@ class Transfers:
             self._store.publish(record.model_copy(update={"account": view.account}))
             if view.state != "READY":
                 leaving_ready.set()
-            if view.ended:
+            if view.ended or view.error is not None:
                 return view
         raise BeamwireError(Reason.CACHE_FAILED, f"{buffer} went away before it had ended")
 
@@ -240,11 +241,11 @@ class Transfers:
         """Refuse success unless the account balances and nothing was lost but what the request gave up."""
         receipt = receipt_of(view.account, view.end_cause)
         if view.end_cause != "DONE":
-            raise BeamwireError(Reason.PRODUCER_FAILED, f"the stream ended as {view.end_cause}, not DONE")
+            raise BeamwireError(Reason.PRODUCER_FAILED, f"the stream ended as {in_words(view.end_cause)}, not as done")
         if not receipt.balanced:
             raise BeamwireError(Reason.RECEIPT_UNBALANCED, "; ".join(imbalances(view.account)))
         if lost := unwanted_losses(receipt, view.overflow_policy):
-            causes = ", ".join(f"{count} {cause}" for cause, count in sorted(lost.items()))
+            causes = ", ".join(f"{count} {in_words(cause)}" for cause, count in sorted(lost.items()))
             raise BeamwireError(Reason.EVENTS_LOST, f"events did not reach a consumer: {causes}", metadata=_texts(lost))
         await self._store.change(name, lambda r: {**_to(r, TransferState.SUCCEEDED), "receipt": receipt})
 
@@ -256,7 +257,7 @@ class Transfers:
             _ending(self._stop_buffer(record, cause, detail), record.buffer),
             _ending(self._stop_job(record), record.job),
         )
-        changes: dict[str, object] = {"receipt": receipt_of(view.account, view.end_cause)} if view else {}
+        changes: dict[str, object] = {"receipt": receipt_of(view.account, view.end_cause or cause)} if view else {}
         if error is not None:
             changes["error"] = Failure.of(error)
         await self._store.change(name, lambda r: {**_to(r, state), **changes})
@@ -309,7 +310,8 @@ def _error(kept: Failure | None, reason: Reason, message: str) -> BeamwireError:
 
 
 def _raise_if_failed(view: BufferView) -> None:
-    if view.state == "FAILED":
+    # It says why some time before it has failed: its caches are stopped in between.
+    if view.state == "FAILED" or view.error is not None:
         raise _error(view.error, Reason.CACHE_FAILED, "the cache failed")
 
 

@@ -22,7 +22,7 @@ class Fitness:
 
 @dataclass(frozen=True)
 class BufferView:
-    """What the saga needs to know of a buffer."""
+    """What the saga needs to know of a buffer. `end_cause` is an EndCause without its prefix, empty if it has none."""
 
     state: str
     connect_string: str

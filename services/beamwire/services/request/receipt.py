@@ -100,6 +100,11 @@ def unwanted_losses(receipt: Receipt, overflow_policy: str = "") -> dict[str, in
     return {cause: count for cause, count in receipt.losses.items() if cause not in wanted}
 
 
+def in_words(name: str) -> str:
+    """Return the name of a cause as a person says it: `consumer connection`, say."""
+    return name.replace("_", " ").lower()
+
+
 def _forgotten(account: BufferAccount) -> int:
     """Return the events that came to a cache which died and left nothing.
 

@@ -98,11 +98,17 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A serialized batch: `data` of a media type, or the arrays of the batch themselves if `data` is None."""
+    """What a handler sends: `data` of a media type, or `arrays` if `data` is None.
 
-    batch: Batch
+    `event_ids` (n,) uint64 are the events in it; none where it belongs to the stream as a whole, as its start does.
+    `suffix` is that of a file which holds it.
+    """
+
+    event_ids: npt.NDArray[np.uint64]
+    arrays: Mapping[str, Array | Ragged] = field(default_factory=dict[str, Array | Ragged])
     data: bytes | memoryview | None = None
     media_type: str = ""
+    suffix: str = "frame"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +202,16 @@ class Serializer(Protocol):
         """Raises BeamwireError INVALID_FIELD if it cannot hold these."""
         ...
 
-    def serialize(self, batch: Batch) -> Message:
-        """The message; it is good until the next batch."""
+    def begin(self, info: StreamInfo) -> Iterable[Message]:
+        """What goes before the first batch."""
+        ...
+
+    def serialize(self, batch: Batch) -> Iterable[Message]:
+        """The messages of a batch, which name each of its events once; they are good until the next batch."""
+        ...
+
+    def end(self) -> Iterable[Message]:
+        """What goes after the last batch, if the stream ends well."""
         ...
 
 

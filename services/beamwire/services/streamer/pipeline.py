@@ -15,6 +15,7 @@ from beamwire.services.streamer.components import (
     Batch,
     FieldSpec,
     Handler,
+    Message,
     Serializer,
     SourceContext,
     Stage,
@@ -86,11 +87,13 @@ class Pipeline:
         with self._ending():
             for handler in self._handlers:
                 handler.open(self._info)
+            self._hand(self._serializer.begin(self._info))
             for reading in self._reader:
                 self._stop_if_told()
                 self._take(reading)
             self._stop_if_told()
             self._send(self._flushed())
+            self._hand(self._serializer.end())
             self._veto()
         return replace(self.account)
 
@@ -112,10 +115,13 @@ class Pipeline:
 
     def _send(self, batches: Iterable[Batch]) -> None:
         for batch in batches:
-            message = self._serializer.serialize(batch)
+            self._hand(self._serializer.serialize(batch))
+
+    def _hand(self, messages: Iterable[Message]) -> None:
+        for message in messages:
             for handler in self._handlers:
                 handler.send(message)
-            self.account.sent += len(batch.event_ids)
+            self.account.sent += len(message.event_ids)
 
     def _flushed(self) -> Iterator[Batch]:
         for place, stage in enumerate(self._stages):

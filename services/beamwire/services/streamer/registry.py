@@ -51,16 +51,16 @@ BUILT_IN: dict[Kind, dict[str, str]] = {
         "SyntheticPeaks": f"{_HERE}.sources.synthetic:SyntheticPeaks",
     },
     Kind.STAGE: {
-        "BatchProcessingPipeline": f"{_HERE}.batching:BatchProcessingPipeline",
+        "BatchProcessingPipeline": f"{_HERE}.stages.batching:BatchProcessingPipeline",
     },
     Kind.SERIALIZER: {
-        "HDF5BinarySerializer": f"{_HERE}.serializers:HDF5BinarySerializer",
-        "NativeSerializer": f"{_HERE}.serializers:NativeSerializer",
+        "HDF5BinarySerializer": f"{_HERE}.serializers.hdf5:HDF5BinarySerializer",
+        "NativeSerializer": f"{_HERE}.serializers.native:NativeSerializer",
     },
     Kind.HANDLER: {
-        "BinaryDataStreamingDataHandler": f"{_HERE}.handlers:BinaryDataStreamingDataHandler",
-        "BinaryFileWritingDataHandler": f"{_HERE}.handlers:BinaryFileWritingDataHandler",
-        "BufferDataHandler": f"{_HERE}.handlers:BufferDataHandler",
+        "BinaryDataStreamingDataHandler": f"{_HERE}.handlers.sockets:BinaryDataStreamingDataHandler",
+        "BinaryFileWritingDataHandler": f"{_HERE}.handlers.files:BinaryFileWritingDataHandler",
+        "BufferDataHandler": f"{_HERE}.handlers.buffer:BufferDataHandler",
     },
 }
 

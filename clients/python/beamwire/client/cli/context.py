@@ -14,21 +14,25 @@ import click
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
 
-from beamwire.client.cli.failures import EXIT_CODES, TerminatedError, exit_code, explain
+from beamwire.client.cli.failures import EXIT_CODES, TerminatedError, error_document, exit_code, explain
+from beamwire.client.cli.text import receipt_text
 from beamwire.client.client import Client, connect
 from beamwire.client.config import config_directory, trace_directory
 from beamwire.mesh import telemetry
+from beamwire.mesh.errors import invalid_field
+from beamwire.request.v1.request_service_pb2 import Transfer
 
 
 @dataclass(slots=True)
 class Cli:
-    """The global options of one invocation."""
+    """The global options of one invocation, and the transfer that it was about, if that has ended badly."""
 
     facility: str | None = None
     config_dir: Path | None = None
     json: bool = False
     quiet: bool = False
     verbose: bool = False
+    ended: Transfer | None = None
 
     @property
     def config(self) -> Path:
@@ -115,11 +119,26 @@ class Group(click.Group):
         """Run the subcommand."""
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except click.ClickException as error:
+            if ctx.ensure_object(Cli).json:
+                click.echo(to_json({"error": error_document(invalid_field("command", error.format_message()))}))
             raise
         except (Exception, KeyboardInterrupt) as error:
-            explain(error, verbose=ctx.ensure_object(Cli).verbose)
+            _say_how_it_failed(ctx.ensure_object(Cli), error)
             ctx.exit(exit_code(error))
+
+
+def _say_how_it_failed(cli: Cli, error: BaseException) -> None:
+    """Print the receipt, if there is one, and the error, to standard error; for programs, both on standard output."""
+    ended = cli.ended if cli.ended is not None and cli.ended.HasField("receipt") else None
+    if ended is not None and not cli.json:
+        click.echo(receipt_text(ended.receipt) + "\n", err=True)
+    explain(error, verbose=cli.verbose)
+    if cli.json:
+        receipt = {"transfer": ended.name, "receipt": as_dict(ended.receipt)} if ended is not None else {}
+        click.echo(to_json({"error": error_document(error), **receipt}))
 
 
 pass_cli = click.make_pass_decorator(Cli, ensure=True)

@@ -66,21 +66,22 @@ class BarDisplay(Display):
 
 
 class LineDisplay(Display):
-    """A line every few seconds and whenever the state changes, on standard error."""
+    """A line every few seconds, when the state changes and when the waiting begins, on standard error."""
 
     def __init__(self, *, as_json: bool = False) -> None:
         self._json = as_json
         self._period = _JSON_SECONDS if as_json else _LINE_SECONDS
         self._next = 0.0
-        self._state = ""
+        self._shown: tuple[str, bool] | None = None
 
     def show(self, snapshot: Snapshot) -> None:
         """Print a line if it is time for one."""
         now = time.monotonic()
-        if now < self._next and snapshot.state == self._state:
+        shown = snapshot.state, bool(snapshot.waiting_for)
+        if now < self._next and shown == self._shown:
             return
         self._next = now + self._period
-        self._state = snapshot.state
+        self._shown = shown
         if self._json:
             click.echo(to_json(asdict(snapshot)))
         else:

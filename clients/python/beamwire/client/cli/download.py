@@ -9,11 +9,13 @@ from pathlib import Path
 
 from beamwire.client.cli.context import Cli, as_dict, to_json
 from beamwire.client.cli.display import Display, choose_display
+from beamwire.client.cli.glance import Glance, groups_behind
 from beamwire.client.cli.progress import Meter
 from beamwire.client.cli.text import aligned, counted, receipt_rows, size
 from beamwire.client.client import Client
 from beamwire.client.files.naming import Target
 from beamwire.client.files.writer import Format, Writer
+from beamwire.client.groups import DEFAULT_GROUP, choose_group
 from beamwire.client.session import Counters, Via
 from beamwire.client.source import Source
 from beamwire.client.stream import Part, Stream
@@ -24,13 +26,14 @@ from beamwire.request.v1.request_service_pb2 import Receipt, Transfer
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where and how the events are written."""
+    """Where and how the events are written. With `empty`, a stream without events makes a file without events."""
 
     directory: Path
     prefix: str = ""
     suffix: str = "h5"
     format: Format = Format.HDF5
     overwrite: bool = False
+    empty: bool = True
 
     def writers(self, stem: str, consumers: int) -> list[Writer]:
         """Return one writer per consumer, after making sure that no file is in the way and the directory exists."""
@@ -89,13 +92,16 @@ def download(
             futures = [
                 pool.submit(_write_all, part, writer) for part, writer in zip(stream.split(), writers, strict=False)
             ]
-            with choose_display(cli) as display:
-                _watch(futures, stream, display)
-            receipt = stream.wait()
+            with choose_display(cli) as display, Glance(client) as glance:
+                progress = _Progress(stream, display, glance, way.group)
+                _watch(futures, progress)
+                receipt = _await_end(stream, progress)
         attributes = _attributes(client, stream)
-        files = [path for writer in writers for path in writer.finish(attributes)]
+        begun = writers if output.empty or stream.counters.events else []
+        files = [path for writer in begun for path in writer.finish(attributes)]
         return Download(stream.transfer, receipt, files, stream.counters, time.monotonic() - begin)
     except BeamwireError as error:
+        cli.ended = stream.transfer
         _keep(writers, _attributes(client, stream) | {"incomplete": error.message}, error)
         raise
     except KeyboardInterrupt as error:
@@ -112,7 +118,8 @@ def download(
 
 def report(cli: Cli, done: Download) -> None:
     """Print the receipt, and where the files are."""
-    if done.receipt and done.receipt.delivered_event_count and not done.counters.events:
+    others_had_it = done.receipt is None or done.receipt.delivered_event_count
+    if others_had_it and not done.counters.events:
         cli.say("the transfer had ended, or others took its events: nothing was left to read")
     if cli.json:
         document = {
@@ -155,16 +162,50 @@ def _write_all(part: Part, writer: Writer) -> None:
         writer.begin(part.header)
 
 
-def _watch(futures: list[Future[None]], stream: Stream, display: Display) -> None:
+class _Progress:
+    """What is shown of a stream while it is read, and while others still read it."""
+
+    def __init__(self, stream: Stream, display: Display, glance: Glance, group: str) -> None:
+        self.interval = display.interval
+        self._stream = stream
+        self._display = display
+        self._glance = glance
+        self._group = group
+        self._meter = Meter()
+
+    def show(self, *, waiting: bool = False) -> None:
+        """Show how far it is; `waiting` if all that is for this program was read."""
+        now, transfer, counters = time.monotonic(), self._stream.transfer, self._stream.counters
+        buffer = self._glance.look(now, transfer)
+        behind: dict[str, int] = {}
+        if waiting and transfer is not None and buffer is not None:
+            behind = groups_behind(buffer, choose_group(self._group, transfer) or DEFAULT_GROUP)
+        self._display.show(
+            self._meter.snapshot(
+                now, transfer, events=counters.events, bytes_=counters.bytes, buffer=buffer, waiting_for=behind
+            )
+        )
+
+
+def _watch(futures: list[Future[None]], progress: _Progress) -> None:
     """Show progress until every writer is done; raises what the first one that failed raised."""
-    meter = Meter()
     pending = set(futures)
     while pending:
-        done, pending = wait(pending, timeout=display.interval, return_when=FIRST_EXCEPTION)
+        done, pending = wait(pending, timeout=progress.interval, return_when=FIRST_EXCEPTION)
         for future in done:
             future.result()
-        counters = stream.counters
-        display.show(meter.snapshot(time.monotonic(), stream.transfer, events=counters.events, bytes_=counters.bytes))
+        progress.show()
+
+
+def _await_end(stream: Stream, progress: _Progress) -> Receipt | None:
+    """Wait until the others have read everything too, and show who that is."""
+    # Of a stream by its connect string nothing is known before it has ended.
+    patience = progress.interval if stream.transfer is not None else None
+    while True:
+        try:
+            return stream.wait(patience)
+        except TimeoutError:
+            progress.show(waiting=True)
 
 
 def _attributes(client: Client, stream: Stream) -> dict[str, str]:

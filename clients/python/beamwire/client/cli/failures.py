@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 import traceback
+from dataclasses import asdict
 
 import click
 
@@ -70,6 +71,37 @@ def explain(error: BaseException, *, verbose: bool = False) -> None:
     if verbose:
         traceback.print_exception(error, file=sys.stderr)
     click.echo("\n".join(_lines(error)), err=True)
+
+
+def error_document(error: BaseException) -> dict[str, object]:
+    """Return an error for programs: `reason`, `message`, and `violations` and `notes` where there are some.
+
+    The reason is one of the contract's, the name of the system's error (`ENOSPC`), INTERRUPTED, or INTERNAL.
+    """
+    document: dict[str, object] = {"reason": _reason(error), "message": _message(error)}
+    if isinstance(error, BeamwireError) and error.violations:
+        document["violations"] = [asdict(violation) for violation in error.violations]
+    if notes := getattr(error, "__notes__", []):
+        document["notes"] = list(notes)
+    return document
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, BeamwireError):
+        return error.reason.name
+    if isinstance(error, KeyboardInterrupt):
+        return "INTERRUPTED"
+    if isinstance(error, OSError) and error.errno is not None:
+        return errno.errorcode.get(error.errno, Reason.INTERNAL.name)
+    return Reason.INTERNAL.name
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, BeamwireError):
+        return error.message
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return _os_message(error) if isinstance(error, OSError) else repr(error)
 
 
 def _lines(error: BaseException) -> list[str]:

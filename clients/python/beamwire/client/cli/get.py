@@ -112,7 +112,7 @@ def pull(
     via: Via,
 ) -> None:
     """Take events from a stream that exists: a transfer, or a buffer by its connect string."""
-    where = Output(directory=output or Path(), format=Format(format_), overwrite=overwrite)
+    where = Output(directory=output or Path(), format=Format(format_), overwrite=overwrite, empty=False)
     with cli.client() as client:
         done = download(cli, client, source, where, Way(consumers, group, via), stem=stem_of(source))
     report(cli, done)

@@ -39,20 +39,28 @@ def push(cli: Cli, files: tuple[Path, ...], connect_text: str | None) -> None:
     Without --connect a buffer is made, its connect string printed to standard error, and the command waits until a
     consumer (`beamwire pull`, say) has taken everything.
     """
+    connect = ConnectString.parse(connect_text) if connect_text else None
+    largest = max(_size_of(path) for path in files)
     with cli.client() as client:
-        if connect_text:
-            connect = ConnectString.parse(connect_text)
-            sent = _send(cli, client, connect, files)
+        if connect is not None:
+            sent = _send_to(cli, client, connect, files)
             said = f"sent {counted(sent.frames, 'frame')}, {size(sent.bytes)}"
             cli.answer(said, {"frames": sent.frames, "events": sent.events})
             return
-        largest = max(path.stat().st_size for path in files) + _HEADER_ROOM
-        spec = BufferSpec(capacity_bytes=max(_LEAST_CAPACITY, 2 * largest), producer_count=1)
+        spec = BufferSpec(capacity_bytes=max(_LEAST_CAPACITY, 2 * (largest + _HEADER_ROOM)), producer_count=1)
         with own_buffer(client, spec) as buffer:
             click.echo(buffer.connect_string, err=True)
             sent = _send(cli, client, ConnectString.parse(buffer.connect_string), files)
             ended = _await_delivery(client, buffer.name)
     _report(cli, sent, ended)
+
+
+def _size_of(path: Path) -> int:
+    """Return the bytes that a file's frame will carry, after making sure that it can be read and sent."""
+    if is_array_file(path):
+        return read_arrays(path, 0).size
+    with path.open("rb"):
+        return path.stat().st_size
 
 
 @contextmanager
@@ -68,6 +76,38 @@ def own_buffer(client: Client, spec: BufferSpec) -> Iterator[Buffer]:
         raise BeamwireError(Reason.CACHE_FAILED, f"{created.name} ended before it was ready")
     finally:
         client.delete_buffer(created.name)
+
+
+def _send_to(cli: Cli, client: Client, connect: ConnectString, files: tuple[Path, ...]) -> ProducerCounters:
+    """Send to a buffer of somebody's; one that takes nothing (more) is an error with a remedy."""
+    if _has_ended(client, connect):
+        raise _refused(connect, "its stream has ended")
+    try:
+        return _send(cli, client, connect, files)
+    except BeamwireError as error:
+        if error.reason is Reason.ILLEGAL_STATE:
+            raise _refused(connect, error.message) from error
+        raise
+
+
+def _refused(connect: ConnectString, why: str) -> BeamwireError:
+    return BeamwireError(
+        Reason.ILLEGAL_STATE,
+        f"nothing more can be sent to buffers/{connect.buffer}: {why}. A buffer takes one stream of each producer; "
+        "leave --connect away to send into a new one",
+    )
+
+
+def _has_ended(client: Client, connect: ConnectString) -> bool:
+    try:
+        return client.get_buffer(connect.buffer).state in (
+            Buffer.STATE_DRAINING,
+            Buffer.STATE_ENDED,
+            Buffer.STATE_FAILED,
+        )
+    except BeamwireError:
+        # Who may only produce cannot see it.
+        return False
 
 
 def _send(cli: Cli, client: Client, connect: ConnectString, files: tuple[Path, ...]) -> ProducerCounters:

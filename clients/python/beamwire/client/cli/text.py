@@ -16,7 +16,7 @@ from beamwire.request.v1.request_service_pb2 import Component, Receipt, StageAcc
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 Row = tuple[str, str]
 STAGE_HEADER = ("STAGE", "CAME", "LEFT", "LOST", "WHY")
-GROUP_HEADER = ("GROUP", "EVENTS", "FRAMES AGAIN", "LOST", "WHY")
+GROUP_HEADER = ("GROUP", "EVENTS", "FRAMES", "AGAIN", "LOST", "WHY")
 
 
 def size(count: float) -> str:
@@ -74,8 +74,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def receipt_rows(receipt: Receipt) -> list[Row]:
-    """Return the account: what was selected, what came, what did not and why, and whether that balances."""
+def receipt_rows(receipt: Receipt, *, groups: bool = True) -> list[Row]:
+    """Return the account: what was selected, what came, what did not and why, and whether that balances.
+
+    Several groups have a row each, unless they are shown elsewhere.
+    """
     seconds = receipt.streaming_duration.ToNanoseconds() / 1e9
     rate = ""
     # A stream of one frame takes no time that could be measured.
@@ -83,10 +86,7 @@ def receipt_rows(receipt: Receipt) -> list[Row]:
         rate = f" at {receipt.delivered_event_count / seconds:.4g} events/s, {size(receipt.sent_bytes / seconds)}/s"
     return [
         ("selected", counted(receipt.selected_event_count, "event")),
-        (
-            "delivered",
-            f"{counted(receipt.delivered_event_count, 'event')} in {counted(receipt.frame_count, 'frame')}",
-        ),
+        *_delivered(receipt, groups=groups),
         *((f"lost: {loss_word(loss.cause)}", counted(loss.event_count, "event")) for loss in receipt.losses),
         ("balanced", "yes" if receipt.balanced else "NO"),
         ("ended", EndCause.Name(receipt.end_cause).removeprefix("END_CAUSE_").lower()),
@@ -95,12 +95,28 @@ def receipt_rows(receipt: Receipt) -> list[Row]:
     ]
 
 
+def _delivered(receipt: Receipt, *, groups: bool) -> list[Row]:
+    """Return what came. Each of several groups got frames of its own: their sum would say nothing."""
+    declared = [group for group in receipt.groups if group.declared]
+    events = counted(receipt.delivered_event_count, "event")
+    if len(declared) < 2:
+        return [("delivered", f"{events} in {counted(receipt.frame_count, 'frame')}")]
+    rows = [
+        (
+            f"  to {group.group}",
+            f"{counted(group.acknowledged_event_count, 'event')} in {counted(group.acknowledged_frame_count, 'frame')}",
+        )
+        for group in declared
+    ]
+    return [("delivered", f"{events} to every group"), *(rows if groups else [])]
+
+
 def receipt_text(receipt: Receipt) -> str:
     """Return the account as a table of stages, one of the groups if there are several, and the sums."""
     parts = [columns(STAGE_HEADER, [_stage_row(stage) for stage in receipt.stages])] if receipt.stages else []
     if len(receipt.groups) > 1:
         parts.append(columns(GROUP_HEADER, [_group_row(group) for group in receipt.groups]))
-    return "\n\n".join([*parts, aligned(receipt_rows(receipt))])
+    return "\n\n".join([*parts, aligned(receipt_rows(receipt, groups=False))])
 
 
 def _stage_row(stage: StageAccount) -> list[str]:
@@ -109,7 +125,8 @@ def _stage_row(stage: StageAccount) -> list[str]:
 
 def _group_row(group: GroupCounters) -> list[str]:
     name = group.group if group.declared else f"{group.group} (joined)"
-    return [name, str(group.acknowledged_event_count), str(group.redelivered_frame_count), *_lost(group.losses)]
+    counts = group.acknowledged_event_count, group.acknowledged_frame_count, group.redelivered_frame_count
+    return [name, *map(str, counts), *_lost(group.losses)]
 
 
 def _lost(losses: Sequence[Loss]) -> list[str]:

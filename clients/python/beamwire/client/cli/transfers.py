@@ -12,6 +12,7 @@ from beamwire.client.cli.context import Cli, Command, as_dict, pass_cli
 from beamwire.client.cli.display import choose_display
 from beamwire.client.cli.failures import FAILED
 from beamwire.client.cli.get import parse_labels
+from beamwire.client.cli.glance import Glance
 from beamwire.client.cli.progress import Meter
 from beamwire.client.cli.text import (
     TRANSFER_HEADER,
@@ -39,6 +40,7 @@ def watch(cli: Cli, transfer: str) -> None:
     with cli.client() as client:
         last = _watch(cli, client, transfer)
     if last.state != Transfer.STATE_SUCCEEDED:
+        cli.ended = last
         raise failure_of(last)
     cli.answer(aligned(receipt_rows(last.receipt)), {"transfer": last.name, "receipt": as_dict(last.receipt)})
 
@@ -46,11 +48,17 @@ def watch(cli: Cli, transfer: str) -> None:
 def _watch(cli: Cli, client: Client, name: str) -> Transfer:
     meter = Meter()
     last = Transfer()
-    with choose_display(cli) as display:
+    with choose_display(cli) as display, Glance(client) as glance:
         for last in client.watch_transfer(name):
-            counters = last.counters
+            now, counters = time.monotonic(), last.counters
             display.show(
-                meter.snapshot(time.monotonic(), last, events=counters.sent_event_count, bytes_=counters.sent_bytes)
+                meter.snapshot(
+                    now,
+                    last,
+                    events=counters.sent_event_count,
+                    bytes_=counters.sent_bytes,
+                    buffer=glance.look(now, last),
+                )
             )
     return last
 
@@ -104,7 +112,8 @@ def receipt(cli: Cli, transfer: str) -> None:
             raise failure_of(found)
         raise BeamwireError(
             Reason.ILLEGAL_STATE,
-            f"{found.name} is {state_word(found)} and has no receipt before its end; `beamwire watch` waits for it",
+            f"{found.name} is {state_word(found).lower()} and has no receipt before its end; "
+            "`beamwire watch` waits for it",
         )
     cli.answer(receipt_text(found.receipt), found.receipt)
     if not found.receipt.balanced or found.state != Transfer.STATE_SUCCEEDED:
@@ -131,6 +140,7 @@ def _job_of(client: Client, name: str, *, wait: bool) -> str:
         transfer = next((seen for seen in client.watch_transfer(name) if seen.job or has_ended(seen)), transfer)
     if not transfer.job:
         raise BeamwireError(
-            Reason.ILLEGAL_STATE, f"{transfer.name} is {state_word(transfer)} and no streamer was started for it"
+            Reason.ILLEGAL_STATE,
+            f"{transfer.name} is {state_word(transfer).lower()} and no streamer was started for it",
         )
     return transfer.job

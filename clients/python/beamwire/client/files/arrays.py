@@ -33,6 +33,14 @@ class ArrayFile:
     arrays: dict[str, Array | Ragged]
     event_ids: npt.NDArray[np.uint64]
 
+    @property
+    def size(self) -> int:
+        """The bytes of all arrays."""
+        return sum(
+            array.values.nbytes + array.row_offsets.nbytes if isinstance(array, Ragged) else array.nbytes
+            for array in self.arrays.values()
+        )
+
     def fields(self) -> list[Field]:
         """Describe the arrays as a stream's header does."""
         return [_field(name, array) for name, array in self.arrays.items()]

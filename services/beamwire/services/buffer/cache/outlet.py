@@ -26,7 +26,7 @@ from beamwire.services.buffer.cache.vault import Vault
 from beamwire.stream.v1.link_pb2 import FrameRange, Hello
 
 # Frames up to this size together go out in one call.
-_GREEDY_BYTES: Final = 256 * 1024
+_GREEDY_BYTES: Final = 4 * 1024 * 1024
 # A frame that was found broken so often is given up, though our copy of it is good: something else must be wrong.
 _MOST_REJECTIONS: Final = 1000
 

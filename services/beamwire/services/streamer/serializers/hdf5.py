@@ -1,9 +1,9 @@
-"""How batches become bytes: the native frame, which needs no bytes of its own, and HDF5."""
+"""HDF5: a file for each batch."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -11,28 +11,11 @@ from pydantic import Field, model_validator
 
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 from beamwire.mesh.stream.frame import Ragged
-from beamwire.services.streamer.components import Array, Batch, ComponentParameters, FieldSpec, Message
+from beamwire.services.streamer.components import Array, Batch, ComponentParameters, FieldSpec, Message, StreamInfo
 
 HDF5_MEDIA_TYPE = "application/x-hdf5"
 
 Compression = Literal["gzip", "gzip_with_shuffle", "bitshuffle_with_lz4", "bitshuffle_with_zstd", "zfp"]
-
-
-class NativeSerializer:
-    """Leaves the arrays to the frame, which takes them as they are."""
-
-    class Parameters(ComponentParameters):
-        """None."""
-
-    def __init__(self, parameters: NativeSerializer.Parameters) -> None:
-        del parameters
-
-    def check(self, fields: Sequence[FieldSpec]) -> None:
-        """A frame holds whatever can be read."""
-
-    def serialize(self, batch: Batch) -> Message:
-        """The batch itself."""
-        return Message(batch)
 
 
 class ZfpMode(ComponentParameters):
@@ -97,7 +80,12 @@ class HDF5BinarySerializer:
                     Reason.INVALID_FIELD, f"{field}: {description}", violations=[FieldViolation(field, description)]
                 )
 
-    def serialize(self, batch: Batch) -> Message:
+    def begin(self, info: StreamInfo) -> Iterable[Message]:
+        """Nothing."""
+        del info
+        return ()
+
+    def serialize(self, batch: Batch) -> Iterable[Message]:
         """The bytes of an HDF5 file."""
         import h5py
 
@@ -106,7 +94,11 @@ class HDF5BinarySerializer:
             for name, values in batch.arrays.items():
                 if path := self._path(name):
                     self._write(file, path, values)
-        return Message(batch, buffer.getbuffer(), HDF5_MEDIA_TYPE)
+        yield Message(batch.event_ids, data=buffer.getbuffer(), media_type=HDF5_MEDIA_TYPE, suffix="h5")
+
+    def end(self) -> Iterable[Message]:
+        """Nothing."""
+        return ()
 
     def _path(self, name: str) -> str | None:
         return self._paths.get(name) if self._parameters.fields is not None else f"/{name}"

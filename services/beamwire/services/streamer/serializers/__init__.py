@@ -1,0 +1,1 @@
+"""How batches become bytes, one module for each format."""

@@ -1,0 +1,1 @@
+"""The steps of the pipeline: what happens to events between reading and sending."""
