@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import ssl
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 import numpy as np
 import pynng
@@ -19,6 +19,7 @@ from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.frame import decode
 from beamwire.mesh.stream.producer import Producer
 from beamwire.mesh.stream.writer import FrameWriter
+from beamwire.services.buffer.cache.listener import MOST_PEERS
 from beamwire.stream.v1.frame_pb2 import (
     FRAME_KIND_DATA,
     FRAME_KIND_END,
@@ -191,6 +192,21 @@ def test_other_protocols_are_refused(start_cache):
             sock.settimeout(10)
             assert sock.recv(8) == b""
         cache.wait(lambda status, number=number: status.counters.refused_peer_count == number)
+
+
+@pytest.mark.parametrize("transport", ["tls+tcp", "tcp"])
+def test_a_crowd_that_says_nothing_keeps_no_member_out(start_cache, transport):
+    cache = start_cache(transport=transport)
+    ((host, port),) = cache.connect.hosts
+    with ExitStack() as crowd:
+        # More than there are places: those who came first make room long before their time is over.
+        silent = [crowd.enter_context(socket.create_connection((host, port))) for _ in range(MOST_PEERS + 100)]
+        consumer = Consumer(cache.connect, cache.user, dial_timeout=8)
+        with consumer, Producer(cache.connect, cache.user, HEADER, dial_timeout=8) as producer:
+            producer.send({"x": np.zeros((1, 5))}, np.array([1], np.uint64))
+            assert next(iter(consumer)).header.event_ids == [1]
+        assert silent[0].recv(100) == b""
+    cache.wait(lambda status: status.counters.refused_peer_count >= 100)
 
 
 def test_dialing_gives_up_after_its_bound():

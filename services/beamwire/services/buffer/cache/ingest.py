@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from contextlib import suppress
 from typing import Final
 
 from beamwire.mesh.errors import BeamwireError, Reason
@@ -73,13 +75,16 @@ class _Ingest(ABC):
     def _accept_arrived(self) -> None:
         """Look at what arrived; what is good may be delivered."""
         arrived, self._arrived, self._arrived_bytes = self._arrived, [], 0
-        try:
-            while arrived:
-                self._slot, message = arrived.pop(0)
+        for place, (slot, message) in enumerate(arrived):
+            self._slot = slot
+            try:
                 self._accept(message)
+            except BaseException:
+                # What came behind a message that breaks a rule is not taken.
+                self._discard_all(slot for slot, _ in arrived[place + 1 :])
+                raise
+            finally:
                 self._discard()
-        finally:
-            self._arrived = arrived
 
     def _accept(self, message: memoryview) -> None:
         entrance = self._entrance
@@ -103,6 +108,11 @@ class _Ingest(ABC):
         if self._slot is not None:
             self._relay.discard(self._slot)
             self._slot = None
+
+    def _discard_all(self, slots: Iterable[Slot | None]) -> None:
+        for slot in slots:
+            if slot is not None:
+                self._relay.discard(slot)
 
     def _check(self, header: FrameHeader) -> None:
         if header.epoch > self._relay.epoch:
@@ -129,10 +139,14 @@ class _Ingest(ABC):
 
     def _leave(self) -> None:
         self._discard()
-        for slot, _ in self._arrived:
-            if slot is not None:
-                self._relay.discard(slot)
-        self._arrived = []
+        try:
+            # What came whole before the connection was lost is there.
+            with suppress(SealedError):
+                self._accept_arrived()
+        finally:
+            self._part()
+
+    def _part(self) -> None:
         if self._producer is not None and self._entrance is not None:
             self._relay.disconnected(self._producer, self._entrance)
 
@@ -176,7 +190,10 @@ class PushIngest(_Ingest):
     def _receive_length(self) -> int | None:
         if self._arrived and not self._connection.look():
             self._accept_arrived()
-        return self._connection.receive_length()
+        length = self._connection.receive_length()
+        if length is None:
+            self._accept_arrived()
+        return length
 
     def _introduce(self) -> bool:
         """Take the HEADER, in memory of its own: until it is in, the peer holds nothing. False if the peer left."""

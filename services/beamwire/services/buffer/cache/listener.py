@@ -35,9 +35,12 @@ from beamwire.services.buffer.cache.hangups import Hangups
 from beamwire.services.buffer.cache.ingest import AckedIngest, PushIngest
 from beamwire.services.buffer.cache.peers import RefusedError
 from beamwire.services.buffer.cache.relay import Relay
+from beamwire.services.buffer.cache.strangers import Strangers
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME, LINK_ROLE_PRODUCE, Hello, Refusal, Signal
 
 MOST_PEERS: Final = 1024
+# So many may be on their way in. Members need milliseconds; of a crowd that says nothing the oldest make room.
+MOST_STRANGERS: Final = 256
 _HANDSHAKE_TIMEOUT: Final = 10.0
 _PARTING_TIMEOUT: Final = 1.0
 _ACCEPT_PAUSE: Final = 0.2
@@ -62,6 +65,7 @@ class Listener:
         self._credentials = credentials
         self._hangups = Hangups(relay)
         self._places = threading.BoundedSemaphore(MOST_PEERS)
+        self._strangers = Strangers(MOST_STRANGERS)
         self._closed = threading.Event()
         config = relay.config
         self._path = directory / DATA_SOCKET if config.transport == "ipc" else None
@@ -105,9 +109,12 @@ class Listener:
                 self._relay.refuse(f"{name}: {MOST_PEERS} peers are connected already")
                 sock.close()
                 continue
+            thread = threading.Thread(target=self._serve, args=(sock, name), name=name, daemon=True)
+            self._strangers.add(thread, sock)
             try:
-                threading.Thread(target=self._serve, args=(sock, name), name=name, daemon=True).start()
+                thread.start()
             except RuntimeError as error:
+                self._strangers.remove(thread)
                 self._places.release()
                 sock.close()
                 self._relay.refuse(f"{name}: no thread can be started for it: {error}")
@@ -130,6 +137,7 @@ class Listener:
         except (OSError, ValueError) as error:
             _log.info("lost %s: %s", who, error)
         finally:
+            self._strangers.remove(threading.current_thread())
             self._places.release()
 
     def _secure(self, sock: socket.socket) -> tuple[Connection, Certificate]:
@@ -142,6 +150,7 @@ class Listener:
             return PlainConnection(sock), Certificate()
         secured = secure(self._credentials.server_context(), sock)
         try:
+            self._strangers.replace(threading.current_thread(), secured)
             secured.do_handshake()
             certificate = read_certificate(secured, self._credentials)
         except (OSError, BeamwireError) as error:
@@ -165,6 +174,7 @@ class Listener:
             self._serve_link(Link(connection), connection, certificate, address, who)
             return
         granted = self._admission.admit(certificate, _ROLES[protocol], None, connection.interrupt)
+        self._strangers.remove(threading.current_thread())
         try:
             connection.send_greeting(_ANSWERS[protocol])
             _log.info("%s %s", who, "produces" if protocol == PUSH else "consumes")
@@ -181,6 +191,7 @@ class Listener:
             hello = _receive_hello(link)
             self._check_delivery()
             granted = self._admission.admit(certificate, hello.role, hello.ticket, link.interrupt)
+            self._strangers.remove(threading.current_thread())
             try:
                 _log.info("%s %s", who, "produces" if hello.role == LINK_ROLE_PRODUCE else "consumes")
                 self._serve_role(link, hello, granted, address, verify=isinstance(connection, PlainConnection))
