@@ -1,4 +1,4 @@
-"""`python -m bench [--quick] data|control`: measure one suite."""
+"""`python -m bench [--quick] data|control|streamer`: measure one suite."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import os
 
 from bench.report import publish
 
-SUITES = ("data", "control")
+SUITES = ("data", "control", "streamer")
 
 
 def main() -> None:
     """Run the suites that were asked for, all of them if none was."""
     parser = argparse.ArgumentParser(prog="bench", description=main.__doc__)
     parser.add_argument("suite", nargs="*", metavar="suite", help=f"of {', '.join(SUITES)}; all of them by default")
-    parser.add_argument("--quick", action="store_true", help="a part of the data suite, each once; also with QUICK=1")
+    parser.add_argument(
+        "--quick", action="store_true", help="a part of the suites data and streamer, each once; also with QUICK=1"
+    )
     arguments = parser.parse_args()
     if arguments.quick:
         os.environ["QUICK"] = "1"

@@ -29,7 +29,7 @@ _ACKNOWLEDGED_BYTES: Final = 2 << 20
 
 def push(job: Job) -> None:
     """HEADER, and frames as fast as they are acknowledged."""
-    link, welcome = _introduce(job, Hello(role=LINK_ROLE_PRODUCE, producer=job.number))
+    link, welcome = introduce(job, Hello(role=LINK_ROLE_PRODUCE, producer=job.number))
     shot = Shot(job)
     if not welcome.known:
         link.send(memoryview(stream_header(job)))
@@ -49,7 +49,7 @@ def push(job: Job) -> None:
 
 def pull(job: Job, meter: Meter) -> None:
     """HEADER, and frames into memory that is used again, acknowledged as the SDK's consumer does it."""
-    link, _ = _introduce(job, Hello(role=LINK_ROLE_CONSUME, credit=_CREDIT))
+    link, _ = introduce(job, Hello(role=LINK_ROLE_CONSUME, credit=_CREDIT))
     frames = frames_per_message(job.size)
     memory = memoryview(allocate(message_room(job.size)))
     window = max(min(_CREDIT.message_count // 4, _ACKNOWLEDGED_BYTES // (job.size * frames)), 1)
@@ -67,7 +67,8 @@ def pull(job: Job, meter: Meter) -> None:
             counter.add(frames)
 
 
-def _introduce(job: Job, hello: Hello) -> tuple[Link, Welcome]:
+def introduce(job: Job, hello: Hello) -> tuple[Link, Welcome]:
+    """A link to the cache, and how it was welcomed."""
     link = Link(reach(job, PAIR))
     hello.version = 1
     hello.instance = secrets.token_hex(16)

@@ -97,7 +97,10 @@ func (f *frame) findArrays() error {
 		if err != nil {
 			return err
 		}
-		if f.arrays[a.Name] != nil || a.Codec != 0 || needed != a.SizeBytes {
+		if a.Codec != 0 || a.ErrorBound != 0 {
+			return fmt.Errorf("array %q is encoded with codec %v, which this program cannot decode", a.Name, a.Codec)
+		}
+		if f.arrays[a.Name] != nil || needed != a.SizeBytes {
 			return fmt.Errorf("array %q is not what it claims", a.Name)
 		}
 		if a.OffsetBytes%64 != 0 || a.OffsetBytes < end || a.OffsetBytes > size || needed > size-a.OffsetBytes {

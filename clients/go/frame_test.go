@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"reflect"
+	"strings"
 	"testing"
 
 	"google.golang.org/protobuf/encoding/protojson"
@@ -19,7 +20,9 @@ type vector struct {
 	File, Is       string
 	Good           bool
 	Header, Signal map[string]any
-	Steps          []struct {
+	// Those that a reader must know, or refuse the frame.
+	Codecs []string
+	Steps  []struct {
 		Is   string
 		Size int
 	}
@@ -35,6 +38,12 @@ func TestVectors(t *testing.T) {
 		t.Run(v.File, func(t *testing.T) {
 			message := read(t, vectors+v.File)
 			err := v.check(t, message)
+			if v.Codecs != nil {
+				if err == nil || !strings.Contains(err.Error(), "codec CODEC_"+strings.ToUpper(v.Codecs[0])) {
+					t.Errorf("should be refused for its codec: %v", err)
+				}
+				return
+			}
 			if (err == nil) != v.Good {
 				t.Errorf("should be good: %v; %v", v.Good, err)
 			}

@@ -67,30 +67,56 @@ def test_every_event_once(tmp_path: Path, size: int) -> None:
     assert ranks == {f"r{rank:04d}" for rank in range(size)}
 
 
-@pytest.mark.skipif(bool(xtc2.psana_missing()), reason=xtc2.psana_missing() or "psana is there")
-@pytest.mark.parametrize("by", ["source_identifier", "file_identifier"])
-def test_a_real_run_is_bit_exact(tmp_path: Path, by: str) -> None:
-    pytest.importorskip("hdf5plugin")  # what h5py reads the files with
-    run = xtc2.write_run(tmp_path / "xtc", events=30, missing={"jungfrau": {4, 9}})
-    data = {
-        "source_identifier": getattr(run, by),
+needs_psana = pytest.mark.skipif(bool(xtc2.psana_missing()), reason=xtc2.psana_missing() or "psana is there")
+
+
+def psana2(directory: Path, identifier: str) -> dict[str, Any]:
+    return {
+        "source_identifier": identifier,
         "skip_incomplete_events": True,
         "event_source": {"type": "Psana2EventSource"},
         "data_sources": {
             "timestamp": {"type": "Psana2Timestamp"},
             "image": {"type": "Psana2DetectorInterface", "psana_name": "jungfrau", "psana_fields": "raw.raw"},
+            "other": {"type": "Psana2DetectorInterface", "psana_name": "epixq", "psana_fields": "raw.raw"},
         },
-        **hdf5_files(tmp_path / "out", {"timestamp": "/data/timestamp", "image": "/data/image"}),
+        **hdf5_files(directory, {"timestamp": "/data/timestamp", "image": "/data/image", "other": "/data/other"}),
     }
-    result = stream(data, 2)
+
+
+@needs_psana
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("by", ["exp", "files"])
+def test_a_real_run_is_bit_exact(tmp_path: Path, by: str, size: int) -> None:
+    """Two streams. psana itself would give every event of a file to every rank."""
+    pytest.importorskip("hdf5plugin")  # what h5py reads the files with
+    missing = {"jungfrau": {4, 9}, "epixq": {9, 12}}
+    run = xtc2.write_run(tmp_path / "xtc", events=30, detectors=("jungfrau", "epixq"), missing=missing)
+    identifier = run.source_identifier if by == "exp" else f"files={run.files[0]},{run.files[1]}"
+    result = stream(psana2(tmp_path / "out", identifier), size, "--num-events", "25")
     assert result.returncode == 0, result.stderr
-    assert "28 events sent, 2 incomplete" in result.stderr
+    assert "22 events sent, 3 incomplete" in result.stderr
     stamps = gathered(tmp_path / "out", "data/timestamp")
-    images = dict(zip(stamps, gathered(tmp_path / "out", "data/image"), strict=True))
-    assert len(stamps) == 28
+    assert len(stamps) == 22
     assert {stamp.dtype for stamp in stamps} == {np.dtype(np.uint64)}
-    for event in run.complete_events():
-        assert np.array_equal(images[run.timestamp(event)], run.image(event))
+    for name, detector in (("image", "jungfrau"), ("other", "epixq")):
+        images = dict(zip(stamps, gathered(tmp_path / "out", f"data/{name}"), strict=True))
+        for event in (event for event in run.complete_events() if event < 25):
+            assert np.array_equal(images[run.timestamp(event)], run.image(event, detector))
+    assert {path.name.split("_")[0] for path in (tmp_path / "out").iterdir()} == {
+        f"r{rank:04d}" for rank in range(size)
+    }
+
+
+@needs_psana
+def test_a_rank_whose_data_is_cut_ends_the_job(tmp_path: Path) -> None:
+    """The last event is rank 1's; rank 0 has all of its own, and the job must not look like a success."""
+    run = xtc2.write_run(tmp_path / "xtc", events=30, detectors=("jungfrau", "epixq"))
+    big = run.files[1]
+    big.write_bytes(big.read_bytes()[: -(run.image(0).nbytes // 2)])
+    result = stream(psana2(tmp_path / "out", run.source_identifier), 2)
+    assert result.returncode == 1
+    assert f"rank 1: {big} does not hold the event at timestamp {run.timestamp(29)}" in result.stderr
 
 
 def test_one_rank_that_fails_ends_the_job(tmp_path: Path) -> None:

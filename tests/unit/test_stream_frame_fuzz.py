@@ -24,6 +24,7 @@ from google.protobuf.message import DecodeError
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream.bundle import frames
 from beamwire.mesh.stream.checksum import crc32c
+from beamwire.mesh.stream.codecs import MOST_RATIO
 from beamwire.mesh.stream.frame import MAGIC, PREFIX, VERSION, Frame, align, decode
 from beamwire.stream.v1.frame_pb2 import FRAME_KIND_BUNDLE, FrameHeader
 
@@ -177,7 +178,8 @@ def change(header: FrameHeader, rng: Generator) -> None:
         lambda: header.ClearField("arrays"),
         lambda: setattr(array, "name", word),
         lambda: setattr(array, "dtype", word),
-        lambda: setattr(array, "codec", number % 3),
+        lambda: setattr(array, "codec", number % 6),
+        lambda: setattr(array, "error_bound", [0.0, 0.5, -1.0, 1e300, float("nan")][number % 5]),
         lambda: setattr(array, "offset_bytes", number),
         lambda: setattr(array, "size_bytes", number),
         lambda: setattr(array, "row_offsets", word),
@@ -219,6 +221,8 @@ def read(message: bytes) -> Frame | None:
     try:
         frame = decode(memoryview(message))
         found = [frame, *(frames(frame.header, frame.payload) if frame.header.kind == FRAME_KIND_BUNDLE else [])]
+        for each in found:
+            dict(each.arrays)
     except BeamwireError as error:
         # Nobody's log shall be filled by what a stranger sends.
         if error.reason is Reason.FRAME_CORRUPT and len(error.message) < 1000:
@@ -227,7 +231,7 @@ def read(message: bytes) -> Frame | None:
     for each in found:
         for name, array in each.arrays.items():
             array.tobytes()
-            assert array.nbytes <= len(message), name
+            assert array.nbytes <= MOST_RATIO * len(message), name
         for spec in each.header.arrays:
             if spec.row_offsets:
                 each.ragged(spec.name)

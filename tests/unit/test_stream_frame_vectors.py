@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream.bundle import frames, split
+from beamwire.mesh.stream.codecs import NAMES
 from beamwire.mesh.stream.frame import ALIGNMENT, PREFIX, Frame, decode
 from beamwire.mesh.stream.pool import BufferPool
 from beamwire.mesh.stream.writer import MESSAGE_LENGTH
@@ -42,8 +43,9 @@ def content(entry: dict[str, Any]) -> memoryview:
 
 
 def read_all(message: memoryview) -> list[Frame]:
-    """A frame, and those that it bundles."""
+    """A frame with all its arrays, and those that it bundles."""
     frame = decode(message)
+    dict(frame.arrays)
     if frame.header.kind != FRAME_KIND_BUNDLE:
         return [frame]
     members = frames(frame.header, frame.payload)
@@ -71,6 +73,10 @@ def test_good_frames_are_read(entry):
     assert sum(member.header.event_count for member in members) == (frame.header.event_count if members else 0)
     assert {name: flat(array) for name, array in frame.arrays.items()} == entry["values"]
     assert all(not array.size or array.ctypes.data % ALIGNMENT == 0 for f in members for array in f.arrays.values())
+
+
+def test_every_codec_has_a_vector():
+    assert {name for entry in INDEX for name in entry.get("codecs", [])} == set(NAMES)
 
 
 def flat(array) -> list[Any]:

@@ -44,7 +44,9 @@ def check(data: Any, *arguments: str) -> tuple[int, dict[str, Any]]:
 
 def test_check_tells_what_would_come() -> None:
     code, answer = check(synthetic())
-    size = answer.pop("event_bytes")
+    size, sent, rate = (answer.pop(key) for key in ("event_bytes", "sent_event_bytes", "events_per_second"))
+    assert answer.pop("sent_bytes") == 50 * sent
+    assert answer.pop("seconds") == pytest.approx(50 / rate, abs=0.1)
     assert (code, answer) == (
         0,
         {
@@ -57,6 +59,8 @@ def test_check_tells_what_would_come() -> None:
         },
     )
     assert size > 32 * 64 * 2
+    # Row offsets come with the peaks.
+    assert sent > 32 * 64 * 2
     assert check(synthetic(), "--num-events", "7")[1]["expected_event_count"] == 7
     assert check(synthetic(max_events=9))[1]["expected_event_count"] == 9
 
@@ -79,7 +83,7 @@ def test_check_tells_what_would_come() -> None:
             "DATASET_NOT_FOUND",
             "config.source_identifier",
         ),
-        ({"event_source": {"type": "Psana1EventSource"}}, "UNSUPPORTED", "config.event_source.type"),
+        ({"event_source": {"type": "Psana1EventSource"}}, "INVALID_FIELD", "config.data_sources.image.type"),
         (
             {"event_source": {"type": "SyntheticEventSource", "number_of_events": 0}},
             "DATASET_NOT_FOUND",
@@ -197,12 +201,14 @@ def test_an_unexpected_error_shows_where(monkeypatch: pytest.MonkeyPatch, capsys
     assert error.splitlines()[-1] == "beamwire-streamer: rank 0: ZeroDivisionError: of our own"
 
 
-def test_the_socket_of_lclstreamer_is_accepted_and_explained(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_socket_at_which_nobody_reads_ends_the_run_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     handler = {"type": "BinaryDataStreamingDataHandler", "urls": ["tcp://127.0.0.1:1"], "socket_type": "push"}
-    data = synthetic(data_handlers=[handler])
+    data = synthetic(data_handlers=[{**handler, "timeout": 0.2}])
     assert check(data)[0] == 0
     assert start(data) == 1
-    assert "use BufferDataHandler" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nobody took a message at tcp://127.0.0.1:1 for 0.2 s" in said
+    assert "Traceback" not in said
 
 
 def test_the_run_is_a_span_of_the_transfers_trace(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.services.streamer import config, registry
-from beamwire.services.streamer.registry import BUILT_IN, UNSUPPORTED, Kind
+from beamwire.services.streamer.registry import BUILT_IN, Kind
 
 
 def internal() -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _delete(*path: str) -> Callable[[dict[str, Any]], None]:
         (_set("data_sources", value={}), "config.data_sources", "at least 1"),
         (_delete("event_source", "type"), "config.event_source.type", "is required"),
         (_set("event_source", "type", value="Psana2EvntSource"), "config.event_source.type", "Psana2EventSource?"),
-        (_set("event_source", "type", value="qqqqqqqqqqq"), "config.event_source.type", "known: HDF5EventSource"),
+        (_set("event_source", "type", value="qqqqqqqqqqq"), "config.event_source.type", "known: DectrisEventSource"),
         (
             _set("event_source", "number_of_events_to_generate", value=-3),
             "config.event_source.number_of_events_to_generate",
@@ -145,11 +145,10 @@ def _delete(*path: str) -> Callable[[dict[str, Any]], None]:
             "config.processing_pipeline.0.batch_size",
             "is required",
         ),
-        (
-            _set("data_serializer", "fields", "rnadom", value="/x"),
-            "config.data_serializer.fields.rnadom",
-            "did you mean random?",
-        ),
+        (_set("data_handlers", 0, "when_slow", value="hurry"), "config.data_handlers.0.when_slow", "'wait'"),
+        (_set("data_handlers", 0, "patience", value=-1), "config.data_handlers.0.patience", "equal to 0"),
+        (_set("data_handlers", 0, "patiense", value=1), "config.data_handlers.0.patiense", "did you mean patience?"),
+        (_set("consumer", value="peeknet"), "config.consumer", "did you mean peaknet?"),
         (_set("data_serializer", "compression", value="lzma"), "config.data_serializer.compression", "'gzip'"),
         (_set("data_serializer", "compression", value="zfp"), "config.data_serializer", "loses precision silently"),
         (_set("data_handlers", 0, "file_prefix", value="../x"), "config.data_handlers.0.file_prefix", "pattern"),
@@ -193,24 +192,6 @@ def test_the_companion_of_an_optional_data_source_keeps_its_name() -> None:
 @pytest.mark.parametrize("data", [[], "text", None, 3])
 def test_refuses_what_is_no_table(data: Any) -> None:
     assert list(violations(data)) == ["config"]
-
-
-@pytest.mark.parametrize("name", [name for names in UNSUPPORTED.values() for name in names])
-def test_names_what_is_not_in_this_release(name: str) -> None:
-    kind = next(kind for kind, names in UNSUPPORTED.items() if name in names)
-    data = internal()
-    if kind is Kind.DATA_SOURCE:
-        data["data_sources"] = {"x": {"type": name, "psana_name": "jungfrau"}}
-    else:
-        data[
-            {Kind.STAGE: "processing_pipeline"}.get(kind, kind.words.replace(" ", "_")).replace(
-                "serializer", "data_serializer"
-            )
-        ] = {"type": name}
-    with pytest.raises(BeamwireError, match=name) as caught:
-        config.load(data)
-    assert caught.value.reason is Reason.UNSUPPORTED
-    assert "not in this release" in str(caught.value)
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in BUILT_IN.items() for name in names])

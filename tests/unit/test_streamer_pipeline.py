@@ -14,7 +14,7 @@ import pytest
 
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.stream.frame import Ragged, decode
+from beamwire.mesh.stream.frame import decode
 from beamwire.services.streamer import config, registry
 from beamwire.services.streamer.components import (
     Batch,
@@ -27,10 +27,10 @@ from beamwire.services.streamer.components import (
     StreamInfo,
 )
 from beamwire.services.streamer.parallel import Alone, ranks
-from beamwire.services.streamer.pipeline import Account, CancelledError, Pipeline
+from beamwire.services.streamer.pipeline import Account, Pipeline, without_replaced
 from beamwire.services.streamer.registry import Kind
 from beamwire.services.streamer.serializers.hdf5 import HDF5BinarySerializer
-from beamwire.services.streamer.stopping import Stop
+from beamwire.services.streamer.stopping import CancelledError, Stop
 from beamwire.testing import events
 
 SHAPE = (16, 32)
@@ -109,10 +109,7 @@ class Recorder:
     def send(self, message: Message) -> None:
         if len(self.sent) == self.fail_after:  # type: ignore[attr-defined]
             raise BeamwireError(Reason.CACHE_FAILED, "the cache is gone")
-        arrays = {
-            name: Ragged(value.values.copy(), value.row_offsets.copy()) if isinstance(value, Ragged) else value.copy()
-            for name, value in message.arrays.items()
-        }
+        arrays = {name: value.copy() for name, value in message.arrays.items()}
         data = None if message.data is None else bytes(message.data)
         self.sent.append((message.event_ids.tolist(), arrays, data))
 
@@ -412,10 +409,15 @@ def test_text_in_hdf5() -> None:
 def test_the_socket_of_lclstreamer_gives_way_to_a_buffer() -> None:
     socket = {"type": "BinaryDataStreamingDataHandler", "urls": ["tcp://127.0.0.1:1"]}
     buffer = {"type": "BufferDataHandler", "connect": "beamwire://127.0.0.1:1/buffers/b1?epoch=1&transport=tcp"}
-    pipeline = Pipeline(make(data_handlers=[socket, buffer]), Alone(), Stop(), lambda: pytest.fail("none needed"))
-    assert [type(handler).__name__ for handler in pipeline._handlers] == ["BufferDataHandler"]
-    with pytest.raises(BeamwireError, match="use BufferDataHandler"):
-        stream(make(data_handlers=[socket]))
+    parts = [*make(data_handlers=[socket, buffer]).data_handlers]
+    assert [part.type for part in without_replaced(parts)] == ["BufferDataHandler"]
+    assert [part.type for part in without_replaced(parts[:1])] == ["BinaryDataStreamingDataHandler"]
+
+
+def test_fields_that_the_serializer_names_must_come_to_it() -> None:
+    with pytest.raises(BeamwireError, match="did you mean image") as caught:
+        stream(make(data_serializer={"type": "HDF5BinarySerializer", "fields": {"imago": "/data/image"}}))
+    assert caught.value.violations[0].field == "config.data_serializer.fields.imago"
 
 
 def files(made: Path, **more: Any) -> config.StreamerConfig:

@@ -1,5 +1,6 @@
 """psana2 on real xtc2 that was written here: bit-exact, every event once, what is missing is noticed."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from beamwire.services.streamer import check, config
 from beamwire.services.streamer.components import Share, SourceContext
 from beamwire.services.streamer.parallel import Alone
 from beamwire.services.streamer.pipeline import Account, Pipeline
-from beamwire.services.streamer.sources import psana2
+from beamwire.services.streamer.sources import psana2_run
 from beamwire.services.streamer.sources.psana2 import Psana2EventSource
 from beamwire.services.streamer.sources.psana2_data import Psana2DetectorInterface, Psana2RunInfo, Psana2Timestamp
 from beamwire.services.streamer.stopping import Stop
@@ -186,16 +187,27 @@ def test_psana_fields_are_required_for_a_detector() -> None:
         ("exp=tstx00417", Reason.INVALID_FIELD, "needs run="),
         ("", Reason.INVALID_FIELD, "either exp= and run=, or files="),
         ("exp=a,run=1,files=b", Reason.INVALID_FIELD, "either exp= and run=, or files="),
-        ("exp=a,run=one", Reason.INVALID_FIELD, "valid integer"),
-        ("exp=a,run=1,live=True", Reason.UNSUPPORTED, "still being written"),
+        ("exp=a,run=one", Reason.INVALID_FIELD, "runs are written 3, 1-3 or 1,2"),
+        ("exp=a,run=3-1", Reason.INVALID_FIELD, "runs are written 3, 1-3 or 1,2"),
+        ("exp=a,run=1,1-2", Reason.INVALID_FIELD, "names a run twice"),
+        ("exp=a,run=1,run=2", Reason.INVALID_FIELD, "run= is there twice"),
+        ("exp=a,b,run=1", Reason.INVALID_FIELD, "'b' is no key=value"),
+        ("exp=a,run=1-2,live=True", Reason.INVALID_FIELD, "live=True follows one run"),
+        ("exp=a,run=1,live=perhaps", Reason.INVALID_FIELD, "valid boolean"),
+        ("exp=tstx00417,run=12-13,dir={directory}", Reason.DATASET_NOT_FOUND, "no run 13 of tstx00417"),
+        ("files={big},{big}", Reason.INVALID_FIELD, "names a file twice"),
+        ("files={big},/nowhere.xtc2", Reason.DATASET_NOT_FOUND, "no file /nowhere.xtc2"),
+        ("files={text}", Reason.DATASET_NOT_FOUND, "ends in the middle of a datagram"),
         ("shmem=tmo", Reason.UNSUPPORTED, "shared memory"),
+        ("drp=True", Reason.UNSUPPORTED, "the DAQ's own processes"),
     ],
 )
 def test_identifiers_that_name_nothing(
-    complete: XtcRun, opened: Open, identifier: str, reason: Reason, words: str
+    complete: XtcRun, opened: Open, tmp_path: Path, identifier: str, reason: Reason, words: str
 ) -> None:
+    (tmp_path / "text").write_text("This is not xtc2, and long enough for a header.")
     with pytest.raises(BeamwireError) as caught:
-        opened(identifier.format(directory=complete.directory))
+        opened(identifier.format(directory=complete.directory, big=complete.files[0], text=tmp_path / "text"))
     assert caught.value.reason is reason
     assert words in str(caught.value)
     assert str(caught.value).startswith("config.source_identifier: ")
@@ -206,29 +218,36 @@ def test_big_data_that_was_cut_is_noticed(tmp_path: Path, opened: Open) -> None:
     big = run.files[0]
     big.write_bytes(big.read_bytes()[: big.stat().st_size // 2])
     source = opened(run.source_identifier)
-    with pytest.raises(BeamwireError, match="psana skipped events"):
+    with pytest.raises(BeamwireError, match="does not hold the event at timestamp") as caught:
         list(source.events())
+    assert caught.value.reason is Reason.PRODUCER_FAILED
     with pytest.raises(BeamwireError, match="ends in the middle of a datagram"):
         opened(run.file_identifier)
 
 
-def test_events_that_psana_does_not_give_are_noticed(complete: XtcRun, opened: Open) -> None:
-    source = opened(complete.source_identifier)
-
-    class Lossy:
-        def events(self) -> Iterator[Any]:
-            for number, event in enumerate(run.events()):
-                if number != 5:
-                    yield event
-
-    run, source.run = source.run, Lossy()
-    with pytest.raises(BeamwireError, match="psana skipped events") as caught:
+def test_small_data_of_another_run_is_noticed(tmp_path: Path, opened: Open) -> None:
+    run = xtc2.write_run(tmp_path / "one", events=10)
+    other = xtc2.write_run(tmp_path / "two", events=10, first=500)
+    shutil.copy(other.files[0], run.files[0])
+    source = opened(run.source_identifier)
+    with pytest.raises(BeamwireError, match=f"event at timestamp {run.timestamp(0)}: another is in its place"):
         list(source.events())
-    assert caught.value.reason is Reason.PRODUCER_FAILED
+    run.files[0].write_bytes(np.random.default_rng(1).bytes(other.files[0].stat().st_size))
+    source = opened(run.source_identifier)
+    with pytest.raises(BeamwireError, match="another is in its place"):
+        list(source.events())
+
+
+def test_a_run_without_its_big_file_is_refused(tmp_path: Path, opened: Open) -> None:
+    run = xtc2.write_run(tmp_path, events=3)
+    run.files[0].unlink()
+    with pytest.raises(BeamwireError, match="there is small data") as caught:
+        opened(run.source_identifier)
+    assert caught.value.reason is Reason.DATASET_NOT_FOUND
 
 
 def test_the_stand_in_for_kerberos_refuses_to_be_used() -> None:
-    stand_in = psana2._KerberosStandIn("kerberos")
+    stand_in = psana2_run.KerberosStandIn("kerberos")
     with pytest.raises(BeamwireError, match=r"kerberos\.authGSSClientInit"):
         stand_in.authGSSClientInit("x")
     assert not hasattr(stand_in, "__path__")
@@ -260,7 +279,8 @@ def test_incomplete_events_of_a_run_are_counted(gaps: XtcRun, tmp_path: Path) ->
 
 
 def test_check_tells_what_would_come(complete: XtcRun, gaps: XtcRun, tmp_path: Path) -> None:
-    assert check.check(document(complete, tmp_path)) == {
+    found = check.check(document(complete, tmp_path))
+    wanted = {
         "ok": True,
         "fields": [
             {"name": "timestamp", "dtype": "<u8", "shape": [], "unit": ""},
@@ -269,6 +289,7 @@ def test_check_tells_what_would_come(complete: XtcRun, gaps: XtcRun, tmp_path: P
         "expected_event_count": EVENTS,
         "event_bytes": 32 * 64 * 2 + 8,
     }
+    assert {key: found[key] for key in wanted} == wanted
     data = document(gaps, tmp_path, max_events=17)
     data["data_sources"]["image"]["psana_name"] = "jungfrua"
     data["data_sources"]["energy"] = {"type": "Psana2DetectorInterface", "psana_name": "gm", "psana_fields": "raw.x"}

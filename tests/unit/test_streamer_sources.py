@@ -10,7 +10,7 @@ import pytest
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.services.streamer.components import Event, Share, SourceContext
-from beamwire.services.streamer.sources import generated, smalldata
+from beamwire.services.streamer.sources import generated
 from beamwire.services.streamer.sources.generated import InternalEventSource
 from beamwire.services.streamer.sources.hdf5 import HDF5Dataset, HDF5EventSource
 from beamwire.services.streamer.sources.synthetic import SyntheticDetector, SyntheticEventSource, SyntheticPeaks
@@ -188,27 +188,3 @@ def test_the_rate_is_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     source = SyntheticEventSource(parameters, SourceContext(share=Share(1, 2), pause=deadlines.append))
     assert [event.id for event in source.events()] == [1, 3, 5]
     assert deadlines == [100.5, 101.5, 102.5]
-
-
-def datagram(timestamp: int, transition: int, body: bytes = b"") -> bytes:
-    header = timestamp.to_bytes(8, "little") + (transition << 24).to_bytes(4, "little") + bytes(8)
-    return header + (12 + len(body)).to_bytes(4, "little") + body
-
-
-def test_event_ids_of_several_streams(tmp_path: Path) -> None:
-    first, second = tmp_path / "s0", tmp_path / "s1"
-    first.write_bytes(datagram(1, 2) + datagram(2**63 + 5, 12, b"abcd") + datagram(3, 12) + datagram(9, 5))
-    second.write_bytes(datagram(1, 2) + datagram(4, 11, b"ab") + datagram(3, 12) + datagram(9, 5))
-    ids = smalldata.event_ids([first, second])
-    assert ids.tolist() == [3, 4, 2**63 + 5]
-    assert ids.dtype == np.uint64
-    assert smalldata.event_ids([]).tolist() == []
-
-
-@pytest.mark.parametrize("cut", [1, 5, 20, 26])
-def test_a_stream_that_is_cut_is_noticed(tmp_path: Path, cut: int) -> None:
-    path = tmp_path / "s0"
-    path.write_bytes((datagram(1, 2) + datagram(2, 12, b"abcd"))[:-cut])
-    with pytest.raises(BeamwireError, match="middle of a datagram") as caught:
-        smalldata.event_ids([path])
-    assert caught.value.reason is Reason.DATASET_NOT_FOUND

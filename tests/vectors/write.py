@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from beamwire.common.v1 import account_pb2, reason_pb2
 from beamwire.mesh.stream.bundle import BundleWriter
 from beamwire.mesh.stream.checksum import crc32c
+from beamwire.mesh.stream.codecs import NAMES
 from beamwire.mesh.stream.frame import MAGIC, PREFIX, VERSION, Ragged, align, decode
 from beamwire.mesh.stream.writer import MESSAGE_LENGTH, FrameWriter
 from beamwire.stream.v1 import link_pb2 as link
@@ -59,6 +60,30 @@ END = StreamEnd(
     skipped=[account_pb2.Loss(cause=account_pb2.LOSS_CAUSE_INCOMPLETE, event_count=1)],
     event_digest=bytes(range(32)),
 )
+
+# Encoded arrays of shape (2, 64) and (2, 8, 8), made once: another release of a library may write other bytes, which
+# are as good, but a reader must go on reading these.
+COUNTS = "<u2", (2, 64)
+RAMP = "<f4", (2, 8, 8)
+SEGMENTS = {
+    "bitshuffle_lz4": bytes.fromhex(
+        "000000000000010000002000000000235718638c31c6050057524a29a594050057841042082105001f000100b7500000000000"
+    ),
+    "bitshuffle_zstd": bytes.fromhex(
+        "0000000000000100000020000000002728b52ffd600000ed00008018638c31c6524a29a59484104208210004004c1c15c06860348ca205"
+    ),
+    "blosc2": bytes.fromhex(
+        "0501950200010000000100004f00000000000000000205000000000000000000240000002700000028b52ffd600000ed00008018638c31c6"
+        "524a29a59484104208210004004c1c15c06860348ca205"
+    ),
+    "zfp": bytes.fromhex(
+        "036d51c404c0405b04310150d04ac1480014b45231120007ad16454c001cb45a04310170d06051c404c0418345101300"
+    ),
+    "zfp-reversible": bytes.fromhex(
+        "051a241029d0e00a91048fa50840123c96a200691059a040a44164c10a910691150a441a4456ac100100000000000000"
+    ),
+}
+BOUND = 0.25
 
 Entry = dict[str, Any]
 Found = Iterator[tuple[bytes, Entry]]
@@ -122,7 +147,37 @@ def good_frames() -> Iterator[tuple[str, bytes, str]]:
     yield "mark", encoded(FrameHeader(epoch=3, producer=1, sequence=6, kind=FRAME_KIND_MARK)), "MARK"
     yield "end", encoded(FrameHeader(epoch=3, producer=1, sequence=7, kind=FRAME_KIND_END, end=END)), "END"
     yield "bundle", bundled(1, 0, 2), "three frames, the first of sequence 5, in one"
+    yield from coded_frames()
     yield "order", by_hand(shuffled(), np.array([1, 2], "<u4").tobytes()), "fields of the header in another order"
+
+
+def coded(name: str = "bitshuffle_lz4", data: bytes | None = None, *, more: bytes = b"", **fields: Any) -> bytes:
+    """A frame with an encoded array of this name, or with this segment; `more` is a plain array of event numbers."""
+    codec = name.partition("-")[0]
+    segment = SEGMENTS[name] if data is None else data
+    dtype, shape = RAMP if codec == "zfp" else COUNTS
+    said = {
+        "name": "x",
+        "dtype": dtype,
+        "shape": shape,
+        "codec": NAMES[codec],
+        "error_bound": BOUND if name == "zfp" else 0.0,
+        "size_bytes": len(segment),
+    }
+    arrays = [Array(**{**said, **fields})]
+    if more:
+        begin = align(len(segment))
+        arrays.append(Array(name="n", dtype="<u8", shape=[2], offset_bytes=begin, size_bytes=len(more)))
+        segment = segment.ljust(begin, b"\0") + more
+    return by_hand(header(arrays=arrays), segment)
+
+
+def coded_frames() -> Iterator[tuple[str, bytes, str]]:
+    numbers = np.array([7, 9], "<u8").tobytes()
+    for name in SEGMENTS:
+        codec = name.partition("-")[0]
+        about = f"an array encoded with {codec}" + (", reversible" if "-" in name else "")
+        yield f"codec-{name.replace('_', '-')}", coded(name, more=numbers if codec == "bitshuffle_lz4" else b""), about
 
 
 def shuffled() -> bytes:
@@ -165,6 +220,7 @@ def bad_frames() -> Iterator[tuple[str, bytes, str]]:
     yield "uncovered", by_hand(header(0), bytes(64)), "bytes that belong to no array"
     yield "sizes-data", by_hand(header(0, frame_sizes_bytes=[64])), "DATA with frame sizes"
     yield from bad_arrays()
+    yield from bad_codecs()
     yield from bad_bundles()
 
 
@@ -200,6 +256,47 @@ def bad_arrays() -> Iterator[tuple[str, bytes, str]]:
         values = Array(name="v", dtype="<f4", shape=[3], size_bytes=12, row_offsets="o")
         payload = bytes(64) + np.array(offsets, "<i8").tobytes()
         yield name, by_hand(header(arrays=[values, rows]), payload), f"row offsets {offsets} for three values"
+
+
+def bad_codecs() -> Iterator[tuple[str, bytes, str]]:
+    lz4, blosc2, zfp = SEGMENTS["bitshuffle_lz4"], SEGMENTS["blosc2"], SEGMENTS["zfp"]
+    nan, infinite = float("nan"), float("inf")
+    for name in SEGMENTS:
+        if "zfp" not in name:
+            yield f"codec-{name.replace('_', '-')}-cut", coded(name, SEGMENTS[name][:-1]), "the last byte is missing"
+            yield f"codec-{name.replace('_', '-')}-longer", coded(name, SEGMENTS[name] + b"\0"), "a byte too much"
+    yield "codec-zfp-longer", coded("zfp", zfp + bytes(2000)), "more than zfp can make of the array"
+    yield "codec-tiny", coded(data=lz4[:11]), "less than the sizes in front of the blocks"
+    yield "codec-size", coded(data=struct.pack(">Q", 258) + lz4[8:]), "a segment of another size than the array"
+    yield "codec-shape", coded(shape=[2, 65]), "an array of another size than the segment"
+    yield "codec-block-zero", coded(data=lz4[:8] + bytes(4) + lz4[12:]), "blocks of no bytes"
+    yield "codec-block-odd", coded(data=lz4[:8] + struct.pack(">I", 8200) + lz4[12:]), "blocks of 4100 elements"
+    yield "codec-block-large", coded(data=lz4[:8] + struct.pack(">I", 1 << 24) + lz4[12:]), "blocks of 16 MiB"
+    yield "codec-block-length", coded(data=lz4[:12] + b"\x7f" + lz4[13:]), "a block that is longer than the segment"
+    yield "codec-lz4", coded(data=lz4[:16] + b"\xff" * 35), "a block that is not LZ4"
+    for name, place, value, about in [
+        ("version", 0, 4, "a chunk of another version"),
+        ("format", 2, 0x75, "a chunk of zlib's format"),
+        ("size", 4, 1, "a chunk of another size than the array"),
+        ("filter", 21, 35, "a filter that is not allowed"),
+        ("meta", 29, 1, "a filter with a parameter"),
+        ("lazy", 31, 8, "a chunk whose data is in another file"),
+        ("garbage", 31, 0x40, "a chunk of whatever was in memory"),
+    ]:
+        yield f"codec-blosc2-{name}", coded("blosc2", blosc2[:place] + bytes([value]) + blosc2[place + 1 :]), about
+    yield "codec-ratio", coded("zfp", shape=[2, 160, 160]), "more than 1024 times what the segment has"
+    yield "codec-empty", coded("zfp", shape=[2, 0]), "an encoded array of no elements"
+    yield "codec-text", coded(dtype="<U1", shape=[2, 32]), "encoded text"
+    yield "codec-zfp-type", coded("zfp", dtype="<u2"), "zfp of 16-bit integers"
+    yield "codec-zfp-integers", coded("zfp", dtype="<i4"), "an error bound of integers"
+    for name, bound in (("negative", -1.0), ("nan", nan), ("infinite", infinite)):
+        yield f"bound-{name}", coded("zfp", error_bound=bound), f"an error bound that is {name}"
+    yield "bound-lossless", coded(error_bound=BOUND), "an error bound of a codec that loses nothing"
+    plain = Array(name="x", dtype="<f4", shape=[2, 8], size_bytes=64, error_bound=BOUND)
+    yield "bound-plain", by_hand(header(arrays=[plain]), bytes(64)), "an error bound without a codec"
+    rows = Array(name="o", dtype="<i8", shape=[3], codec=NAMES["zfp"], offset_bytes=64, size_bytes=24)
+    values = Array(name="v", dtype="<f4", shape=[3], size_bytes=12, row_offsets="o")
+    yield "codec-rows", by_hand(header(arrays=[values, rows]), bytes(88)), "encoded row offsets"
 
 
 def bad_bundles() -> Iterator[tuple[str, bytes, str]]:
@@ -358,6 +455,8 @@ def vectors() -> Iterator[tuple[str, bytes, Entry]]:
     """Name, bytes and what is said about them."""
     for name, message, about in good_frames():
         entry = {"is": "frame", "good": True, "about": about, "header": as_json(decode_header(message))}
+        if codecs := sorted({array.codec for array in decode_header(message).arrays if array.codec}):
+            entry["codecs"] = [name for name, number in NAMES.items() if number in codecs]
         yield f"frame-{name}.bin", message, {**entry, "values": values(message)}
     for name, message, about in bad_frames():
         yield f"bad-{name}.bin", message, {"is": "frame", "good": False, "about": about}

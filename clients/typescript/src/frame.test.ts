@@ -15,6 +15,8 @@ interface Vector {
   good: boolean;
   header?: unknown;
   signal?: unknown;
+  // Those that a reader must know, or refuse the frame.
+  codecs?: string[];
   steps?: { is: "greeting" | "frame" | "signal"; size: number }[];
 }
 
@@ -52,10 +54,11 @@ test("there are vectors", () => {
   assert.ok(index.length >= 50);
 });
 
-for (const { file, is, good, header, signal, steps } of index) {
+for (const { file, is, good, header, signal, codecs, steps } of index) {
   test(file, () => {
     const content = readFileSync(new URL(file, VECTORS));
     if (is === "transcript") readTranscript(content, steps!);
+    else if (codecs) assert.throws(() => readFrame(content), new RegExp(`codec ${codecs[0]!.toUpperCase()}`));
     else if (!good) assert.throws(() => readers[is](content));
     else if (is === "frame") same(FrameHeaderSchema, readFrame(content).header, header);
     else same(SignalSchema, readSignal(content), signal);

@@ -1,6 +1,6 @@
 // Reads frames as docs/frame.md describes them.
 import { fromBinary } from "@bufbuild/protobuf";
-import { type Array as ArraySpec, FrameHeaderSchema, type FrameHeader, FrameKind } from "@beamwire/gen/beamwire/stream/v1/frame_pb";
+import { type Array as ArraySpec, Codec, FrameHeaderSchema, type FrameHeader, FrameKind } from "@beamwire/gen/beamwire/stream/v1/frame_pb";
 
 /** A frame that was read; the payload and the segments of its arrays are parts of the message. */
 export interface Frame {
@@ -78,7 +78,10 @@ function findArrays(header: FrameHeader, payload: Uint8Array): Map<string, Uint8
   let end = 0n;
   for (const array of header.arrays) {
     const { name, offsetBytes, sizeBytes } = array;
-    check(!found.has(name) && array.codec === 0 && sizeOf(array) === sizeBytes, `array ${name} is not what it claims`);
+    if (array.codec !== Codec.UNSPECIFIED || array.errorBound !== 0) {
+      throw new Error(`array ${name} is encoded with codec ${Codec[array.codec]}, which this program cannot decode`);
+    }
+    check(!found.has(name) && sizeOf(array) === sizeBytes, `array ${name} is not what it claims`);
     check(offsetBytes % 64n === 0n && offsetBytes >= end, `array ${name} is not where it can be`);
     end = offsetBytes + sizeBytes;
     check(end <= BigInt(payload.length), `array ${name} is not where it can be`);

@@ -1,7 +1,8 @@
 """Writes real LCLS-II runs (xtc2 with small data), with content that can be computed again; psana reads them.
 
-A run has one stream per area detector; the first one also carries the scalar detectors. Every stream has its small
-data, which psana and the streamer use to find events without reading them.
+A run has one stream per area detector (or per segment of one), and one for each digitizer; the first one also carries
+the scalar detectors, the timing system, PVs and scans. Every stream has its small data, which psana and the streamer
+use to find events without reading them.
 """
 
 from __future__ import annotations
@@ -12,77 +13,34 @@ import os
 import sys
 import types
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from beamwire.testing import events as known
+from beamwire.testing.xtc2_items import (
+    BEGIN_RUN,
+    BEGIN_STEP,
+    CONFIGURE,
+    DISABLE,
+    ENABLE,
+    END_RUN,
+    END_STEP,
+    HSD_SEGMENTS,
+    L1_ACCEPT,
+    SLOW_UPDATE,
+    Data,
+    Item,
+    streams,
+)
+from beamwire.testing.xtc2_run import PV_PERIOD, XtcRun
 
-CONFIGURE, BEGIN_RUN, END_RUN, BEGIN_STEP, END_STEP, ENABLE, DISABLE, L1_ACCEPT = 2, 4, 5, 6, 7, 8, 9, 12
+__all__ = ["HSD_SEGMENTS", "RUN_SPACING", "XtcRun", "psana_missing", "write_run"]
 
-_Interface = tuple[str, str, tuple[int, int, int]]
-"""Type of a detector, algorithm and version; together they name the class of psana that reads it."""
-
-AREA: _Interface = ("jungfrau", "raw", (0, 2, 0))
-SCALAR: _Interface = ("gmd", "raw", (2, 1, 0))
-SCALAR_FIELD = "energy"
-
-
-@dataclass(frozen=True)
-class XtcRun:
-    """A run on disk and what is in it."""
-
-    directory: Path
-    exp: str
-    run: int
-    events: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    detectors: tuple[str, ...]
-    scalars: tuple[str, ...]
-    missing: Mapping[str, Collection[int]] = field(default_factory=dict)
-
-    @property
-    def files(self) -> list[Path]:
-        """The big files, one per stream."""
-        return [self.directory / f"{self._stem(stream)}.xtc2" for stream in range(len(self.detectors))]
-
-    @property
-    def source_identifier(self) -> str:
-        """Names the run as psana2 does, by experiment, run and directory."""
-        return f"exp={self.exp},run={self.run},dir={self.directory}"
-
-    @property
-    def file_identifier(self) -> str:
-        """Names the first stream by its file."""
-        return f"files={self.files[0]}"
-
-    def timestamp(self, event: int) -> int:
-        """The id of an event, uint64."""
-        return known.timestamp(event)
-
-    def image(self, event: int, detector: str | None = None) -> npt.NDArray[Any]:
-        """What `raw.raw` of an area detector must give for an event."""
-        return known.image(event, self.shape, self.dtype, detector or self.detectors[0])
-
-    def scalar(self, event: int, detector: str | None = None) -> float:
-        """What `raw.energy` of a scalar detector must give for an event."""
-        return known.scalar(event, detector or self.scalars[0])
-
-    def has(self, detector: str, event: int) -> bool:
-        """Whether the event holds the detector."""
-        return event not in self.missing.get(detector, ())
-
-    def complete_events(self) -> list[int]:
-        """The events that hold every detector."""
-        return [event for event in range(self.events) if all(self.has(name, event) for name in self.missing)]
-
-    def _stem(self, stream: int) -> str:
-        return f"{self.exp}-r{self.run:04d}-s{stream:03d}-c000"
+RUN_SPACING = 1000
+"""Known events between the first ones of two runs, so that their timestamps differ."""
 
 
 def psana_missing() -> str:
@@ -105,117 +63,175 @@ def write_run(
     detectors: Sequence[str] = ("jungfrau",),
     scalars: Sequence[str] = ("gmd",),
     missing: Mapping[str, Collection[int]] | None = None,
+    steps: int = 1,
+    pvs: Sequence[str] = (),
+    timing: bool = False,
+    digitizers: Sequence[str] = (),
+    chunk_events: int = 0,
+    first: int = 0,
+    end: bool = True,
+    pace: Callable[[int], None] | None = None,
 ) -> XtcRun:
     """Writes a run below `directory` (made if need be) and describes it.
 
-    `missing` says which events lack which detector. Raises ImportError without psana.
+    A detector that is named twice has its second segment in a stream of its own. `missing` says which events lack
+    which detector. `steps` are those of a scan, each digitizer has a stream of its own, `chunk_events` is after how
+    many events another big file begins, `first` is which known event is event 0. Without `end` the run has no EndRun.
+    `pace`, if any, is called before each event is written, and all that was written before is then
+    in the files, which are called `.inprogress` until the end. Raises ImportError without psana.
     """
     description = XtcRun(
-        directory, exp, run, events, tuple(shape), np.dtype(dtype), tuple(detectors), tuple(scalars), missing or {}
+        directory,
+        exp,
+        run,
+        events,
+        tuple(shape),
+        np.dtype(dtype),
+        tuple(detectors),
+        tuple(scalars),
+        missing or {},
+        steps,
+        tuple(pvs),
+        timing,
+        tuple(digitizers),
+        chunk_events,
+        first,
     )
     (directory / "smalldata").mkdir(parents=True, exist_ok=True)
-    for stream, detector in enumerate(detectors):
-        _write_stream(description, stream, detector, scalars if stream == 0 else ())
+    writers = [_Stream(description, number, items, pace) for number, items in enumerate(streams(description))]
+    try:
+        for stream in writers:
+            stream.begin()
+        for event in range(events):
+            if pace:
+                pace(event)
+            for stream in writers:
+                stream.event(event)
+        for stream in writers:
+            stream.finish(end=end)
+    finally:
+        for stream in writers:
+            stream.close()
     return description
 
 
-@dataclass(frozen=True)
-class _Detector:
-    """One detector of a stream."""
-
-    name: str
-    interface: _Interface
-
-    def data(self, run: XtcRun, event: int) -> dict[str, Any] | None:
-        """What it has in an event; None where it is missing."""
-        if not run.has(self.name, event):
-            return None
-        if self.interface is AREA:
-            return {"raw": run.image(event, self.name)}
-        return {SCALAR_FIELD: run.scalar(event, self.name)}
-
-
-def _write_stream(run: XtcRun, stream: int, area: str, scalars: Sequence[str]) -> None:
-    detectors = [_Detector(area, AREA), *(_Detector(name, SCALAR) for name in scalars)]
-    big_path = run.files[stream]
-    small_path = run.directory / "smalldata" / f"{big_path.stem}.smd.xtc2"
-    with big_path.open("wb") as big, small_path.open("wb") as small:
-        _Stream(run, detectors, big, small).write()
-
-
 class _Stream:
-    """Writes the two files of a stream."""
+    """Writes the files of a stream."""
 
-    def __init__(self, run: XtcRun, detectors: Sequence[_Detector], big: BinaryIO, small: BinaryIO) -> None:
+    def __init__(self, run: XtcRun, number: int, items: Sequence[Item], pace: Callable[[int], None] | None) -> None:
         self._run = run
-        self._detectors = detectors
-        self._big = big
-        self._small = small
+        self._number = number
+        self._items = items
         self._create = _dgram_create()
+        self._live = pace is not None
+        self._suffix = ".inprogress" if pace else ""
+        self._chunk = 0
+        small = run.directory / "smalldata" / f"{run.stem(number)}.smd.xtc2{self._suffix}"
+        self._small = small.open("wb", buffering=0)
+        self._big = self._open_big()
+        self._finished = [self._small, self._big]
 
-    def write(self) -> None:
-        begin = (known.FIRST_SECOND - 1) << 32
-        self._transition(CONFIGURE, begin, names=True)
-        self._transition(BEGIN_RUN, begin + 1)
-        self._transition(BEGIN_STEP, begin + 2)
-        self._transition(ENABLE, begin + 3)
-        for event in range(self._run.events):
-            self._event(event)
-        end = known.timestamp(self._run.events - 1)
-        for place, transition in enumerate((DISABLE, END_STEP, END_RUN), start=1):
-            self._transition(transition, end + place)
+    def begin(self) -> None:
+        begin = self._run.timestamp(0) - (1 << 32)
+        self._transition(CONFIGURE, begin, 0)
+        self._transition(BEGIN_RUN, begin + 1, 0)
 
-    def _event(self, event: int) -> None:
-        present = [(place, data) for place, data in self._data(event) if data is not None]
-        if not present:
+    def event(self, event: int) -> None:
+        """Writes what goes before the event, and the event, if it holds anything."""
+        self._before(event, self._run.timestamp(event))
+        body = self._dgram(L1_ACCEPT, self._run.timestamp(event), event)
+        if body is None:
             return
+        info = {"intOffset": np.uint64(self._big.tell()), "intDgramSize": np.uint64(len(body))}
+        # As the DAQ does: the big file may be behind its small data.
         dgram = self._create.CyDgram()
-        for place, data in present:
-            self._add(dgram, place, data)
-        body = dgram.getSelect(known.timestamp(event), L1_ACCEPT, add_names=False, add_shapes_data=True)
-        small = self._create.CyDgram()
-        self._add_offset(small, self._big.tell(), len(body))
+        self._add(dgram, Item("smdinfo", "offset", "offsetAlg", (0, 0, 0), lambda _: None), info)
+        small = dgram.getSelect(self._run.timestamp(event), L1_ACCEPT, add_names=False, add_shapes_data=True)
+        self._small.write(small)
         self._big.write(body)
-        self._small.write(small.getSelect(known.timestamp(event), L1_ACCEPT, add_names=False, add_shapes_data=True))
 
-    def _data(self, event: int) -> Iterator[tuple[int, dict[str, Any] | None]]:
-        for place, detector in enumerate(self._detectors):
-            yield place, detector.data(self._run, event)
+    def finish(self, *, end: bool) -> None:
+        last = self._run.timestamp(self._run.events - 1)
+        for place, transition in enumerate((DISABLE, END_STEP, END_RUN) if end else (), start=1):
+            self._transition(transition, last + place, self._run.events - 1)
+        self.close()
+        for file in self._finished:
+            path = Path(str(file.name))
+            path.rename(path.with_name(path.name.removesuffix(".inprogress")))
 
-    def _transition(self, transition: int, timestamp: int, *, names: bool = False) -> None:
-        for file, is_small in ((self._big, False), (self._small, True)):
-            dgram = self._create.CyDgram()
-            if names:
-                for place in range(len(self._detectors)):
-                    self._add(dgram, place, self._first_data(place))
-                if is_small:
-                    self._add_offset(dgram, 0, 0)
-            if names or transition == BEGIN_RUN:
-                self._add_run(dgram)
-            file.write(dgram.getSelect(timestamp, transition, add_names=names, add_shapes_data=True))
+    def close(self) -> None:
+        for file in self._finished:
+            file.close()
 
-    def _first_data(self, place: int) -> dict[str, Any]:
-        """Data of an event that has the detector: names in Configure are made from it."""
-        detector = self._detectors[place]
+    def _before(self, event: int, timestamp: int) -> None:
+        run = self._run
+        new_step = event == 0 or run.step(event) != run.step(event - 1)
+        new_chunk = bool(run.chunk_events and event and event % run.chunk_events == 0)
+        if event and (new_step or new_chunk):
+            self._transition(DISABLE, timestamp - 6, event)
+        if event and new_step:
+            self._transition(END_STEP, timestamp - 5, event)
+        if new_step:
+            self._transition(BEGIN_STEP, timestamp - 4, event)
+        if new_chunk:
+            self._chunk += 1
+        if new_step or new_chunk:
+            self._transition(ENABLE, timestamp - 3, event)
+        if new_chunk:
+            self._big = self._open_big()
+            self._finished.append(self._big)
+            begin = run.timestamp(0) - (1 << 32)
+            for file_transition, place in ((CONFIGURE, 0), (BEGIN_RUN, 1)):
+                body = self._dgram(file_transition, begin + place, 0)
+                self._big.write(body or b"")
+        if run.pvs and event % PV_PERIOD == 0:
+            self._transition(SLOW_UPDATE, timestamp - 2, event)
+
+    def _open_big(self) -> Any:
+        path = self._run.directory / f"{self._run.stem(self._number, self._chunk)}.xtc2{self._suffix}"
+        return path.open("wb", buffering=0 if self._live else -1)
+
+    def _transition(self, transition: int, timestamp: int, event: int) -> None:
+        self._big.write(self._dgram(transition, timestamp, event) or b"")
+        self._small.write(self._dgram(transition, timestamp, event, small=True) or b"")
+
+    def _dgram(self, transition: int, timestamp: int, event: int, *, small: bool = False) -> bytes | None:
+        """The datagram, None if it is an event that holds nothing."""
+        dgram = self._create.CyDgram()
+        count = 0
+        for item in self._items:
+            data = self._any_data(item) if transition == CONFIGURE else None
+            data = item.data(event) if item.transition == transition else data
+            if data is not None:
+                self._add(dgram, item, data)
+                count += 1
+        if transition == L1_ACCEPT and not count:
+            return None
+        if transition in (CONFIGURE, BEGIN_RUN):
+            info = {"expt": self._run.exp, "runnum": self._run.run}
+            self._add(dgram, Item("runinfo", "runinfo", "runinfo", (0, 0, 1), lambda _: None), info)
+        if transition == CONFIGURE and small:
+            item = Item("smdinfo", "offset", "offsetAlg", (0, 0, 0), lambda _: None)
+            self._add(dgram, item, {"intOffset": np.uint64(0), "intDgramSize": np.uint64(0)})
+        if self._run.chunk_events and (transition == CONFIGURE or (transition == ENABLE and self._chunk)):
+            name = f"{self._run.stem(self._number, self._chunk)}.xtc2"
+            item = Item("chunkinfo", "chunkinfo", "chunkinfo", (0, 0, 1), lambda _: None)
+            self._add(dgram, item, {"filename": name, "chunkid": np.uint32(self._chunk)})
+        names = transition == CONFIGURE
+        return bytes(dgram.getSelect(timestamp, transition, add_names=names, add_shapes_data=True))
+
+    def _any_data(self, item: Item) -> Data:
+        """Data of an event that has it: names in Configure are made from it."""
         for event in range(self._run.events):
-            if (data := detector.data(self._run, event)) is not None:
+            if (data := item.data(event)) is not None:
                 return data
-        raise ValueError(f"{detector.name} must be in one event at least")
+        raise ValueError(f"{item.name} must be in one event at least")
 
-    def _add(self, dgram: Any, place: int, data: dict[str, Any]) -> None:
-        name, (kind, algorithm, version) = self._detectors[place].name, self._detectors[place].interface
-        info = self._create.nameinfo(name, kind, f"serial{place}", place)
-        dgram.addDet(info, self._create.alg(algorithm, list(version)), data)
-
-    def _add_run(self, dgram: Any) -> None:
-        info = self._create.nameinfo("runinfo", "runinfo", "", len(self._detectors))
-        data = {"expt": self._run.exp, "runnum": self._run.run}
-        dgram.addDet(info, self._create.alg("runinfo", [0, 0, 1]), data)
-
-    def _add_offset(self, dgram: Any, offset: int, size: int) -> None:
-        info = self._create.nameinfo("smdinfo", "offset", "", len(self._detectors) + 1)
-        data = {"intOffset": np.uint64(offset), "intDgramSize": np.uint64(size)}
-        dgram.addDet(info, self._create.alg("offsetAlg", [0, 0, 0]), data)
+    def _add(self, dgram: Any, item: Item, data: Data) -> None:
+        common = {"runinfo": 1, "smdinfo": 2, "chunkinfo": 3}
+        place = self._items.index(item) if item in self._items else len(self._items) + common[item.name]
+        info = self._create.nameinfo(item.name, item.kind, f"serial{item.segment}", place)
+        dgram.addDet(info, self._create.alg(item.algorithm, list(item.version)), data, item.segment)
 
 
 def _dgram_create() -> Any:

@@ -15,6 +15,29 @@ from beamwire.mesh.stream.frame import Frame, Ragged
 Array = npt.NDArray[Any]
 
 
+class _Dense(Mapping[str, Array]):
+    """The arrays of these names."""
+
+    def __init__(self, arrays: Mapping[str, Array], names: tuple[str, ...]) -> None:
+        self._arrays = arrays
+        self._names = names
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._arrays[name]
+
+    def __contains__(self, name: object) -> bool:
+        # That of Mapping would decode it.
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 class Batch:
     """Events that travelled together. Arrays are views of the received bytes; the first axis counts events."""
 
@@ -48,9 +71,9 @@ class Batch:
 
     @cached_property
     def arrays(self) -> Mapping[str, Array]:
-        """The dense fields by name, each of shape (N, ...)."""
+        """The dense fields by name, each of shape (N, ...); one that travelled encoded is decoded when it is read."""
         hidden = self._offsets.keys() | set(self._offsets.values())
-        return {name: array for name, array in self._frame.arrays.items() if name not in hidden}
+        return _Dense(self._frame.arrays, tuple(name for name in self._frame.arrays if name not in hidden))
 
     @property
     def ragged_fields(self) -> tuple[str, ...]:

@@ -7,9 +7,8 @@ from typing import Final
 
 from beamwire.mesh.stream.checksum import crc32c
 from beamwire.mesh.stream.frame import (
-    AnyArray,
     Frame,
-    Ragged,
+    Value,
     align,
     frame_places,
     read_bundled,
@@ -46,7 +45,7 @@ class BundleWriter:
         """The sequence of the last frame; there must be one."""
         return self.first_sequence + len(self._sizes) - 1
 
-    def add(self, header: FrameHeader, payload: Mapping[str, AnyArray | Ragged] | memoryview | bytes) -> bool:
+    def add(self, header: FrameHeader, payload: Mapping[str, Value] | memoryview | bytes) -> bool:
         """Encode a DATA frame of these arrays, or of these bytes, behind the others; False if there is no room for it.
 
         What the header says about arrays and checksum is cleared. BeamwireError INVALID_FIELD says which array cannot

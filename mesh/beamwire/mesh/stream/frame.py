@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.stream import codecs
 from beamwire.mesh.stream.checksum import crc32c
+from beamwire.mesh.stream.codecs import Encoded
 from beamwire.stream.v1.frame_pb2 import (
-    CODEC_UNSPECIFIED,
     FRAME_KIND_BUNDLE,
     FRAME_KIND_DATA,
     FRAME_KIND_END,
@@ -52,12 +53,27 @@ class Ragged(NamedTuple):
     values: AnyArray
     row_offsets: npt.NDArray[np.int64]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and row offsets."""
+        return self.values.nbytes + self.row_offsets.nbytes
+
+    def copy(self) -> Ragged:
+        """The same in memory of its own."""
+        return Ragged(self.values.copy(), self.row_offsets.copy())
+
+
+Value = AnyArray | Ragged | Encoded
+"""What may stand for an array in a frame that is sent."""
+
 
 @dataclass(frozen=True, slots=True)
 class Frame:
     """A frame that was read. The arrays and the payload are views of the received bytes and keep them alive.
 
-    `arrays` holds each array of the frame by name, the row offsets of ragged ones included.
+    `arrays` holds each array of the frame by name, the row offsets of ragged ones included. One that travels encoded is
+    decoded when it is first asked for, into memory of its own; then, and no earlier, BeamwireError FRAME_CORRUPT says
+    that it cannot be, and UNSUPPORTED that this takes a library which is not installed.
     """
 
     header: FrameHeader
@@ -75,6 +91,37 @@ class Frame:
             if array.name == name and array.row_offsets:
                 return Ragged(self.arrays[name], self.arrays[array.row_offsets])
         raise KeyError(name)
+
+
+class _Coded(NamedTuple):
+    """A segment that is decoded when it is needed."""
+
+    array: Array
+    segment: memoryview
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+class _Arrays(Mapping[str, AnyArray]):
+    """Arrays of which some are still encoded."""
+
+    def __init__(self, found: dict[str, AnyArray | _Coded]) -> None:
+        self._found = found
+
+    def __getitem__(self, name: str) -> AnyArray:
+        value = self._found[name]
+        if isinstance(value, _Coded):
+            value = self._found[name] = _decoded(value)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 def align(position: int) -> int:
@@ -139,15 +186,20 @@ def read_payload(header: FrameHeader, payload: memoryview) -> Frame:
         raise corrupt("the checksum of its payload is wrong")
     if header.media_type or header.kind == FRAME_KIND_BUNDLE:
         return Frame(header, payload, {})
-    arrays: dict[str, AnyArray] = {}
+    found: dict[str, AnyArray | _Coded] = {}
+    coded = False
     end = 0
     for array in header.arrays:
-        arrays[array.name] = _view(array, payload, end)
+        if array.codec or array.error_bound:
+            coded = True
+            found[array.name] = _segment(array, payload, end)
+        else:
+            found[array.name] = _view(array, payload, end)
         end = array.offset_bytes + array.size_bytes
     if end != len(payload):
         raise corrupt(f"its payload has {len(payload)} bytes, its arrays end at {end}")
-    _check_axes(header, arrays)
-    return Frame(header, payload, arrays)
+    _check_axes(header, found)
+    return Frame(header, payload, _Arrays(found) if coded else cast("dict[str, AnyArray]", found))
 
 
 def frame_places(header: FrameHeader, size: int) -> list[tuple[int, int]]:
@@ -216,20 +268,43 @@ def _view(array: Array, payload: memoryview, previous_end: int) -> AnyArray:
         dtype, shape, needed = _kind(array.dtype, tuple(array.shape))
     except ValueError as error:
         raise corrupt(f"array {array.name[:50]!r} {error}") from error
-    if array.codec != CODEC_UNSPECIFIED:
-        raise corrupt(f"array {array.name[:50]!r} has codec {array.codec}, which this program does not know")
     if needed != size:
         raise corrupt(f"array {array.name[:50]!r} has {size} bytes, which is not what its shape and type need")
-    if begin % ALIGNMENT or begin < previous_end:
-        raise corrupt(f"array {array.name[:50]!r} begins at {begin}, which is not aligned or inside the one before")
-    if begin + size > len(payload):
-        raise corrupt(f"array {array.name[:50]!r} ends beyond the payload")
+    if begin % ALIGNMENT or begin < previous_end or begin + size > len(payload):
+        raise _misplaced(array, previous_end)
     view: AnyArray = np.ndarray(shape, dtype, payload, begin if size else 0)
     if dtype.kind == "U" and size:
         points: AnyArray = np.ndarray((size // 4,), "<u4", payload, begin)
         if points.max() > _MAX_CODE_POINT:
             raise corrupt(f"array {array.name[:50]!r} holds something that is not text")
     return view
+
+
+def _segment(array: Array, payload: memoryview, previous_end: int) -> _Coded:
+    begin, size = array.offset_bytes, array.size_bytes
+    try:
+        dtype, shape, needed = _kind(array.dtype, tuple(array.shape))
+        codecs.check_claims(array.codec, size, needed, dtype, array.error_bound)
+    except ValueError as error:
+        raise corrupt(f"array {array.name[:50]!r} {error}") from error
+    if begin % ALIGNMENT or begin < previous_end or begin + size > len(payload):
+        raise _misplaced(array, previous_end)
+    return _Coded(array, payload[begin : begin + size], dtype, shape)
+
+
+def _misplaced(array: Array, previous_end: int) -> BeamwireError:
+    begin = array.offset_bytes
+    if begin % ALIGNMENT or begin < previous_end:
+        return corrupt(f"array {array.name[:50]!r} begins at {begin}, which is not aligned or inside the one before")
+    return corrupt(f"array {array.name[:50]!r} ends beyond the payload")
+
+
+def _decoded(coded: _Coded) -> AnyArray:
+    array, segment, dtype, shape = coded
+    try:
+        return codecs.decode(array.codec, segment, dtype, shape, array.error_bound)
+    except ValueError as error:
+        raise corrupt(f"array {array.name[:50]!r} {error}") from error
 
 
 # The frames of a stream are mostly alike. What is refused is not kept.
@@ -246,19 +321,19 @@ def _kind(dtype: str, shape: tuple[int, ...]) -> tuple[np.dtype[Any], tuple[int,
     return element, shape, math.prod(shape) * element.itemsize
 
 
-def _check_axes(header: FrameHeader, arrays: Mapping[str, AnyArray]) -> None:
+def _check_axes(header: FrameHeader, arrays: Mapping[str, AnyArray | _Coded]) -> None:
     events = header.event_count
     rows = {array.name: array.row_offsets for array in header.arrays if array.row_offsets}
     companions = set(rows.values())
     for name, array in arrays.items():
         if name in rows:
-            _check_rows(name, array, arrays.get(rows[name]), events)
-        elif len(array) != events and name not in companions:
-            raise corrupt(f"array {name[:50]!r} has {len(array)} rows for {events} events")
+            _check_rows(name, array.shape[0], arrays.get(rows[name]), events)
+        elif array.shape[0] != events and name not in companions:
+            raise corrupt(f"array {name[:50]!r} has {array.shape[0]} rows for {events} events")
 
 
-def _check_rows(name: str, values: AnyArray, offsets: AnyArray | None, events: int) -> None:
-    if offsets is None or offsets.dtype.str != "<i8" or offsets.shape != (events + 1,):
+def _check_rows(name: str, count: int, offsets: AnyArray | _Coded | None, events: int) -> None:
+    if not isinstance(offsets, np.ndarray) or offsets.dtype.str != "<i8" or offsets.shape != (events + 1,):
         raise corrupt(f"array {name[:50]!r} is ragged and has no int64 row offsets for {events} events")
-    if offsets[0] != 0 or offsets[-1] != len(values) or np.any(offsets[1:] < offsets[:-1]):
-        raise corrupt(f"the row offsets of array {name[:50]!r} do not divide its {len(values)} values")
+    if offsets[0] != 0 or offsets[-1] != count or np.any(offsets[1:] < offsets[:-1]):
+        raise corrupt(f"the row offsets of array {name[:50]!r} do not divide its {count} values")

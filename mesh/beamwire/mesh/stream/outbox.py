@@ -11,12 +11,13 @@ import numpy as np
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream.bundle import ROOM_IN_FRONT, BundleWriter
-from beamwire.mesh.stream.frame import AnyArray, Ragged, align
+from beamwire.mesh.stream.codecs import Encoded
+from beamwire.mesh.stream.frame import Ragged, Value, align
 from beamwire.mesh.stream.pool import BufferPool
 from beamwire.mesh.stream.writer import MESSAGE_LENGTH, draft
 from beamwire.stream.v1.frame_pb2 import FrameHeader
 
-Payload = Mapping[str, AnyArray | Ragged] | memoryview | None
+Payload = Mapping[str, Value] | memoryview | None
 
 # Frames below this size wait together for the connection, and go as one message.
 SMALL: Final = 96 * 1024
@@ -157,7 +158,7 @@ class Outbox:
             error = self._failure
             raise BeamwireError(error.reason, error.message, metadata=error.metadata)
 
-    def _put_small(self, header: FrameHeader, payload: Mapping[str, AnyArray | Ragged] | memoryview) -> bool:
+    def _put_small(self, header: FrameHeader, payload: Mapping[str, Value] | memoryview) -> bool:
         with self._changed:
             if self._bundle is not None and self._bundle.count < _BUNDLE_FRAMES and self._bundle.add(header, payload):
                 return True
@@ -210,13 +211,15 @@ def closed(what: str) -> BeamwireError:
     return BeamwireError(Reason.CANCELLED, f"{what} was closed")
 
 
-def _size(payload: Mapping[str, AnyArray | Ragged] | memoryview) -> int:
+def _size(payload: Mapping[str, Value] | memoryview) -> int:
     if isinstance(payload, memoryview):
         return len(payload)
     size = 0
     for value in payload.values():
         if isinstance(value, Ragged):
             size += np.asarray(value.values).nbytes + np.asarray(value.row_offsets).nbytes
+        elif isinstance(value, Encoded):
+            size += value.nbytes + (0 if value.row_offsets is None else np.asarray(value.row_offsets).nbytes)
         else:
             size += np.asarray(value).nbytes
     return size

@@ -21,7 +21,7 @@ from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.stream.acked_sender import AckedSender
 from beamwire.mesh.stream.connect import ConnectString
-from beamwire.mesh.stream.frame import AnyArray, Ragged
+from beamwire.mesh.stream.frame import Value
 from beamwire.mesh.stream.push_sender import PushSender
 from beamwire.mesh.stream.reconnecting import RECONNECT_TIMEOUT
 from beamwire.mesh.stream.ticket import TicketSource
@@ -108,9 +108,10 @@ class Producer:
         self._epoch = self._sender.epoch
         self.counters.bytes = self._sender.message_bytes
 
-    def send(self, arrays: Mapping[str, AnyArray | Ragged], event_ids: npt.NDArray[np.uint64]) -> None:
+    def send(self, arrays: Mapping[str, Value], event_ids: npt.NDArray[np.uint64]) -> None:
         """Send a batch. The first axis of each array, and the row offsets of a ragged one, count the events.
 
+        An array may be encoded already, see `codecs.Compression`; consumers get it decoded.
         `event_ids` is uint64 of shape (events,). The arrays may be changed when this returns. BeamwireError
         CACHE_FAILED if the connection is lost (for good), INVALID_FIELD if an array cannot be sent.
         """
@@ -191,7 +192,7 @@ class Producer:
     def _send_data(
         self,
         header: FrameHeader,
-        payload: Mapping[str, AnyArray | Ragged] | memoryview,
+        payload: Mapping[str, Value] | memoryview,
         event_ids: npt.NDArray[np.uint64],
     ) -> None:
         if telemetry.frame_sampled(self._sequence):
@@ -209,7 +210,7 @@ class Producer:
     def _send(
         self,
         header: FrameHeader,
-        payload: Mapping[str, AnyArray | Ragged] | memoryview,
+        payload: Mapping[str, Value] | memoryview,
         event_ids: npt.NDArray[np.uint64],
     ) -> None:
         self._check_open()

@@ -10,9 +10,10 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from beamwire.mesh.errors import invalid_field
+from beamwire.mesh.errors import BeamwireError, invalid_field
 from beamwire.mesh.stream import checksum
 from beamwire.mesh.stream.checksum import crc32c
+from beamwire.mesh.stream.codecs import Encoded
 from beamwire.mesh.stream.frame import (
     MAGIC,
     MAX_DIMENSIONS,
@@ -20,11 +21,12 @@ from beamwire.mesh.stream.frame import (
     VERSION,
     AnyArray,
     Ragged,
+    Value,
     align,
     is_array_type,
 )
 from beamwire.mesh.stream.pool import BufferPool
-from beamwire.stream.v1.frame_pb2 import FrameHeader
+from beamwire.stream.v1.frame_pb2 import Codec, FrameHeader
 
 # SP says before each message how long it is.
 MESSAGE_LENGTH: Final = struct.Struct(">Q")
@@ -33,8 +35,17 @@ _CHECKSUM_FIELD: Final = struct.Struct("<BI")
 _CHECKSUM_TAG: Final = FrameHeader.PAYLOAD_CRC32C_FIELD_NUMBER << 3 | 5
 _ROW_OFFSETS: Final = ".row_offsets"
 
-# The name of an array, that of its row offsets, its element type, its shape.
-_Spec = tuple[str, str, np.dtype[np.generic], tuple[int, ...]]
+
+class _Coding(NamedTuple):
+    """How a segment is encoded."""
+
+    codec: Codec.ValueType
+    error_bound: float
+    size: int
+
+
+# The name of an array, that of its row offsets, its element type, its shape, and how it is encoded if it is.
+_Spec = tuple[str, str, np.dtype[np.generic], tuple[int, ...], _Coding | None]
 
 
 class _Segment(NamedTuple):
@@ -77,7 +88,7 @@ class Draft(NamedTuple):
         return crc
 
 
-def draft(header: FrameHeader, payload: Mapping[str, AnyArray | Ragged] | memoryview | bytes | None = None) -> Draft:
+def draft(header: FrameHeader, payload: Mapping[str, Value] | memoryview | bytes | None = None) -> Draft:
     """A frame with these arrays, or with these bytes as its opaque payload.
 
     What the header says about arrays and checksum is cleared. The first axis of each array counts the events of the
@@ -89,8 +100,8 @@ def draft(header: FrameHeader, payload: Mapping[str, AnyArray | Ragged] | memory
         arrays: list[AnyArray] = [np.frombuffer(payload, np.uint8)]
         layout = _Layout((_Segment(0, len(payload), "|u1", as_it_is=True),), b"", len(payload))
     else:
-        specs, arrays = _flatten(payload or {}, header.event_count)
-        layout = _lay_out(specs)
+        specs, arrays, alike = _flatten(payload or {}, header.event_count)
+        layout = _lay_out_alike(specs) if alike else _lay_out(specs)
     encoded = header.SerializeToString() + layout.encoded
     start = header_end(encoded)
     return Draft(encoded, layout, arrays, start, start + layout.size)
@@ -117,7 +128,7 @@ class FrameWriter:
         self._pool = BufferPool(spare=1)
         self._memory = self._pool.acquire(1)
 
-    def encode(self, header: FrameHeader, arrays: Mapping[str, AnyArray | Ragged] | None = None) -> memoryview:
+    def encode(self, header: FrameHeader, arrays: Mapping[str, Value] | None = None) -> memoryview:
         """The SP message of a frame with these arrays, its 8-byte length in front; good until the next call.
 
         Fills the header's arrays and checksum. The first axis of each array counts the events of the header.
@@ -142,55 +153,83 @@ class FrameWriter:
         return message
 
 
-def _flatten(arrays: Mapping[str, AnyArray | Ragged], events: int) -> tuple[tuple[_Spec, ...], list[AnyArray]]:
-    """What there is to send, in order: ragged arrays as two."""
+def _flatten(arrays: Mapping[str, Value], events: int) -> tuple[tuple[_Spec, ...], list[AnyArray], bool]:
+    """What there is to send, in order, ragged arrays as two; and whether the next frame is likely to look the same."""
     specs: list[_Spec] = []
     flat: list[AnyArray] = []
+    alike = True
     for name, value in arrays.items():
         if isinstance(value, Ragged):
             offsets = np.asarray(value.row_offsets, np.int64)
-            _check_rows(name, value.values, offsets, events)
-            specs.append((name, name + _ROW_OFFSETS, value.values.dtype, value.values.shape))
-            specs.append((name + _ROW_OFFSETS, "", offsets.dtype, offsets.shape))
+            _check_rows(name, value.values.shape, offsets, events)
+            specs.append((name, name + _ROW_OFFSETS, value.values.dtype, value.values.shape, None))
+            specs.append((name + _ROW_OFFSETS, "", offsets.dtype, offsets.shape, None))
             flat += [value.values, offsets]
-            continue
-        array = np.asarray(value)
-        if array.ndim == 0 or array.shape[0] != events:
-            raise invalid_field(
-                "arrays", f"{name!r} has shape {array.shape}; its first axis must count {events} events"
-            )
-        specs.append((name, "", array.dtype, array.shape))
-        flat.append(array)
-    return tuple(specs), flat
+        elif isinstance(value, Encoded):
+            # What is encoded has another size each time.
+            alike = False
+            _add_encoded(name, value, events, specs, flat)
+        else:
+            array = np.asarray(value)
+            if array.ndim == 0 or array.shape[0] != events:
+                raise _wrong_events(name, array.shape, events)
+            specs.append((name, "", array.dtype, array.shape, None))
+            flat.append(array)
+    return tuple(specs), flat, alike
+
+
+def _add_encoded(name: str, value: Encoded, events: int, specs: list[_Spec], flat: list[AnyArray]) -> None:
+    ragged = value.row_offsets is not None
+    offsets_name = name + _ROW_OFFSETS if ragged else ""
+    coding = _Coding(value.codec, value.error_bound, len(value.data))
+    specs.append((name, offsets_name, value.dtype, value.shape, coding))
+    flat.append(value.data)
+    if ragged:
+        offsets = np.asarray(value.row_offsets, np.int64)
+        _check_rows(name, value.shape, offsets, events)
+        specs.append((offsets_name, "", offsets.dtype, offsets.shape, None))
+        flat.append(offsets)
+    elif not value.shape or value.shape[0] != events:
+        raise _wrong_events(name, value.shape, events)
 
 
 # The frames of a stream are mostly alike: what is said about their arrays is worked out once.
 @lru_cache(maxsize=64)
+def _lay_out_alike(specs: tuple[_Spec, ...]) -> _Layout:
+    return _lay_out(specs)
+
+
 def _lay_out(specs: tuple[_Spec, ...]) -> _Layout:
     header = FrameHeader()
     segments = []
     end = 0
-    for name, row_offsets, element, shape in specs:
+    for name, row_offsets, element, shape, coding in specs:
         dtype = element.newbyteorder("<").str
         if not is_array_type(dtype):
             raise invalid_field("arrays", f"{name!r} has the element type {element}, which cannot be sent")
         if len(shape) > MAX_DIMENSIONS:
             raise invalid_field("arrays", f"{name!r} has {len(shape)} axes; at most {MAX_DIMENSIONS} can be sent")
-        begin, size = align(end), math.prod(shape) * element.itemsize
-        header.arrays.add(
+        begin, size = align(end), coding.size if coding else math.prod(shape) * element.itemsize
+        array = header.arrays.add(
             name=name, dtype=dtype, shape=shape, offset_bytes=begin, size_bytes=size, row_offsets=row_offsets
         )
+        if coding:
+            array.codec, array.error_bound = coding.codec, coding.error_bound
         end = begin + size
-        segments.append(_Segment(begin, end, dtype, element.str == dtype))
+        segments.append(_Segment(begin, end, dtype, coding is not None or element.str == dtype))
     if len({name for name, *_ in specs}) != len(specs):
         raise invalid_field("arrays", f"no array may be called like another one with {_ROW_OFFSETS!r} behind it")
     return _Layout(tuple(segments), header.SerializeToString(), end)
 
 
-def _check_rows(name: str, values: AnyArray, offsets: AnyArray, events: int) -> None:
+def _wrong_events(name: str, shape: tuple[int, ...], events: int) -> BeamwireError:
+    return invalid_field("arrays", f"{name!r} has shape {shape}; its first axis must count {events} events")
+
+
+def _check_rows(name: str, shape: tuple[int, ...], offsets: AnyArray, events: int) -> None:
     if offsets.shape != (events + 1,):
         raise invalid_field("arrays", f"{name!r} needs {events + 1} row offsets, not shape {offsets.shape}")
-    if values.ndim == 0 or offsets[0] != 0 or offsets[-1] != len(values) or np.any(offsets[1:] < offsets[:-1]):
+    if not shape or offsets[0] != 0 or offsets[-1] != shape[0] or np.any(offsets[1:] < offsets[:-1]):
         raise invalid_field("arrays", f"the row offsets of {name!r} do not divide its values")
 
 

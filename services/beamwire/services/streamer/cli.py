@@ -85,9 +85,17 @@ def _read(config_file: str) -> Mapping[str, Any]:
 
 
 def _in_words(result: Mapping[str, Any]) -> str:
+    from rich import filesize
+
     if not result["ok"]:
         wrong = [f"  {at['field']}: {at['description']}" for at in result["violations"]]
         return "\n".join([f"{result['reason']}:", *(wrong or [f"  {result['message']}"])])
     fields = [f"  {at['name']}: {at['dtype']} {tuple(at['shape'])} {at['unit']}".rstrip() for at in result["fields"]]
     count = result["expected_event_count"] or "an unknown number of"
-    return "\n".join([f"{count} events of {result['event_bytes']} bytes:", *fields])
+    read, sent = (filesize.decimal(result[key]) for key in ("event_bytes", "sent_event_bytes"))
+    lines = [f"{count} events; of each {read} are read and {sent} are sent:", *fields]
+    if result["events_per_second"]:
+        lines.append(f"about {result['events_per_second']:.0f} events/s on one process")
+    if result["sent_bytes"] and result["seconds"]:
+        lines.append(f"altogether {filesize.decimal(result['sent_bytes'])} in about {result['seconds']:.0f} s")
+    return "\n".join(lines)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 
 from beamwire.common.v1 import account_pb2
-from beamwire.mesh.stream.frame import Ragged
+from beamwire.mesh.stream.frame import Ragged, Value
 
 Array = npt.NDArray[Any]
 
@@ -71,12 +71,16 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class FieldSpec:
-    """One array of the batches: the shape of one event has -1 where the length varies."""
+    """One array of the batches: the shape of one event has -1 where the length varies.
+
+    `encoded`: it comes as it is compressed where it was read, and nothing but a frame takes it.
+    """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     unit: str = ""
+    encoded: bool = False
 
     @property
     def ragged(self) -> bool:
@@ -105,10 +109,17 @@ class Message:
     """
 
     event_ids: npt.NDArray[np.uint64]
-    arrays: Mapping[str, Array | Ragged] = field(default_factory=dict[str, Array | Ragged])
+    arrays: Mapping[str, Value] = field(default_factory=dict[str, Value])
     data: bytes | memoryview | None = None
     media_type: str = ""
     suffix: str = "frame"
+
+    @property
+    def size(self) -> int:
+        """Its bytes, without those of a frame around them."""
+        if self.data is not None:
+            return len(self.data)
+        return sum(value.nbytes for value in self.arrays.values())
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from beamwire.mesh import contracts
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 from beamwire.services.streamer import registry
 from beamwire.services.streamer.components import PRESENT_SUFFIX
+from beamwire.services.streamer.handlers.lanes import Pace
 from beamwire.services.streamer.registry import Kind, nearest
 
 ROOT = "config"
@@ -28,6 +30,13 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class HandlerPart(Part):
+    """A handler, and what happens when it does not keep up."""
+
+    pace: Pace
+
+
+@dataclass(frozen=True, slots=True)
 class StreamerConfig:
     """A configuration without an error in it."""
 
@@ -38,8 +47,9 @@ class StreamerConfig:
     optional: frozenset[str]
     processing_pipeline: Sequence[Part]
     data_serializer: Part
-    data_handlers: Sequence[Part]
+    data_handlers: Sequence[HandlerPart]
     max_events: int = 0
+    consumer: str = ""
 
 
 class _Section(BaseModel):
@@ -53,6 +63,10 @@ class _DataSourceSection(_Section):
     required: bool = True
 
 
+class _HandlerSection(_Section, Pace):
+    model_config = ConfigDict(extra="allow")
+
+
 class _Document(BaseModel):
     """The configuration as written."""
 
@@ -63,15 +77,15 @@ class _Document(BaseModel):
     data_sources: Annotated[dict[str, _DataSourceSection], Field(min_length=1)]
     processing_pipeline: list[_Section] | _Section = Field(default_factory=list[_Section])
     data_serializer: _Section = Field(default_factory=lambda: _Section(type="NativeSerializer"))
-    data_handlers: list[_Section] = Field(default_factory=list[_Section])
+    data_handlers: list[_HandlerSection] = Field(default_factory=list[_HandlerSection])
     max_events: Annotated[int, Field(ge=0)] = 0
+    consumer: str = ""
 
 
 def load(data: Mapping[str, Any]) -> StreamerConfig:
     """Checks a configuration and names everything that is wrong with it.
 
-    Raises BeamwireError INVALID_FIELD with one violation for each error, their fields below "config", or UNSUPPORTED
-    if it asks for a component that this release does not have.
+    Raises BeamwireError INVALID_FIELD with one violation for each error, their fields below "config".
     """
     if not isinstance(data, Mapping):
         raise _refused([FieldViolation(ROOT, f"must be a table of keys, not {type(data).__name__}")])
@@ -88,7 +102,6 @@ class _Reader:
 
     document: _Document
     violations: list[FieldViolation] = field(default_factory=list[FieldViolation])
-    unsupported: list[FieldViolation] = field(default_factory=list[FieldViolation])
 
     def read(self) -> StreamerConfig:
         document = self.document
@@ -96,9 +109,10 @@ class _Reader:
         data_sources = {name: self._data_source(name, part) for name, part in document.data_sources.items()}
         pipeline = self._pipeline()
         serializer = self._part(Kind.SERIALIZER, document.data_serializer, "data_serializer")
-        handlers = self._parts(Kind.HANDLER, document.data_handlers, "data_handlers")
+        handlers = [self._handler(place, section) for place, section in enumerate(document.data_handlers)]
         self._check_fits(event_source, data_sources)
-        self._check_names(serializer)
+        self._check_names()
+        self._check_consumer()
         self._raise()
         assert event_source is not None
         assert serializer is not None
@@ -110,8 +124,9 @@ class _Reader:
             optional=frozenset(name for name, part in document.data_sources.items() if not part.required),
             processing_pipeline=pipeline,
             data_serializer=serializer,
-            data_handlers=handlers,
+            data_handlers=[part for part in handlers if part],
             max_events=document.max_events,
+            consumer=document.consumer,
         )
 
     def _pipeline(self) -> list[Part]:
@@ -125,18 +140,24 @@ class _Reader:
         parts = [self._part(kind, section, f"{path}.{place}") for place, section in enumerate(sections)]
         return [part for part in parts if part]
 
+    def _handler(self, place: int, section: _HandlerSection) -> HandlerPart | None:
+        part = self._part(Kind.HANDLER, section, f"data_handlers.{place}")
+        if part is None:
+            return None
+        pace = Pace(when_slow=section.when_slow, patience=section.patience)
+        return HandlerPart(part.type, part.component, part.parameters, part.path, pace)
+
     def _data_source(self, name: str, section: _DataSourceSection) -> Part | None:
         path = f"data_sources.{name}"
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name):
-            self._wrong(path, "the name must be letters, digits, _ and -, beginning with a letter")
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_.-]*", name):
+            self._wrong(path, "the name must be letters, digits, _, - and ., beginning with a letter")
         return self._part(Kind.DATA_SOURCE, section, path)
 
     def _part(self, kind: Kind, section: _Section, path: str) -> Part | None:
         try:
             component = registry.find(kind, section.type)
         except BeamwireError as error:
-            found = self.unsupported if error.reason is Reason.UNSUPPORTED else self.violations
-            found.append(FieldViolation(f"{ROOT}.{path}.type", str(error)))
+            self.violations.append(FieldViolation(f"{ROOT}.{path}.type", str(error)))
             return None
         try:
             parameters = component.Parameters.model_validate(section.model_extra or {})
@@ -154,29 +175,26 @@ class _Reader:
                     FieldViolation(f"{part.path}.type", f"{part.type} needs {wanted}, not {source.type}")
                 )
 
-    def _check_names(self, serializer: Part | None) -> None:
+    def _check_consumer(self) -> None:
+        known = contracts.known()
+        if self.document.consumer and self.document.consumer not in known:
+            self._wrong(
+                "consumer",
+                f"nobody knows what {self.document.consumer!r} takes; {nearest(self.document.consumer, known)}",
+            )
+
+    def _check_names(self) -> None:
         names = self.document.data_sources
         for name in names:
             if name.endswith(PRESENT_SUFFIX) and not getattr(
                 names.get(name.removesuffix(PRESENT_SUFFIX)), "required", 1
             ):
                 self._wrong(f"data_sources.{name}", "the name is taken: it says which events have the optional one")
-        fields: Mapping[str, str] = getattr(serializer.parameters, "fields", None) or {} if serializer else {}
-        for name in fields:
-            if name not in names:
-                self._wrong(f"data_serializer.fields.{name}", f"no data source of this name; {nearest(name, names)}")
 
     def _wrong(self, path: str, description: str) -> None:
         self.violations.append(FieldViolation(f"{ROOT}.{path}", description))
 
     def _raise(self) -> None:
-        if self.unsupported:
-            first = self.unsupported[0]
-            raise BeamwireError(
-                Reason.UNSUPPORTED,
-                f"{first.field}: {first.description}",
-                violations=[*self.unsupported, *self.violations],
-            )
         if self.violations:
             raise _refused(self.violations)
 
@@ -191,7 +209,7 @@ def _violations(
 ) -> list[FieldViolation]:
     """What pydantic found, in our words; `path` is where the model stands."""
     found: dict[str, str] = {}
-    known = [*model.model_fields, *(["required"] if isinstance(section, _DataSourceSection) else [])]
+    known = [*model.model_fields, *(type(section).model_fields if section is not None else [])]
     for detail in error.errors(include_url=False, include_context=False):
         names = [str(name) for name in detail["loc"] if not _is_tag(name)]
         where = ".".join([path, *names])

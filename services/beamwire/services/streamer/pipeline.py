@@ -5,33 +5,35 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from beamwire.common.v1 import account_pb2
-from beamwire.mesh.credentials import Credentials
-from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh import contracts
+from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason, invalid_field
 from beamwire.services.streamer.components import (
     Batch,
     FieldSpec,
-    Handler,
     Message,
     Serializer,
     SourceContext,
     Stage,
     StreamInfo,
 )
-from beamwire.services.streamer.config import Part, StreamerConfig
+from beamwire.services.streamer.config import ROOT, HandlerPart, Part, StreamerConfig
+from beamwire.services.streamer.handlers.buffer import to_messages
+from beamwire.services.streamer.handlers.lanes import Handlers
 from beamwire.services.streamer.parallel import Ranks
 from beamwire.services.streamer.reading import Reader, Reading, Shaper
-from beamwire.services.streamer.stopping import Stop
+from beamwire.services.streamer.registry import nearest
+from beamwire.services.streamer.stopping import CancelledError, Stop
+
+if TYPE_CHECKING:
+    from beamwire.mesh.credentials import Credentials
 
 PROGRESS_PERIOD = 2.0
 """Seconds between two lines of progress, at least."""
-
-
-class CancelledError(Exception):
-    """We were told to end."""
 
 
 @dataclass(slots=True)
@@ -65,18 +67,16 @@ class Pipeline:
         )
         fields = _agreed(ranks.gather(self._reader.fields()))
         self._shaper = Shaper(fields, config.optional)
-        self._stages: list[Stage] = [part.component(part.parameters) for part in config.processing_pipeline]
-        for stage in self._stages:
-            fields = tuple(stage.fields(fields))
-        serializer = config.data_serializer
-        self._serializer: Serializer = serializer.component(serializer.parameters)
-        self._serializer.check(fields)
+        self._stages, self._serializer, fields = prepare(config, fields)
         expected = self._reader.source.expected_event_count
         self.account = Account(expected=len(ranks.share.of(expected)))
-        self._info = StreamInfo(ranks.share, fields, expected, self._attributes(), serializer.type)
-        self._handlers: list[Handler] = [
-            part.component(part.parameters, credentials) for part in _not_replaced(config.data_handlers)
-        ]
+        self._info = StreamInfo(ranks.share, fields, expected, self._attributes(), config.data_serializer.type)
+        self._handlers = Handlers(
+            [
+                (part.component(part.parameters, credentials), part.pace, f"{part.path} ({part.type})")
+                for part in without_replaced(config.data_handlers)
+            ]
+        )
         self._progress = Progress(expected if ranks.share.rank == 0 else None, ranks.share.size)
 
     def run(self) -> Account:
@@ -85,14 +85,13 @@ class Pipeline:
         Raises CancelledError if told to end; what a component raises, after END(FAILED) was sent where it can be.
         """
         with self._ending():
-            for handler in self._handlers:
-                handler.open(self._info)
+            self._handlers.open(self._info)
             self._hand(self._serializer.begin(self._info))
             for reading in self._reader:
                 self._stop_if_told()
                 self._take(reading)
             self._stop_if_told()
-            self._send(self._flushed())
+            self._send(flushed(self._stages))
             self._hand(self._serializer.end())
             self._veto()
         return replace(self.account)
@@ -107,9 +106,9 @@ class Pipeline:
                     "to leave such events out, or required: false to send them without",
                 )
             self.account.incomplete += 1
-            self._skip(account_pb2.LOSS_CAUSE_INCOMPLETE, 1)
+            self._handlers.skip(account_pb2.LOSS_CAUSE_INCOMPLETE, 1)
         else:
-            self._send(_through(self._stages, self._shaper.shape(reading)))
+            self._send(through(self._stages, self._shaper.shape(reading)))
             self._veto()
         self._progress.show(self.account)
 
@@ -119,24 +118,14 @@ class Pipeline:
 
     def _hand(self, messages: Iterable[Message]) -> None:
         for message in messages:
-            for handler in self._handlers:
-                handler.send(message)
+            self._handlers.send(message)
             self.account.sent += len(message.event_ids)
-
-    def _flushed(self) -> Iterator[Batch]:
-        for place, stage in enumerate(self._stages):
-            for batch in stage.flush():
-                yield from _through(self._stages[place + 1 :], batch)
 
     def _veto(self) -> None:
         """Stages count what they drop; handlers are told the difference."""
         if fresh := sum(stage.vetoed for stage in self._stages) - self.account.vetoed:
             self.account.vetoed += fresh
-            self._skip(account_pb2.LOSS_CAUSE_VETOED, fresh)
-
-    def _skip(self, cause: account_pb2.LossCause.ValueType, count: int) -> None:
-        for handler in self._handlers:
-            handler.skip(cause, count)
+            self._handlers.skip(account_pb2.LOSS_CAUSE_VETOED, fresh)
 
     def _stop_if_told(self) -> None:
         if self._stop.requested:
@@ -147,7 +136,7 @@ class Pipeline:
         try:
             yield
             self._check_account()
-            self._end(account_pb2.END_CAUSE_DONE)
+            self._handlers.end(account_pb2.END_CAUSE_DONE)
         except CancelledError:
             self._end_badly(account_pb2.END_CAUSE_CANCELLED, "the streamer was told to end")
             raise
@@ -164,18 +153,15 @@ class Pipeline:
                 f"nobody knows what became of {self.account.unaccounted} of the events of this process",
             )
 
-    def _end(self, cause: account_pb2.EndCause.ValueType, detail: str = "") -> None:
-        for handler in self._handlers:
-            handler.end(cause, detail)
-
     def _end_badly(self, cause: account_pb2.EndCause.ValueType, detail: str) -> None:
         """The error that ended the run is the one to report, so others that follow from it are only shown."""
-        for handler in self._handlers:
-            try:
-                handler.skip(account_pb2.LOSS_CAUSE_NOT_READ, self.account.unaccounted)
-                handler.end(cause, detail)
-            except Exception as error:
-                say(f"rank {self._share.rank}: the end of the stream could not be sent: {one_line(error)}")
+        with suppress(Exception):
+            # A handler that has failed takes nothing; it is told of the end all the same.
+            self._handlers.skip(account_pb2.LOSS_CAUSE_NOT_READ, self.account.unaccounted)
+        try:
+            self._handlers.end(cause, detail)
+        except Exception as error:
+            say(f"rank {self._share.rank}: the end of the stream could not be sent: {one_line(error)}")
 
     def _attributes(self) -> dict[str, str]:
         attributes = {
@@ -183,6 +169,44 @@ class Pipeline:
             "event_source": self._config.event_source.type,
         }
         return attributes | dict(self._reader.source.attributes)
+
+
+def prepare(
+    config: StreamerConfig, fields: tuple[FieldSpec, ...]
+) -> tuple[list[Stage], Serializer, tuple[FieldSpec, ...]]:
+    """The stages and the serializer for events that look like this, and what the batches look like behind them.
+
+    Raises BeamwireError INVALID_FIELD, naming the component, if they do not fit together or not to the consumer.
+    """
+    stages: list[Stage] = []
+    for part in config.processing_pipeline:
+        with _located(part):
+            stages.append(part.component(part.parameters))
+            fields = tuple(stages[-1].fields(fields))
+    part = config.data_serializer
+    with _located(part):
+        for name in getattr(part.parameters, "fields", None) or {}:
+            known = [spec.name for spec in fields]
+            if name not in known:
+                raise invalid_field(f"fields.{name}", f"there is no array of this name; {nearest(name, known)}")
+        serializer: Serializer = part.component(part.parameters)
+        serializer.check(fields)
+    if config.consumer and (problems := contracts.problems(config.consumer, to_messages(fields))):
+        raise invalid_field(f"{ROOT}.consumer", f"{config.consumer} cannot use this: {'; '.join(problems)}")
+    return stages, serializer, fields
+
+
+@contextmanager
+def _located(part: Part) -> Iterator[None]:
+    """Adds where a component stands to what it says of its parameters."""
+    try:
+        yield
+    except BeamwireError as error:
+        if not error.violations or error.violations[0].field.startswith(f"{ROOT}."):
+            raise
+        violations = [FieldViolation(f"{part.path}.{at.field}", at.description) for at in error.violations]
+        text = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
+        raise BeamwireError(error.reason, text, violations=violations) from None
 
 
 class Progress:
@@ -217,15 +241,23 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, BeamwireError) else f"{type(error).__name__}: {text}"
 
 
-def _through(stages: Sequence[Stage], batch: Batch) -> Iterator[Batch]:
+def through(stages: Sequence[Stage], batch: Batch) -> Iterator[Batch]:
+    """What comes out behind the stages when a batch goes in."""
     if not stages:
         yield batch
         return
     for out in stages[0].push(batch):
-        yield from _through(stages[1:], out)
+        yield from through(stages[1:], out)
 
 
-def _not_replaced(parts: Sequence[Part]) -> list[Part]:
+def flushed(stages: Sequence[Stage]) -> Iterator[Batch]:
+    """What the stages still hold, through those behind them."""
+    for place, stage in enumerate(stages):
+        for batch in stage.flush():
+            yield from through(stages[place + 1 :], batch)
+
+
+def without_replaced(parts: Sequence[HandlerPart]) -> list[HandlerPart]:
     """A handler may name another that takes its place where both are asked for."""
     types = {part.type for part in parts}
     return [part for part in parts if getattr(part.component, "replaced_by", "") not in types]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason, invalid_field
+from beamwire.mesh.stream.codecs import Encoded
 from beamwire.mesh.stream.frame import Ragged, is_array_type
 from beamwire.services.streamer.components import (
     PRESENT_SUFFIX,
@@ -26,7 +27,7 @@ from beamwire.services.streamer.config import Part, StreamerConfig
 LOOK_AHEAD = 64
 """Events that may be held in memory to find one that has the optional data sources too."""
 
-Values = dict[str, Array | None]
+Values = dict[str, Array | Encoded | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ class Reader:
 
     def _read_all(self) -> Iterator[Reading]:
         for event in self.source.events():
-            values = {name: source.read(event) for name, source in self._sources.items()}
+            values: Values = {name: source.read(event) for name, source in self._sources.items()}
             optional = self._config.optional
             missing = tuple(name for name, value in values.items() if value is None and name not in optional)
             yield Reading(event, values, missing)
@@ -94,7 +95,10 @@ class Reader:
             source = self._sources[name]
             _check_sendable(name, values, source)
             shape = (-1, *values.shape[1:]) if source.ragged else values.shape
-            yield FieldSpec(name, values.dtype, shape, source.unit)
+            encoded = bool(getattr(source, "encoded", False))
+            if encoded:
+                _check_untouched(name, self._config)
+            yield FieldSpec(name, values.dtype, shape, source.unit, encoded)
             if name in self._config.optional:
                 yield FieldSpec(name + PRESENT_SUFFIX, np.dtype(np.bool_), ())
 
@@ -117,6 +121,10 @@ class Shaper:
             present = values is not None
             found = values if values is not None else _filling(spec)
             _check_same(spec, found, reading.event)
+            if isinstance(found, Encoded):
+                # No stage sees it, which the reader has made sure of; the frame takes it as it is.
+                batch.arrays[name] = cast(Array, found._replace(shape=(1, *found.shape)))
+                continue
             batch.arrays[name] = (
                 Ragged(found, np.array([0, len(found)], dtype=np.int64)) if spec.ragged else found[np.newaxis]
             )
@@ -141,11 +149,23 @@ def _data_sources(parts: Mapping[str, Part], source: EventSource) -> dict[str, D
     return sources
 
 
-def _check_sendable(name: str, values: Array, source: DataSource) -> None:
+def _check_untouched(name: str, config: StreamerConfig) -> None:
+    """What comes undecoded can only be sent on: stages and other serializers work on elements."""
+    serializer = config.data_serializer
+    if config.processing_pipeline:
+        user = f"{config.processing_pipeline[0].type} needs it decoded; leave out processing_pipeline"
+    elif not getattr(serializer.component, "takes_encoded", False):
+        user = f"{serializer.type} needs it decoded; take the NativeSerializer"
+    else:
+        return
+    raise invalid_field(f"config.data_sources.{name}", f"comes undecoded, and {user}, or set undecoded: false")
+
+
+def _check_sendable(name: str, values: Array | Encoded, source: DataSource) -> None:
     field = f"config.data_sources.{name}"
     if not is_array_type(values.dtype.newbyteorder("<").str):
         description = f"gives elements of type {values.dtype}, which cannot be sent; set dtype"
-    elif source.ragged and not values.ndim:
+    elif source.ragged and not values.shape:
         description = "gives single numbers, which cannot be ragged"
     else:
         return
@@ -158,11 +178,11 @@ def _filling(spec: FieldSpec) -> Array:
     return np.full(shape, value, dtype=spec.dtype)
 
 
-def _check_same(spec: FieldSpec, values: Array, event: Event) -> None:
+def _check_same(spec: FieldSpec, values: Array | Encoded, event: Event) -> None:
     shape = (-1, *values.shape[1:]) if spec.ragged else values.shape
     if shape == spec.shape and values.dtype == spec.dtype:
         return
-    hint = "; set ragged: true if its length varies" if values.ndim and shape[1:] == spec.shape[1:] else ""
+    hint = "; set ragged: true if its length varies" if shape and shape[1:] == spec.shape[1:] else ""
     raise BeamwireError(
         Reason.PRODUCER_FAILED,
         f"{spec.name} is {values.dtype} {values.shape} in event {event.id} and {spec.dtype} {spec.shape} in the first "

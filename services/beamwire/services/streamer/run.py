@@ -16,8 +16,8 @@ from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.services.streamer import config as configuration
 from beamwire.services.streamer.config import StreamerConfig
 from beamwire.services.streamer.parallel import Ranks
-from beamwire.services.streamer.pipeline import Account, CancelledError, Pipeline, one_line, say
-from beamwire.services.streamer.stopping import Stop
+from beamwire.services.streamer.pipeline import Account, Pipeline, one_line, say
+from beamwire.services.streamer.stopping import CancelledError, Stop
 
 FAILED = 1
 
@@ -28,6 +28,8 @@ _PLAIN = (
     Reason.UNSUPPORTED,
     Reason.RESOURCE_EXISTS,
     Reason.INVALID_JOIN_TOKEN,
+    Reason.SERVICE_UNAVAILABLE,
+    Reason.TIMED_OUT,
 )
 
 

@@ -15,6 +15,10 @@ PATIENCE = 1.5
 """Seconds that the END frame may take."""
 
 
+class CancelledError(Exception):
+    """We were told to end."""
+
+
 class Stop:
     """Whether we were told to end, and a wait that notices it."""
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from beamwire.client.cli import bench, completion, get, members, push, transfers
+from beamwire.client.cli import bench, bridge, completion, get, members, push, transfers
 from beamwire.client.cli.context import Cli, Group
 from beamwire.client.cli.failures import TerminatedError, exit_code, explain
 
@@ -35,6 +35,7 @@ for command in (
     get.pull,
     push.push,
     bench.bench,
+    bridge.bridge,
     members.whoami,
     members.facilities,
     completion.completion,

@@ -12,16 +12,13 @@ import numpy.typing as npt
 from beamwire.client.batch import Array
 from beamwire.mesh.errors import invalid_field
 from beamwire.mesh.stream.frame import Ragged
+from beamwire.mesh.stream.media import HDF5, SUFFIXES
 from beamwire.stream.v1.frame_pb2 import Field
 
-_MEDIA_TYPES = {
-    ".h5": "application/x-hdf5",
-    ".hdf5": "application/x-hdf5",
-    ".nxs": "application/x-hdf5",
-    ".cxi": "application/x-hdf5",
-    ".msgpack": "application/msgpack",
-    ".cbor": "application/cbor",
-}
+_HDF5_SUFFIXES = (".hdf5", ".nxs", ".cxi")
+_MEDIA_TYPES = {f".{suffix}": media_type for media_type, suffix in SUFFIXES.items()} | dict.fromkeys(
+    _HDF5_SUFFIXES, HDF5
+)
 _EVENT_ID = "event_id"
 _ROW_OFFSETS = ".row_offsets"
 
@@ -36,10 +33,7 @@ class ArrayFile:
     @property
     def size(self) -> int:
         """The bytes of all arrays."""
-        return sum(
-            array.values.nbytes + array.row_offsets.nbytes if isinstance(array, Ragged) else array.nbytes
-            for array in self.arrays.values()
-        )
+        return sum(array.nbytes for array in self.arrays.values())
 
     def fields(self) -> list[Field]:
         """Describe the arrays as a stream's header does."""

@@ -10,13 +10,7 @@ import numpy as np
 
 from beamwire.client.batch import Batch
 from beamwire.client.files.naming import Target, part_of
-
-_SUFFIXES = {
-    "application/x-hdf5": "h5",
-    "application/x-npz": "npz",
-    "application/msgpack": "msgpack",
-    "application/cbor": "cbor",
-}
+from beamwire.mesh.stream.media import SUFFIXES
 
 
 class FrameWriter:
@@ -29,7 +23,7 @@ class FrameWriter:
 
     def write(self, batch: Batch) -> None:
         """Write one batch to its file."""
-        suffix = _SUFFIXES.get(batch.media_type, "bin") if batch.media_type else "npz"
+        suffix = SUFFIXES.get(batch.media_type, "bin") if batch.media_type else "npz"
         path = self._target.frame(batch.producer, batch.sequence, suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._part = part_of(path)

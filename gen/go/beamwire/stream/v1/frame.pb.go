@@ -90,21 +90,37 @@ func (FrameKind) EnumDescriptor() ([]byte, []int) {
 	return file_beamwire_stream_v1_frame_proto_rawDescGZIP(), []int{0}
 }
 
-// How the payload of an array is encoded.
+// How the segment of an array is encoded. docs/frame.md describes the bytes of each.
 type Codec int32
 
 const (
 	// The elements as they are, little-endian, C order.
 	Codec_CODEC_UNSPECIFIED Codec = 0
+	// Lossless: what an HDF5 chunk of the whole array with the bitshuffle filter and LZ4 holds.
+	Codec_CODEC_BITSHUFFLE_LZ4 Codec = 1
+	// Lossless: what an HDF5 chunk of the whole array with the bitshuffle filter and Zstandard holds.
+	Codec_CODEC_BITSHUFFLE_ZSTD Codec = 2
+	// Lossless: one Blosc2 chunk.
+	Codec_CODEC_BLOSC2 Codec = 3
+	// A zfp stream without its header: of fixed accuracy if there is an error bound, reversible if not.
+	Codec_CODEC_ZFP Codec = 4
 )
 
 // Enum value maps for Codec.
 var (
 	Codec_name = map[int32]string{
 		0: "CODEC_UNSPECIFIED",
+		1: "CODEC_BITSHUFFLE_LZ4",
+		2: "CODEC_BITSHUFFLE_ZSTD",
+		3: "CODEC_BLOSC2",
+		4: "CODEC_ZFP",
 	}
 	Codec_value = map[string]int32{
-		"CODEC_UNSPECIFIED": 0,
+		"CODEC_UNSPECIFIED":     0,
+		"CODEC_BITSHUFFLE_LZ4":  1,
+		"CODEC_BITSHUFFLE_ZSTD": 2,
+		"CODEC_BLOSC2":          3,
+		"CODEC_ZFP":             4,
 	}
 )
 
@@ -144,7 +160,7 @@ type Array struct {
 	Dtype string `protobuf:"bytes,2,opt,name=dtype,proto3" json:"dtype,omitempty"`
 	// The shape; the first axis counts events, except for CSR values.
 	Shape []uint64 `protobuf:"varint,3,rep,packed,name=shape,proto3" json:"shape,omitempty"`
-	// How the segment is encoded.
+	// How the segment is encoded. Text and row offsets are always as they are.
 	Codec Codec `protobuf:"varint,4,opt,name=codec,proto3,enum=beamwire.stream.v1.Codec" json:"codec,omitempty"`
 	// Where the segment begins, in bytes from the start of the payload; a multiple of 64.
 	OffsetBytes uint64 `protobuf:"varint,5,opt,name=offset_bytes,json=offsetBytes,proto3" json:"offset_bytes,omitempty"`
@@ -152,7 +168,9 @@ type Array struct {
 	SizeBytes uint64 `protobuf:"varint,6,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	// For a ragged array: the name of the array of row offsets (int64, events + 1 of them) that
 	// belongs to these values, as in a CSR matrix. Empty for a dense array.
-	RowOffsets    string `protobuf:"bytes,7,opt,name=row_offsets,json=rowOffsets,proto3" json:"row_offsets,omitempty"`
+	RowOffsets string `protobuf:"bytes,7,opt,name=row_offsets,json=rowOffsets,proto3" json:"row_offsets,omitempty"`
+	// How far an element may be from what the producer had, in the units of the values; 0 if nothing was lost.
+	ErrorBound    float64 `protobuf:"fixed64,8,opt,name=error_bound,json=errorBound,proto3" json:"error_bound,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -234,6 +252,13 @@ func (x *Array) GetRowOffsets() string {
 		return x.RowOffsets
 	}
 	return ""
+}
+
+func (x *Array) GetErrorBound() float64 {
+	if x != nil {
+		return x.ErrorBound
+	}
+	return 0
 }
 
 // The header of a frame.
@@ -662,7 +687,7 @@ var File_beamwire_stream_v1_frame_proto protoreflect.FileDescriptor
 
 const file_beamwire_stream_v1_frame_proto_rawDesc = "" +
 	"\n" +
-	"\x1ebeamwire/stream/v1/frame.proto\x12\x12beamwire.stream.v1\x1a beamwire/common/v1/account.proto\"\xdb\x01\n" +
+	"\x1ebeamwire/stream/v1/frame.proto\x12\x12beamwire.stream.v1\x1a beamwire/common/v1/account.proto\"\xfc\x01\n" +
 	"\x05Array\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x14\n" +
 	"\x05dtype\x18\x02 \x01(\tR\x05dtype\x12\x14\n" +
@@ -672,7 +697,9 @@ const file_beamwire_stream_v1_frame_proto_rawDesc = "" +
 	"\n" +
 	"size_bytes\x18\x06 \x01(\x04R\tsizeBytes\x12\x1f\n" +
 	"\vrow_offsets\x18\a \x01(\tR\n" +
-	"rowOffsets\"\xfe\x03\n" +
+	"rowOffsets\x12\x1f\n" +
+	"\verror_bound\x18\b \x01(\x01R\n" +
+	"errorBound\"\xfe\x03\n" +
 	"\vFrameHeader\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\rR\x05epoch\x12\x1a\n" +
 	"\bproducer\x18\x02 \x01(\rR\bproducer\x12\x1a\n" +
@@ -721,9 +748,13 @@ const file_beamwire_stream_v1_frame_proto_rawDesc = "" +
 	"\x0fFRAME_KIND_DATA\x10\x02\x12\x12\n" +
 	"\x0eFRAME_KIND_END\x10\x03\x12\x13\n" +
 	"\x0fFRAME_KIND_MARK\x10\x04\x12\x15\n" +
-	"\x11FRAME_KIND_BUNDLE\x10\x05*\x1e\n" +
+	"\x11FRAME_KIND_BUNDLE\x10\x05*t\n" +
 	"\x05Codec\x12\x15\n" +
-	"\x11CODEC_UNSPECIFIED\x10\x00B[\n" +
+	"\x11CODEC_UNSPECIFIED\x10\x00\x12\x18\n" +
+	"\x14CODEC_BITSHUFFLE_LZ4\x10\x01\x12\x19\n" +
+	"\x15CODEC_BITSHUFFLE_ZSTD\x10\x02\x12\x10\n" +
+	"\fCODEC_BLOSC2\x10\x03\x12\r\n" +
+	"\tCODEC_ZFP\x10\x04B[\n" +
 	"\x16org.beamwire.stream.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/stream/v1;streamv1b\x06proto3"
 
 var (

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from beamwire.common.v1 import account_pb2 as beamwire_dot_common_dot_v1_dot_account__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x62\x65\x61mwire/stream/v1/frame.proto\x12\x12\x62\x65\x61mwire.stream.v1\x1a beamwire/common/v1/account.proto\"\x9c\x01\n\x05\x41rray\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12(\n\x05\x63odec\x18\x04 \x01(\x0e\x32\x19.beamwire.stream.v1.Codec\x12\x14\n\x0coffset_bytes\x18\x05 \x01(\x04\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x13\n\x0brow_offsets\x18\x07 \x01(\t\"\xfa\x02\n\x0b\x46rameHeader\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x10\n\x08producer\x18\x02 \x01(\r\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12+\n\x04kind\x18\x04 \x01(\x0e\x32\x1d.beamwire.stream.v1.FrameKind\x12\x13\n\x0b\x65vent_count\x18\x05 \x01(\r\x12\x11\n\tevent_ids\x18\x06 \x03(\x04\x12)\n\x06\x61rrays\x18\x07 \x03(\x0b\x32\x19.beamwire.stream.v1.Array\x12\x12\n\nmedia_type\x18\x08 \x01(\t\x12\x16\n\x0epayload_crc32c\x18\t \x01(\x07\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x30\n\x06stream\x18\x0b \x01(\x0b\x32 .beamwire.stream.v1.StreamHeader\x12*\n\x03\x65nd\x18\x0c \x01(\x0b\x32\x1d.beamwire.stream.v1.StreamEnd\x12\x19\n\x11\x66rame_sizes_bytes\x18\r \x03(\r\"A\n\x05\x46ield\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04unit\x18\x04 \x01(\t\"\x8a\x02\n\x0cStreamHeader\x12\x0e\n\x06\x62uffer\x18\x01 \x01(\t\x12\x10\n\x08transfer\x18\x02 \x01(\t\x12\x16\n\x0eproducer_count\x18\x03 \x01(\r\x12)\n\x06\x66ields\x18\x04 \x03(\x0b\x32\x19.beamwire.stream.v1.Field\x12\x1c\n\x14\x65xpected_event_count\x18\x05 \x01(\x04\x12\x44\n\nattributes\x18\x06 \x03(\x0b\x32\x30.beamwire.stream.v1.StreamHeader.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xdb\x01\n\tStreamEnd\x12+\n\x05\x63\x61use\x18\x01 \x01(\x0e\x32\x1c.beamwire.common.v1.EndCause\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x1c\n\x14selected_event_count\x18\x03 \x01(\x04\x12\x18\n\x10sent_event_count\x18\x04 \x01(\x04\x12\x18\n\x10sent_frame_count\x18\x05 \x01(\x04\x12)\n\x07skipped\x18\x06 \x03(\x0b\x32\x18.beamwire.common.v1.Loss\x12\x14\n\x0c\x65vent_digest\x18\x07 \x01(\x0c*\x93\x01\n\tFrameKind\x12\x1a\n\x16\x46RAME_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46RAME_KIND_HEADER\x10\x01\x12\x13\n\x0f\x46RAME_KIND_DATA\x10\x02\x12\x12\n\x0e\x46RAME_KIND_END\x10\x03\x12\x13\n\x0f\x46RAME_KIND_MARK\x10\x04\x12\x15\n\x11\x46RAME_KIND_BUNDLE\x10\x05*\x1e\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x42[\n\x16org.beamwire.stream.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/stream/v1;streamv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x62\x65\x61mwire/stream/v1/frame.proto\x12\x12\x62\x65\x61mwire.stream.v1\x1a beamwire/common/v1/account.proto\"\xb1\x01\n\x05\x41rray\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12(\n\x05\x63odec\x18\x04 \x01(\x0e\x32\x19.beamwire.stream.v1.Codec\x12\x14\n\x0coffset_bytes\x18\x05 \x01(\x04\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x13\n\x0brow_offsets\x18\x07 \x01(\t\x12\x13\n\x0b\x65rror_bound\x18\x08 \x01(\x01\"\xfa\x02\n\x0b\x46rameHeader\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\x10\n\x08producer\x18\x02 \x01(\r\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12+\n\x04kind\x18\x04 \x01(\x0e\x32\x1d.beamwire.stream.v1.FrameKind\x12\x13\n\x0b\x65vent_count\x18\x05 \x01(\r\x12\x11\n\tevent_ids\x18\x06 \x03(\x04\x12)\n\x06\x61rrays\x18\x07 \x03(\x0b\x32\x19.beamwire.stream.v1.Array\x12\x12\n\nmedia_type\x18\x08 \x01(\t\x12\x16\n\x0epayload_crc32c\x18\t \x01(\x07\x12\x13\n\x0btraceparent\x18\n \x01(\t\x12\x30\n\x06stream\x18\x0b \x01(\x0b\x32 .beamwire.stream.v1.StreamHeader\x12*\n\x03\x65nd\x18\x0c \x01(\x0b\x32\x1d.beamwire.stream.v1.StreamEnd\x12\x19\n\x11\x66rame_sizes_bytes\x18\r \x03(\r\"A\n\x05\x46ield\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04unit\x18\x04 \x01(\t\"\x8a\x02\n\x0cStreamHeader\x12\x0e\n\x06\x62uffer\x18\x01 \x01(\t\x12\x10\n\x08transfer\x18\x02 \x01(\t\x12\x16\n\x0eproducer_count\x18\x03 \x01(\r\x12)\n\x06\x66ields\x18\x04 \x03(\x0b\x32\x19.beamwire.stream.v1.Field\x12\x1c\n\x14\x65xpected_event_count\x18\x05 \x01(\x04\x12\x44\n\nattributes\x18\x06 \x03(\x0b\x32\x30.beamwire.stream.v1.StreamHeader.AttributesEntry\x1a\x31\n\x0f\x41ttributesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xdb\x01\n\tStreamEnd\x12+\n\x05\x63\x61use\x18\x01 \x01(\x0e\x32\x1c.beamwire.common.v1.EndCause\x12\x0e\n\x06\x64\x65tail\x18\x02 \x01(\t\x12\x1c\n\x14selected_event_count\x18\x03 \x01(\x04\x12\x18\n\x10sent_event_count\x18\x04 \x01(\x04\x12\x18\n\x10sent_frame_count\x18\x05 \x01(\x04\x12)\n\x07skipped\x18\x06 \x03(\x0b\x32\x18.beamwire.common.v1.Loss\x12\x14\n\x0c\x65vent_digest\x18\x07 \x01(\x0c*\x93\x01\n\tFrameKind\x12\x1a\n\x16\x46RAME_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46RAME_KIND_HEADER\x10\x01\x12\x13\n\x0f\x46RAME_KIND_DATA\x10\x02\x12\x12\n\x0e\x46RAME_KIND_END\x10\x03\x12\x13\n\x0f\x46RAME_KIND_MARK\x10\x04\x12\x15\n\x11\x46RAME_KIND_BUNDLE\x10\x05*t\n\x05\x43odec\x12\x15\n\x11\x43ODEC_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43ODEC_BITSHUFFLE_LZ4\x10\x01\x12\x19\n\x15\x43ODEC_BITSHUFFLE_ZSTD\x10\x02\x12\x10\n\x0c\x43ODEC_BLOSC2\x10\x03\x12\r\n\tCODEC_ZFP\x10\x04\x42[\n\x16org.beamwire.stream.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/stream/v1;streamv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,20 +35,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\026org.beamwire.stream.v1P\001Z?github.com/beamwire/beamwire/gen/go/beamwire/stream/v1;streamv1'
   _globals['_STREAMHEADER_ATTRIBUTESENTRY']._loaded_options = None
   _globals['_STREAMHEADER_ATTRIBUTESENTRY']._serialized_options = b'8\001'
-  _globals['_FRAMEKIND']._serialized_start=1187
-  _globals['_FRAMEKIND']._serialized_end=1334
-  _globals['_CODEC']._serialized_start=1336
-  _globals['_CODEC']._serialized_end=1366
+  _globals['_FRAMEKIND']._serialized_start=1208
+  _globals['_FRAMEKIND']._serialized_end=1355
+  _globals['_CODEC']._serialized_start=1357
+  _globals['_CODEC']._serialized_end=1473
   _globals['_ARRAY']._serialized_start=89
-  _globals['_ARRAY']._serialized_end=245
-  _globals['_FRAMEHEADER']._serialized_start=248
-  _globals['_FRAMEHEADER']._serialized_end=626
-  _globals['_FIELD']._serialized_start=628
-  _globals['_FIELD']._serialized_end=693
-  _globals['_STREAMHEADER']._serialized_start=696
-  _globals['_STREAMHEADER']._serialized_end=962
-  _globals['_STREAMHEADER_ATTRIBUTESENTRY']._serialized_start=913
-  _globals['_STREAMHEADER_ATTRIBUTESENTRY']._serialized_end=962
-  _globals['_STREAMEND']._serialized_start=965
-  _globals['_STREAMEND']._serialized_end=1184
+  _globals['_ARRAY']._serialized_end=266
+  _globals['_FRAMEHEADER']._serialized_start=269
+  _globals['_FRAMEHEADER']._serialized_end=647
+  _globals['_FIELD']._serialized_start=649
+  _globals['_FIELD']._serialized_end=714
+  _globals['_STREAMHEADER']._serialized_start=717
+  _globals['_STREAMHEADER']._serialized_end=983
+  _globals['_STREAMHEADER_ATTRIBUTESENTRY']._serialized_start=934
+  _globals['_STREAMHEADER_ATTRIBUTESENTRY']._serialized_end=983
+  _globals['_STREAMEND']._serialized_start=986
+  _globals['_STREAMEND']._serialized_end=1205
 # @@protoc_insertion_point(module_scope)

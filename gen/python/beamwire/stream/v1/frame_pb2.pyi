@@ -66,12 +66,28 @@ class _CodecEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Codec.ValueType
     DESCRIPTOR: _descriptor.EnumDescriptor
     CODEC_UNSPECIFIED: _Codec.ValueType  # 0
     """The elements as they are, little-endian, C order."""
+    CODEC_BITSHUFFLE_LZ4: _Codec.ValueType  # 1
+    """Lossless: what an HDF5 chunk of the whole array with the bitshuffle filter and LZ4 holds."""
+    CODEC_BITSHUFFLE_ZSTD: _Codec.ValueType  # 2
+    """Lossless: what an HDF5 chunk of the whole array with the bitshuffle filter and Zstandard holds."""
+    CODEC_BLOSC2: _Codec.ValueType  # 3
+    """Lossless: one Blosc2 chunk."""
+    CODEC_ZFP: _Codec.ValueType  # 4
+    """A zfp stream without its header: of fixed accuracy if there is an error bound, reversible if not."""
 
 class Codec(_Codec, metaclass=_CodecEnumTypeWrapper):
-    """How the payload of an array is encoded."""
+    """How the segment of an array is encoded. docs/frame.md describes the bytes of each."""
 
 CODEC_UNSPECIFIED: Codec.ValueType  # 0
 """The elements as they are, little-endian, C order."""
+CODEC_BITSHUFFLE_LZ4: Codec.ValueType  # 1
+"""Lossless: what an HDF5 chunk of the whole array with the bitshuffle filter and LZ4 holds."""
+CODEC_BITSHUFFLE_ZSTD: Codec.ValueType  # 2
+"""Lossless: what an HDF5 chunk of the whole array with the bitshuffle filter and Zstandard holds."""
+CODEC_BLOSC2: Codec.ValueType  # 3
+"""Lossless: one Blosc2 chunk."""
+CODEC_ZFP: Codec.ValueType  # 4
+"""A zfp stream without its header: of fixed accuracy if there is an error bound, reversible if not."""
 Global___Codec: _TypeAlias = Codec  # noqa: Y015
 
 @_typing.final
@@ -87,12 +103,13 @@ class Array(_message.Message):
     OFFSET_BYTES_FIELD_NUMBER: _builtins.int
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     ROW_OFFSETS_FIELD_NUMBER: _builtins.int
+    ERROR_BOUND_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name of the data source that made it, `detector_data`, say."""
     dtype: _builtins.str
     """numpy's name of the element type with its byte order: `<f4`, `<u2`, `|u1`, `<U12`."""
     codec: Global___Codec.ValueType
-    """How the segment is encoded."""
+    """How the segment is encoded. Text and row offsets are always as they are."""
     offset_bytes: _builtins.int
     """Where the segment begins, in bytes from the start of the payload; a multiple of 64."""
     size_bytes: _builtins.int
@@ -101,6 +118,8 @@ class Array(_message.Message):
     """For a ragged array: the name of the array of row offsets (int64, events + 1 of them) that
     belongs to these values, as in a CSR matrix. Empty for a dense array.
     """
+    error_bound: _builtins.float
+    """How far an element may be from what the producer had, in the units of the values; 0 if nothing was lost."""
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The shape; the first axis counts events, except for CSR values."""
@@ -115,10 +134,11 @@ class Array(_message.Message):
         offset_bytes: _builtins.int = ...,
         size_bytes: _builtins.int = ...,
         row_offsets: _builtins.str = ...,
+        error_bound: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "dtype", b"dtype", "name", b"name", "offset_bytes", b"offset_bytes", "row_offsets", b"row_offsets", "shape", b"shape", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["codec", b"codec", "dtype", b"dtype", "error_bound", b"error_bound", "name", b"name", "offset_bytes", b"offset_bytes", "row_offsets", b"row_offsets", "shape", b"shape", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -42,7 +42,7 @@ export declare type Array = Message<"beamwire.stream.v1.Array"> & {
   shape: bigint[];
 
   /**
-   * How the segment is encoded.
+   * How the segment is encoded. Text and row offsets are always as they are.
    *
    * @generated from field: beamwire.stream.v1.Codec codec = 4;
    */
@@ -69,6 +69,13 @@ export declare type Array = Message<"beamwire.stream.v1.Array"> & {
    * @generated from field: string row_offsets = 7;
    */
   rowOffsets: string;
+
+  /**
+   * How far an element may be from what the producer had, in the units of the values; 0 if nothing was lost.
+   *
+   * @generated from field: double error_bound = 8;
+   */
+  errorBound: number;
 };
 
 /**
@@ -398,7 +405,7 @@ export enum FrameKind {
 export declare const FrameKindSchema: GenEnum<FrameKind>;
 
 /**
- * How the payload of an array is encoded.
+ * How the segment of an array is encoded. docs/frame.md describes the bytes of each.
  *
  * @generated from enum beamwire.stream.v1.Codec
  */
@@ -409,6 +416,34 @@ export enum Codec {
    * @generated from enum value: CODEC_UNSPECIFIED = 0;
    */
   UNSPECIFIED = 0,
+
+  /**
+   * Lossless: what an HDF5 chunk of the whole array with the bitshuffle filter and LZ4 holds.
+   *
+   * @generated from enum value: CODEC_BITSHUFFLE_LZ4 = 1;
+   */
+  BITSHUFFLE_LZ4 = 1,
+
+  /**
+   * Lossless: what an HDF5 chunk of the whole array with the bitshuffle filter and Zstandard holds.
+   *
+   * @generated from enum value: CODEC_BITSHUFFLE_ZSTD = 2;
+   */
+  BITSHUFFLE_ZSTD = 2,
+
+  /**
+   * Lossless: one Blosc2 chunk.
+   *
+   * @generated from enum value: CODEC_BLOSC2 = 3;
+   */
+  BLOSC2 = 3,
+
+  /**
+   * A zfp stream without its header: of fixed accuracy if there is an error bound, reversible if not.
+   *
+   * @generated from enum value: CODEC_ZFP = 4;
+   */
+  ZFP = 4,
 }
 
 /**

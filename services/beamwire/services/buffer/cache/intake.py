@@ -26,7 +26,7 @@ from beamwire.stream.v1.frame_pb2 import FRAME_KIND_BUNDLE, FRAME_KIND_DATA, Fra
 
 _MOST_EVENTS: Final = 2**53
 # What is held beyond this waits for consumers that are at work, for so many seconds at most: see `_holds_back`.
-_WARM_BYTES: Final = 32 * 1024 * 1024
+_WARM_BYTES: Final = 16 * 1024 * 1024
 _PATIENCE: Final = 0.005
 
 

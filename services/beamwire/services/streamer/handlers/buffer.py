@@ -82,13 +82,14 @@ def stream_header(info: StreamInfo, buffer: str) -> frame_pb2.StreamHeader:
     return frame_pb2.StreamHeader(
         buffer=buffer,
         producer_count=info.share.size,
-        fields=_fields(info.fields),
+        fields=to_messages(info.fields),
         expected_event_count=info.expected_event_count,
         attributes=dict(info.attributes),
     )
 
 
-def _fields(fields: Sequence[FieldSpec]) -> list[frame_pb2.Field]:
+def to_messages(fields: Sequence[FieldSpec]) -> list[frame_pb2.Field]:
+    """Fields as a HEADER has them."""
     return [
         frame_pb2.Field(name=spec.name, dtype=spec.dtype.newbyteorder("<").str, shape=spec.shape, unit=spec.unit)
         for spec in fields

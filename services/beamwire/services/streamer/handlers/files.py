@@ -32,17 +32,17 @@ class BinaryFileWritingDataHandler:
         del credentials
         self._parameters = parameters
         self._count = 0
-        self._writer: Any = None
+        self._frames = FrameMaker()
         self._rank = 0
 
     def open(self, info: StreamInfo) -> None:
         """Makes the directory."""
-        self._rank = info.share.rank
+        self._rank = self._frames.producer = info.share.rank
         self._parameters.write_directory.mkdir(parents=True, exist_ok=True)
 
     def send(self, message: Message) -> None:
         """Writes one file; raises BeamwireError RESOURCE_EXISTS if there is one of its name."""
-        data = self._frame(message) if message.data is None else message.data
+        data = self._frames.frame(message) if message.data is None else message.data
         path = self._parameters.write_directory / self._name(message)
         # Of this process alone, so a file that a killed run has left may go.
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -71,14 +71,25 @@ class BinaryFileWritingDataHandler:
         suffix = self._parameters.file_suffix or message.suffix
         return f"{prefix}r{self._rank:04d}_{self._count:06d}.{suffix.removeprefix('.')}"
 
-    def _frame(self, message: Message) -> memoryview:
+
+class FrameMaker:
+    """Makes native frames of messages that are arrays, numbered from 1 on. A frame is good until the next."""
+
+    def __init__(self) -> None:
+        self.producer = 0
+        self._sequence = 0
+        self._writer: Any = None
+
+    def frame(self, message: Message) -> memoryview:
+        """The frame, as docs/frame.md says it."""
         from beamwire.mesh.stream.writer import MESSAGE_LENGTH, FrameWriter
 
         if self._writer is None:
             self._writer = FrameWriter()
+        self._sequence += 1
         header = frame_pb2.FrameHeader(
-            producer=self._rank,
-            sequence=self._count + 1,
+            producer=self.producer,
+            sequence=self._sequence,
             kind=frame_pb2.FRAME_KIND_DATA,
             event_count=len(message.event_ids),
             event_ids=message.event_ids.tolist(),

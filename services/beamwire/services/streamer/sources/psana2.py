@@ -1,237 +1,184 @@
-"""LCLS-II runs through psana2: which events there are, which of them are ours, and the run that reads them.
+"""LCLS-II runs through psana2: what a source identifier says, which events there are, and which of them are ours.
 
-psana's own MPI roles are not used: every rank opens the run by itself and asks for its own timestamps.
+Every rank opens the run by itself, finds all events from the headers of the datagrams, and reads its own.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import itertools
-import logging
-import os
-import sys
-import types
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
-import numpy as np
-import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
+from beamwire.mesh.errors import Reason
 from beamwire.services.streamer.components import ComponentParameters, Event, SourceContext
 from beamwire.services.streamer.registry import nearest
-from beamwire.services.streamer.sources import smalldata
+from beamwire.services.streamer.sources import psana2_constants, psana2_files
+from beamwire.services.streamer.sources.psana2_run import OpenRun, import_psana
+from beamwire.services.streamer.sources.psana2_streams import Patience, Stream, StreamFiles, groups
+from beamwire.services.streamer.sources.smalldata import invalid
 
-Ids = npt.NDArray[np.uint64]
+__all__ = ["Identifier", "Psana2EventSource", "import_psana", "parse_identifier"]
 
-_FIELD = "config.source_identifier"
 _NOT_HERE = {
-    "live": "a run that is still being written",
-    "drp": "reading inside the DAQ",
-    "shmem": "shared memory of the DAQ",
+    "drp": "reading inside the DAQ (drp=) needs the DAQ's own processes and memory",
+    "shmem": "the DAQ's shared memory (shmem=) is on the machines of the DAQ only",
 }
+_OTHERWISE = "; live=True with exp=, run= and dir= follows the files of a run while it is written"
+
+
+def _runs(value: str) -> list[int] | str:
+    """`1-3` and `1,2` are runs; what is neither is left for pydantic to refuse."""
+    found: list[int] = []
+    for part in value.split(","):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()) or int(last or first) < int(first):
+            return value
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
 class Identifier(BaseModel):
-    """What `exp=tmoc00118,run=222,dir=…` or `files=…` says."""
+    """What `exp=tmoc00118,run=222,dir=…` or `files=…,…` says."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     exp: str = ""
-    run: Annotated[int, Field(ge=0)] | None = None
+    run: Annotated[list[int], BeforeValidator(_runs)] = Field(default_factory=list[int])
     dir: Path | None = None
-    files: Path | None = None
+    files: Annotated[list[Path], BeforeValidator(lambda value: value.split(","))] = Field(default_factory=list[Path])
+    live: bool = False
     max_events: Annotated[int, Field(ge=0)] = 0
+    batch_size: Annotated[int, Field(ge=1)] = 1000
+    """A setting of psana's own readers, accepted and of no effect."""
 
 
 def parse_identifier(text: str) -> Identifier:
-    """Reads a source identifier of psana2: keys and values joined by commas.
+    """Reads a source identifier of psana2: keys and values joined by commas; a part without `=` goes on with the value
+    before, so that `run=1,2` and `files=a,b` are lists.
 
-    Raises BeamwireError INVALID_FIELD, or UNSUPPORTED for `live`, `drp` and `shmem`.
+    Raises BeamwireError INVALID_FIELD, or UNSUPPORTED for `drp` and `shmem`.
     """
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    values = {key.strip(): value.strip() for key, _, value in pairs}
-    for key, what in _NOT_HERE.items():
+    values = _pairs(text)
+    for key, why in _NOT_HERE.items():
         if values.pop(key, "False").lower() not in ("false", "0"):
-            raise BeamwireError(Reason.UNSUPPORTED, f"{_FIELD}: {key}: {what} is not in this release")
+            raise invalid(why + _OTHERWISE, Reason.UNSUPPORTED)
     for key in values:
         if key not in Identifier.model_fields:
-            raise _invalid(f"{key!r} is not a part of it; {nearest(key, Identifier.model_fields)}")
+            raise invalid(f"{key!r} is not a part of it; {nearest(key, Identifier.model_fields)}")
     try:
         identifier = Identifier.model_validate(values)
     except ValidationError as error:
         detail = error.errors()[0]
-        raise _invalid(f"{detail['loc'][0]}: {detail['msg'].lower()} (it is {detail['input']!r})") from None
-    if bool(identifier.files) == bool(identifier.exp):
-        raise _invalid("must have either exp= and run=, or files=")
-    if identifier.exp and identifier.run is None:
-        raise _invalid("exp= needs run=")
+        hint = "; runs are written 3, 1-3 or 1,2" if detail["loc"][0] == "run" else ""
+        raise invalid(f"{detail['loc'][0]}: {detail['msg'].lower()} (it is {detail['input']!r}){hint}") from None
+    _check(identifier)
     return identifier
 
 
+def _pairs(text: str) -> dict[str, str]:
+    values: dict[str, str] = {}
+    last = ""
+    for part in (part.strip() for part in text.split(",")):
+        key, equals, value = part.partition("=")
+        if equals:
+            last = key.strip()
+            if last in values:
+                raise invalid(f"{last}= is there twice")
+            values[last] = value.strip()
+        elif part and last in ("run", "files"):
+            values[last] += f",{part}"
+        elif part:
+            raise invalid(f"{part!r} is no key=value")
+    return values
+
+
+def _check(identifier: Identifier) -> None:
+    if bool(identifier.files) == bool(identifier.exp):
+        raise invalid("must have either exp= and run=, or files=")
+    if identifier.exp and not identifier.run:
+        raise invalid("exp= needs run=")
+    if len(set(identifier.run)) < len(identifier.run):
+        raise invalid("run= names a run twice")
+    if identifier.live and len(identifier.run) > 1:
+        raise invalid("live=True follows one run")
+
+
 class Psana2EventSource:
-    """Reads the run that the source identifier names; the id of an event is its timestamp."""
+    """Reads the runs that the source identifier names; the id of an event is its timestamp."""
 
     class Parameters(ComponentParameters):
-        """None: the source identifier has them."""
+        """Constants of a file instead of the calibration database, and for how many seconds nothing may come from a
+        run that is being written."""
+
+        calibration: Path | None = None
+        live_silence: Annotated[float, Field(gt=0)] = 60.0
 
     def __init__(self, parameters: Psana2EventSource.Parameters, context: SourceContext) -> None:
-        del parameters
         self.context = context
         self.identifier = parse_identifier(context.source_identifier)
-        self._psana = import_psana()
-        opened = self._open_files() if self.identifier.files else self._open_run()
-        self._source: Any = opened[0]
-        self._selected, self._mine = opened[1:]
-        self.run: Any = self._next_run()
-        self.attributes: Mapping[str, str] = {"exp": str(self.run.expt or ""), "run": str(self.run.runnum)}
-
-    @property
-    def expected_event_count(self) -> int:
-        """Events of the run, up to the limit."""
-        return len(self._selected)
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether psana asked for calibration constants: not for a run that was named by its place."""
-        return not self.identifier.files and not self.identifier.dir
+        self._constants = psana2_constants.load(parameters.calibration) if parameters.calibration else None
+        import_psana()
+        self._patience = Patience(context, parameters.live_silence) if self.identifier.live else None
+        self._files = self._find()
+        limits = [limit for limit in (context.max_events, self.identifier.max_events) if limit]
+        self._limit = min(limits, default=0)
+        self.expected_event_count = 0 if self._patience else self._count()
+        self.run = self._open(0)
+        info = self.run.psana
+        runs = ",".join(map(str, self.identifier.run)) or str(info.runnum)
+        self.attributes: Mapping[str, str] = {"exp": str(info.expt or ""), "run": runs}
 
     def events(self) -> Iterator[Event]:
-        """The events of this share by ascending timestamp.
+        """The events of this share by ascending timestamp, run by run.
 
-        Raises BeamwireError PRODUCER_FAILED if psana does not give each of them.
+        Raises BeamwireError PRODUCER_FAILED if one of them cannot be read.
         """
-        if not self._mine.size:
-            # psana takes an empty list of timestamps for no list, and would give all events.
-            return
-        wanted = iter(self._mine.tolist())
-        for event in self._own(self.run.events()):
-            timestamp = int(event.timestamp)
-            if timestamp != next(wanted, None):
-                self._lost(timestamp)
-            yield Event(timestamp, event)
-        if (missing := next(wanted, None)) is not None:
-            self._lost(missing)
+        share, count = self.context.share, 0
+        for number in range(len(self._files)):
+            if number:
+                self.run.close()
+                self.run = self._open(number)
+            for group in self.run.groups():
+                if not group.is_event:
+                    self.run.replay(group)
+                    continue
+                if count % share.size == share.rank:
+                    yield Event(group.timestamp, self.run.shot(group))
+                count += 1
+                if count == self._limit:
+                    return
 
     def close(self) -> None:
-        """Lets psana's data source go, which closes its files when it is collected."""
-        self.run = None
-        self._source = None
+        """Closes the files."""
+        self.run.close()
 
-    def _own(self, events: Iterator[Any]) -> Iterator[Any]:
-        """Of a file psana gives every event to each rank; of a run only those that were asked for."""
-        share = self.context.share
-        return (
-            itertools.islice(events, share.rank, len(self._selected), share.size) if self.identifier.files else events
+    def _find(self) -> list[list[StreamFiles]]:
+        """The streams of each run."""
+        identifier = self.identifier
+        if identifier.files:
+            return [psana2_files.of_files(identifier.files, self._patience)]
+        directory = psana2_files.directory_of(identifier.exp, identifier.dir)
+        return [psana2_files.of_run(identifier.exp, run, directory, self._patience) for run in identifier.run]
+
+    def _count(self) -> int:
+        """Events of all runs, up to the limit."""
+        count = 0
+        for files in self._files:
+            streams = [Stream(each) for each in files]
+            try:
+                for group in groups(streams):
+                    count += group.is_event
+                    if count and count == self._limit:
+                        return count
+            finally:
+                for stream in streams:
+                    stream.close()
+        return count
+
+    def _open(self, number: int) -> OpenRun:
+        # A run that was named by its place is read without the facility's database.
+        here = bool(self.identifier.files or self.identifier.dir)
+        return OpenRun(
+            self._files[number], self._patience, self._constants, ask_database=not here and self._constants is None
         )
-
-    def _lost(self, timestamp: int) -> NoReturn:
-        raise BeamwireError(
-            Reason.PRODUCER_FAILED,
-            f"psana skipped events at timestamp {timestamp} of {self.context.source_identifier}, of which this process "
-            f"should read {len(self._mine)}; are the small data and the big files of the same run?",
-        )
-
-    def _open_run(self) -> tuple[Any, Ids, Ids]:
-        exp, run, directory = self.identifier.exp, self.identifier.run, self.identifier.dir
-        options: dict[str, Any] = {"exp": exp, "run": run, "log_level": logging.WARNING}
-        if directory:
-            if not directory.is_dir():
-                raise _not_found(f"there is no directory {directory}")
-            options |= {"dir": str(directory), "skip_calib_load": "all"}
-        try:
-            streams = [Path(path) for path in self._data_source(options).smd_files]
-        except (AssertionError, FileNotFoundError) as error:
-            raise _not_found(f"psana finds no run {run} of {exp}: {error}") from None
-        selected, mine = self._select(streams)
-        return self._data_source(options | {"timestamps": mine}), selected, mine
-
-    def _open_files(self) -> tuple[Any, Ids, Ids]:
-        path = self.identifier.files
-        assert path is not None
-        if not path.is_file():
-            raise _not_found(f"there is no file {path}")
-        options = {"files": str(path), "skip_calib_load": "all", "log_level": logging.WARNING}
-        selected, mine = self._select([path])
-        return self._psana.DataSource(**options), selected, mine
-
-    def _select(self, streams: list[Path]) -> tuple[Ids, Ids]:
-        ids = smalldata.event_ids(streams)
-        limits = [limit for limit in (self.context.max_events, self.identifier.max_events) if limit]
-        selected = ids[: min(limits)] if limits else ids
-        share = self.context.share
-        return selected, selected[share.rank :: share.size]
-
-    def _data_source(self, options: Mapping[str, Any]) -> Any:
-        if "dir" not in options:
-            return self._psana.DataSource(**options)
-        return _without_logbook()(**options)
-
-    def _next_run(self) -> Any:
-        try:
-            return next(self._source.runs())
-        except StopIteration:
-            raise _not_found("there is no run in it") from None
-
-
-def _without_logbook() -> Any:
-    """psana's data source for several streams, for a run whose directory was given: it does not ask the logbook, which
-    is out of reach elsewhere, which files there are."""
-    serial: Any = importlib.import_module("psana.psexp.serial_ds")
-
-    class OfflineDataSource(serial.SerialDataSource):  # type: ignore[misc]
-        def _get_file_info_from_db(self, runnum: int) -> dict[str, Any]:
-            del runnum
-            return {}
-
-    return OfflineDataSource
-
-
-def import_psana() -> Any:
-    """psana, with its own MPI roles off.
-
-    psana needs a module `kerberos` for calls to the logbook only, and it is hard to install. Where it is missing, a
-    stand-in takes its place that refuses to be used. Raises BeamwireError UNSUPPORTED if psana is not installed.
-    """
-    os.environ["PS_PARALLEL"] = "none"
-    if "kerberos" not in sys.modules and importlib.util.find_spec("kerberos") is None:
-        sys.modules["kerberos"] = _KerberosStandIn("kerberos")
-    try:
-        with warnings.catch_warnings():
-            # Of the libraries that psana imports, not ours to heed.
-            warnings.simplefilter("ignore")
-            return importlib.import_module("psana")
-    except ImportError as error:
-        raise BeamwireError(
-            Reason.UNSUPPORTED,
-            f"config.event_source: psana cannot be imported here ({error}); install it with "
-            "`python deploy/install_psana.py` or `pip install beamwire[psana]`",
-        ) from None
-
-
-class _KerberosStandIn(types.ModuleType):
-    """Stands in for the module `kerberos`; any use of it raises."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise BeamwireError(
-            Reason.UNSUPPORTED,
-            f"psana wants kerberos.{name} for a call to the logbook, but pykerberos is not installed here; "
-            "name the run by exp=, run= and dir=, or install pykerberos",
-        )
-
-
-def _invalid(description: str) -> BeamwireError:
-    return BeamwireError(
-        Reason.INVALID_FIELD, f"{_FIELD}: {description}", violations=[FieldViolation(_FIELD, description)]
-    )
-
-
-def _not_found(description: str) -> BeamwireError:
-    return BeamwireError(
-        Reason.DATASET_NOT_FOUND, f"{_FIELD}: {description}", violations=[FieldViolation(_FIELD, description)]
-    )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from beamwire.mesh.stream.frame import Ragged
@@ -15,7 +16,7 @@ from beamwire.services.streamer.components import Array, Batch, ComponentParamet
 class BatchProcessingPipeline:
     """Gathers `batch_size` events; the last batch may have fewer.
 
-    Dense arrays are gathered in memory that is used again for the next batch.
+    Each array is copied once, into memory that is used again for the next batch.
     """
 
     class Parameters(ComponentParameters):
@@ -25,10 +26,9 @@ class BatchProcessingPipeline:
 
     def __init__(self, parameters: BatchProcessingPipeline.Parameters) -> None:
         self._size = parameters.batch_size
-        self._ids: list[int] = []
-        self._dense: dict[str, Array] = {}
-        self._ragged: dict[str, list[Array]] = {}
-        self._order: list[str] = []
+        self._count = 0
+        self._ids = np.empty(0, dtype=np.uint64)
+        self._gathered: dict[str, _Rows | _RaggedRows] = {}
 
     @property
     def vetoed(self) -> int:
@@ -41,43 +41,77 @@ class BatchProcessingPipeline:
 
     def push(self, batch: Batch) -> Iterator[Batch]:
         """Takes events and gives each batch as it gets full."""
-        for place in range(len(batch.event_ids)):
-            self._add(batch, place)
-            if len(self._ids) == self._size:
+        if not self._gathered:
+            self._ids = np.empty(self._size, dtype=np.uint64)
+            self._gathered = {name: _gatherer(values, self._size) for name, values in batch.arrays.items()}
+        count, begin = len(batch.event_ids), 0
+        while begin < count:
+            end = min(count, begin + self._size - self._count)
+            self._add(batch, begin, end)
+            begin = end
+            if self._count == self._size:
                 yield self._take()
 
     def flush(self) -> Iterator[Batch]:
         """Gives the last, partial batch."""
-        if self._ids:
+        if self._count:
             yield self._take()
 
-    def _add(self, batch: Batch, place: int) -> None:
-        self._order = list(batch.arrays)
+    def _add(self, batch: Batch, begin: int, end: int) -> None:
+        place = self._count
+        self._count += end - begin
+        self._ids[place : self._count] = batch.event_ids[begin:end]
         for name, values in batch.arrays.items():
-            if isinstance(values, Ragged):
-                start, end = values.row_offsets[place : place + 2]
-                self._ragged.setdefault(name, []).append(values.values[start:end])
-                continue
-            row = values[place]
-            gathered = self._dense.get(name)
-            if gathered is None:
-                gathered = self._dense[name] = np.empty((self._size, *row.shape), dtype=row.dtype)
-            gathered[len(self._ids)] = row
-        self._ids.append(int(batch.event_ids[place]))
+            self._gathered[name].add(values, begin, end, place)
 
     def _take(self) -> Batch:
-        count = len(self._ids)
-        arrays: dict[str, Array | Ragged] = {
-            name: _csr(self._ragged[name]) if name in self._ragged else self._dense[name][:count]
-            for name in self._order
-        }
-        taken = Batch(np.array(self._ids, dtype=np.uint64), arrays)
-        self._ids = []
-        self._ragged = {}
-        return taken
+        count, self._count = self._count, 0
+        return Batch(self._ids[:count].copy(), {name: rows.take(count) for name, rows in self._gathered.items()})
 
 
-def _csr(rows: Sequence[Array]) -> Ragged:
-    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    return Ragged(np.concatenate(rows), offsets)
+class _Rows:
+    """The events of a dense array."""
+
+    def __init__(self, like: Array, size: int) -> None:
+        self._memory = np.empty((size, *like.shape[1:]), dtype=like.dtype)
+
+    def add(self, values: Array | Ragged, begin: int, end: int, place: int) -> None:
+        """Copies some events to a place."""
+        assert not isinstance(values, Ragged)
+        self._memory[place : place + end - begin] = values[begin:end]
+
+    def take(self, count: int) -> Array:
+        """All of them; good until more are added."""
+        return self._memory[:count]
+
+
+class _RaggedRows:
+    """The events of a ragged array, in memory that grows as need be."""
+
+    def __init__(self, like: Ragged, size: int) -> None:
+        self._memory = np.empty((0, *like.values.shape[1:]), dtype=like.values.dtype)
+        self._offsets: npt.NDArray[np.int64] = np.zeros(size + 1, dtype=np.int64)
+
+    def add(self, values: Array | Ragged, begin: int, end: int, place: int) -> None:
+        """Copies some events to a place behind all others."""
+        assert isinstance(values, Ragged)
+        offsets, old = values.row_offsets[begin : end + 1], int(self._offsets[place])
+        first, last = int(offsets[0]), int(offsets[-1])
+        new = old + last - first
+        if new > len(self._memory):
+            self._grow(old, new)
+        self._memory[old:new] = values.values[first:last]
+        np.add(offsets[1:], old - first, out=self._offsets[place + 1 : place + 1 + end - begin])
+
+    def take(self, count: int) -> Ragged:
+        """All of them; good until more are added."""
+        return Ragged(self._memory[: self._offsets[count]], self._offsets[: count + 1])
+
+    def _grow(self, used: int, needed: int) -> None:
+        memory = np.empty((max(needed, 2 * len(self._memory)), *self._memory.shape[1:]), dtype=self._memory.dtype)
+        memory[:used] = self._memory[:used]
+        self._memory = memory
+
+
+def _gatherer(values: Array | Ragged, size: int) -> _Rows | _RaggedRows:
+    return _RaggedRows(values, size) if isinstance(values, Ragged) else _Rows(values, size)

@@ -1,0 +1,1 @@
+"""Bridges: programs that have a way of their own to take data are served from a stream, in that way."""

@@ -1,0 +1,1 @@
+"""Formats of others that more than one part of Beamwire writes."""
