@@ -34,6 +34,8 @@ PURE_NUMBERS: Final = {
     "consumer",
     "delivery",
     "epoch",
+    # In the units of the array, whatever they are.
+    "error_bound",
     "event_ids",
     "exit_code",
     "first_missing_sequence",

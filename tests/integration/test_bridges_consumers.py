@@ -23,7 +23,6 @@ import numpy as np
 import pynng
 import pytest
 import zmq
-from dectris.compression import decompress
 
 from beamwire.client.bridges.hub import FRAME_WENT_BACK
 from beamwire.mesh.formats.dectris import Series
@@ -31,6 +30,7 @@ from beamwire.mesh.stream.frame import Ragged
 from beamwire.mesh.stream.producer import Producer
 from beamwire.stream.v1.frame_pb2 import Field, StreamHeader
 from tests.conftest import BIN, wait_until
+from tests.judges import decompress
 
 WAIT = 60.0
 SHAPE = (24, 40)

@@ -21,7 +21,6 @@ import hdf5plugin
 import numpy as np
 import pytest
 import zfpy
-from dectris.compression import decompress
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream import bitshuffle, codecs
@@ -40,6 +39,7 @@ from beamwire.stream.v1.frame_pb2 import (
     FRAME_KIND_DATA,
     FrameHeader,
 )
+from tests.judges import decompress
 
 COUNT = int(os.environ.get("BEAMWIRE_FUZZ", "20000"))
 LOSSLESS = [CODEC_BITSHUFFLE_LZ4, CODEC_BITSHUFFLE_ZSTD, CODEC_BLOSC2]

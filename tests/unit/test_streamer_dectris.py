@@ -8,7 +8,6 @@ import h5py
 import hdf5plugin
 import numpy as np
 import pytest
-from dectris.compression import decompress
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream import frame
@@ -26,6 +25,7 @@ from beamwire.testing.layouts import DECTRIS_SHAPE as SHAPE
 from beamwire.testing.layouts import FRAMES_PER_FILE as PER_FILE
 from beamwire.testing.layouts import dectris_pixels as pixels
 from beamwire.testing.layouts import write_dectris as write
+from tests.judges import decompress
 
 
 def opened(identifier: object, share: Share | None = None, max_events: int = 0) -> DectrisEventSource:

@@ -14,7 +14,6 @@ import msgpack
 import msgpack_numpy
 import numpy as np
 import pytest
-from dectris.compression import decompress
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream import media
@@ -32,6 +31,7 @@ from beamwire.stream.v1.frame_pb2 import (
     CODEC_UNSPECIFIED,
     FrameHeader,
 )
+from tests.judges import decompress
 
 EVENTS = 4
 SHAPE = (64, 96)
