@@ -88,6 +88,22 @@ def hosts() -> Iterator[TwoHosts]:
         yield hosts
 
 
+@pytest.mark.parametrize("kind", ["mute", "cut"])
+def test_a_producer_that_is_lost_while_there_is_no_room_for_it_is_noticed(cache, hosts, live, kind):
+    running = cache(host=hosts.left.address, start=hosts.left.start, capacity_bytes=4 * 2**20)
+    sender = producer(running, running.connect(), 0, 1, 1_000, 2**18)
+    sender.start = hosts.right.start
+    live(sender)
+    running.wait(lambda status: status.flow == "NO_READER", WAIT)
+    begin = time.monotonic()
+    hosts.mute(hosts.right) if kind == "mute" else hosts.cut()
+    running.wait(lambda status: not status.counters.producers[0].connected, 2 * NOTICED)
+    assert time.monotonic() - begin <= NOTICED
+    hosts.heal()
+    # Nothing was lost by it: it comes back, and waits again.
+    running.wait(lambda status: status.counters.producers[0].connected, WAIT)
+
+
 @pytest.mark.parametrize("kind", ["black hole", "cache is mute", "peers are mute", "unplugged"])
 def test_a_cut_between_two_hosts_is_noticed_and_healed(cache, hosts, live, kind):
     frames, size = 4_000, 2**18

@@ -62,7 +62,7 @@ def send(
     batch: int,
     fields: list[Field],
     arrays: Callable[[np.ndarray], dict],
-    pause: Callable[[int], None] | None = None,
+    pause: Callable[[int], object] | None = None,
 ) -> threading.Thread:
     """Send events 0, 1, … in batches, in a thread."""
 
@@ -115,7 +115,7 @@ def start_bridge(tmp_path: Path, facility, monkeypatch: pytest.MonkeyPatch) -> I
     started: list[subprocess.Popen[str]] = []
 
     def start(kind: str, cache, *options: object) -> BridgeProcess:
-        command = [BIN / "beamwire", "--json", "bridge", kind, str(cache.connect), *map(str, options)]
+        command = [str(BIN / "beamwire"), "--json", "bridge", kind, str(cache.connect), *map(str, options)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(process)
         return BridgeProcess(process)
@@ -569,7 +569,7 @@ def test_dectris_tools_get_stream_v2(start_cache, start_bridge):
     cache = start_cache(transport="tcp", delivery="ACKED")
     port = free_port()
     bridge = start_bridge("dectris", cache, "--listen", f"tcp://127.0.0.1:{port}")
-    received = []
+    received: list[dict] = []
     with pulling(zmq.PULL, connect=port) as sock:
         sending = send(cache, 12, 5, [DETECTOR], images)
         while not received or received[-1]["type"] != "end":
@@ -600,7 +600,7 @@ def test_stream_v2_messages_are_passed_on_also_by_a_bridge_that_missed_the_start
     header = StreamHeader(buffer=f"buffers/{cache.connect.buffer}", producer_count=1)
     options = ("--listen", f"tcp://127.0.0.1:{port}")
     nobody = np.empty(0, np.uint64)
-    received = []
+    received: list[dict] = []
     with pulling(zmq.PULL, connect=port) as sock, Producer(cache.connect, cache.user, header) as out:
 
         def shoot(events: range) -> None:

@@ -31,7 +31,7 @@ def test_crystfel_is_served_from_a_transfer(live_facility: LiveFacility, via: st
         port = free.getsockname()[1]
     with connect(config_dir=live_facility.config_dir) as client:
         transfer = client.create_transfer(request)
-        command = [BIN / "beamwire", "--json", "--config-dir", live_facility.config_dir, "bridge", "crystfel"]
+        command = [str(BIN / "beamwire"), "--json", "--config-dir", str(live_facility.config_dir), "bridge", "crystfel"]
         command += [transfer.name, "--listen", f"tcp://127.0.0.1:{port}", "--linger", "0.5", "--via", via]
         command += ["--window", "4", "--energy", "9500"]
         bridge = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,6 +1,5 @@
 """The streamer into a real cache over mutual TLS, and out of it: every event, and how it ended."""
 
-import asyncio
 import json
 import os
 import shutil
@@ -8,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,15 +20,14 @@ import pytest
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.frame import Frame
-from beamwire.services.buffer.control import CacheControl
 from beamwire.services.streamer.handlers.buffer import BufferDataHandler
 from beamwire.services.streamer.parallel import Alone
 from beamwire.services.streamer.run import run
 from beamwire.testing import events, xtc2
 from beamwire.testing.facility import Facility
+from tests.integration.conftest import CacheProcess, StartCache
 
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 SHAPE = (16, 32)
@@ -40,13 +38,12 @@ EVENTS = 30
 class Buffer:
     """A cache process and the credentials of those who use it."""
 
-    connect: str
+    cache: CacheProcess
     job: Credentials
-    user: Credentials
 
     @contextmanager
     def streamer(self, data: dict[str, Any], size: int = 1, **environment: str) -> Iterator[subprocess.Popen[str]]:
-        handlers = [{"type": "BufferDataHandler", "connect": self.connect}]
+        handlers = [{"type": "BufferDataHandler", "connect": str(self.cache.connect)}]
         streamer = [sys.executable, "-m", "beamwire.services.streamer", "run", "--config", "-"]
         if size > 1:
             streamer = [MPIEXEC or "mpiexec", "-n", str(size), sys.executable, "-m", "mpi4py", *streamer[1:]]
@@ -63,47 +60,29 @@ class Buffer:
                 process.kill()
 
     def consumer(self) -> Consumer:
-        return Consumer(ConnectString.parse(self.connect), self.user)
+        return Consumer(self.cache.connect, self.cache.user)
 
 
-@contextmanager
-def cache(directory: Path, producer_count: int = 1, **more: int) -> Iterator[Buffer]:
-    facility = Facility(directory / "facility")
-    own, job, user = (facility.member(path) for path in ("cache/b1", "job/j1", "user/alice"))
-    place = directory / "cache"
-    place.mkdir()
-    config = {
-        "buffer": "b1",
-        "producer_count": producer_count,
-        "producers": [str(job.identity)],
-        "consumers": [str(user.identity)],
-        "credentials": str(own.directory),
-        **more,
-    }
-    (place / "cache.json").write_text(json.dumps(config))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "beamwire.services.buffer.cache", str(place)], stderr=subprocess.DEVNULL
-    )
-    try:
-        yield Buffer(f"beamwire://{asyncio.run(_address(place))}/buffers/b1?epoch=1", job, user)
-    finally:
-        process.terminate()
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-async def _address(place: Path) -> str:
-    control = await CacheControl.connect(place, 30)
-    return (await control.status()).address
+MakeBuffer = Callable[..., Buffer]
 
 
 @pytest.fixture
-def buffer(tmp_path: Path) -> Iterator[Buffer]:
-    with cache(tmp_path) as made:
-        yield made
+def make_buffer(start_cache: StartCache, facility: Facility) -> MakeBuffer:
+    """Starts caches that let `job/j1` in as the producer."""
+
+    def make(producer_count: int = 1, **more: int) -> Buffer:
+        job = facility.member("job/j1")
+        cache = start_cache(
+            delivery="ACKED", producers=[str(job.identity)], producer_count=producer_count, ring=None, **more
+        )
+        return Buffer(cache, job)
+
+    return make
+
+
+@pytest.fixture
+def buffer(make_buffer: MakeBuffer) -> Buffer:
+    return make_buffer()
 
 
 @pytest.fixture
@@ -141,10 +120,11 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_arrays_and_ragged_arrays_arrive_bit_exact(tmp_path: Path, run_file: Path, size: int) -> None:
+def test_arrays_and_ragged_arrays_arrive_bit_exact(make_buffer: MakeBuffer, run_file: Path, size: int) -> None:
     if size > 1 and MPIEXEC is None:
         pytest.skip("there is no mpiexec (pip install beamwire[mpi])")
-    with cache(tmp_path, size) as buffer, buffer.streamer(of_file(run_file), size) as process:
+    buffer = make_buffer(size)
+    with buffer.streamer(of_file(run_file), size) as process:
         seen: list[int] = []
         with buffer.consumer() as consumer:
             for frame in consumer:
@@ -257,31 +237,25 @@ def test_being_told_to_end_reaches_the_consumer(buffer: Buffer, told: signal.Sig
     assert code == expected
 
 
-def test_being_told_to_end_while_nobody_reads(tmp_path: Path) -> None:
+def test_being_told_to_end_while_nobody_reads(make_buffer: MakeBuffer) -> None:
     """The buffer is full, so the END frame cannot be sent; the streamer is gone all the same."""
     data = {
         "event_source": {"type": "InternalEventSource", "number_of_events_to_generate": 1_000_000},
         "data_sources": {"image": {"type": "GenericRandomNumpyArray", "array_shape": "262144", "array_dtype": "uint8"}},
     }
-    with cache(tmp_path, capacity_frames=8) as buffer, buffer.streamer(data) as process:
-        asyncio.run(_holds(tmp_path / "cache", 8))
+    buffer = make_buffer(capacity_frames=8)
+    with buffer.streamer(data) as process:
+        buffer.cache.wait(lambda status: status.counters.held_frame_count == 8, 60)
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 143
         assert time.monotonic() - begin < 4
 
 
-async def _holds(place: Path, count: int) -> None:
-    """Wait until the cache holds so many frames."""
-    async with asyncio.timeout(60):
-        async for status in CacheControl(place).watch():
-            if status.counters.held_frame_count == count:
-                return
-
-
 @pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec (pip install beamwire[mpi])")
-def test_a_rank_that_is_killed_ends_the_job(tmp_path: Path) -> None:
-    with cache(tmp_path, 2) as buffer, buffer.streamer(slow(), 2) as process, buffer.consumer() as consumer:
+def test_a_rank_that_is_killed_ends_the_job(make_buffer: MakeBuffer) -> None:
+    buffer = make_buffer(2)
+    with buffer.streamer(slow(), 2) as process, buffer.consumer() as consumer:
         assert next(iter(consumer)) is not None
         _kill_one_rank(process.pid)
         begin = time.monotonic()

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from beamwire.client import BeamwireError, Client, Reason
 from beamwire.client.apart import Apart
 from beamwire.client.cli.app import cli
-from beamwire.client.cli.bench import _Size
+from beamwire.client.cli.sizes import Size
 from beamwire.client.portal import Portal
 from beamwire.client.session import Reading
 from beamwire.testing.facility import Facility
@@ -23,13 +23,13 @@ from tests.conftest import BIN, run
     ("text", "count"), [("4096", 4096), ("64k", 64000), ("1Mi", 2**20), ("2G", 2 * 10**9), ("3Ki", 3072)]
 )
 def test_sizes(text: str, count: int) -> None:
-    assert _Size().convert(text, None, None) == count
+    assert Size().convert(text, None, None) == count
 
 
 @pytest.mark.parametrize("text", ["", "0", "k", "-1", "1.5M", "1Ti", "1 M", "1kk"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(click.BadParameter, match="is no size"):
-        _Size().convert(text, None, None)
+        Size().convert(text, None, None)
 
 
 @pytest.mark.parametrize("arguments", [["--via", "grpc"], ["beamwire://127.0.0.1:9/buffers/b1?epoch=1"]])

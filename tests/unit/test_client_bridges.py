@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
 
+from beamwire.client.bridges import wires
 from beamwire.client.bridges.contract import require
 from beamwire.client.bridges.crystfel import pixels
 from beamwire.client.bridges.endpoints import parse_address
-from beamwire.client.bridges.hub import FRAME_WENT_BACK, Hub, Piece
+from beamwire.client.bridges.hub import FRAME_WENT_BACK, KEPT_TOO_LONG, Hub, Piece
 from beamwire.client.bridges.pushing import CONNECTION_LOST
-from beamwire.client.bridges.wires import NngWire, TurnedAwayError, ZmtpWire
+from beamwire.client.bridges.wires import NngWire, ReplyWire, TurnedAwayError, ZmtpWire
 from beamwire.mesh import contracts
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.formats.dectris import Series, type_of
 from beamwire.mesh.stream.sockets import PeerClosedError
 from beamwire.stream.v1.frame_pb2 import Field
 
@@ -51,7 +54,8 @@ def piece(events: int = 1) -> Piece:
         ("peaknet", [IMAGE], ["peaknet needs an array photon_wavelength"]),
         ("maxie", [Field(name="detector_data", dtype="<f4", shape=[3, 8, 8])], []),
         ("tmo", [IMAGE], ["hits_nedges", "hits_channel", "hits_tof", "hits_slope"]),
-        ("dectris", [Field(name="detector_data", dtype="<f8", shape=[8, 8])], ["elements of type float64; Stream V2"]),
+        ("dectris", [Field(name="detector_data", dtype="<f8", shape=[8, 8])], []),
+        ("dectris", [Field(name="detector_data", dtype="<c8", shape=[8, 8])], ["type complex64; Stream V2 takes"]),
     ],
 )
 def test_each_contract_says_what_is_wrong_and_what_to_do(contract: str, fields: list[Field], words: list[str]) -> None:
@@ -100,10 +104,19 @@ def test_addresses_as_people_write_them() -> None:
     assert parse_address("tcp://[::1]:7", "listen") == ("::1", 7)
 
 
-def test_a_frame_is_done_when_all_of_it_was_taken() -> None:
-    hub = Hub()
-    held = hub.hold(1, [piece(), piece()], object(), begun=False)
-    assert held is not None
+class Acknowledged:
+    """How often a lot was."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+
+
+def test_a_lot_is_done_when_all_of_it_was_taken() -> None:
+    hub, done = Hub(), Acknowledged()
+    hub.offer(1, [piece(), piece()], done)
     first, second = hub.take(1), hub.take(1)
     assert first is not None
     assert second is not None
@@ -111,71 +124,98 @@ def test_a_frame_is_done_when_all_of_it_was_taken() -> None:
     hub.give_back(second, CONNECTION_LOST)
     again = hub.take(1)
     assert again is second
-    assert not held.done
+    assert not done.count
     hub.served(again, 10)
-    assert hub.await_done(held)
+    assert done.count == 1
     account = hub.account()
     assert (account.received, account.served, account.left, account.bytes) == (2, 2, 0, 20)
     assert account.repeated == {CONNECTION_LOST: 1}
     assert account.balanced
 
 
-def test_a_frame_that_comes_again_is_not_offered_again() -> None:
-    hub = Hub()
-    held = hub.hold(1, [piece()], object(), begun=False)
-    assert hub.hold(1, [piece()], object(), begun=False) is held
-    assert hub.take(1) is not None
+def test_no_more_lots_are_read_than_the_window_holds() -> None:
+    hub = Hub(window=2)
+    for number in (1, 2):
+        assert hub.await_room()
+        hub.offer(number, [piece()], Acknowledged())
+    through = threading.Event()
+    thread = threading.Thread(target=lambda: hub.await_room() and through.set())
+    thread.start()
+    assert not through.wait(0.1)
+    item = hub.take(1)
+    assert item is not None
+    hub.served(item, 1)
+    assert through.wait(5)
+    thread.join(5)
+
+
+def test_what_is_kept_too_long_goes_to_another_and_counts_once() -> None:
+    hub, done = Hub(), Acknowledged()
+    assert not hub.offer_again(1)
+    hub.offer(1, [piece(), piece()], done)
+    stuck, other = hub.take(1), hub.take(1)
+    assert stuck is not None
+    assert other is not None
+    hub.served(other, 1)
+    assert hub.offer_again(1)
+    assert hub.offer_again(1)
+    again = hub.take(1)
+    assert again is stuck
     assert hub.take(0) is None
-    assert hub.account().received == 1
+    hub.served(again, 1)
+    assert done.count == 1
+    # The one that kept it comes back after all, or leaves.
+    hub.give_back(stuck, CONNECTION_LOST, died=True)
+    assert hub.take(0) is None
+    account = hub.account()
+    assert (account.received, account.served, account.repeated) == (2, 2, {KEPT_TOO_LONG: 1})
+    assert done.count == 1
 
 
 def test_an_event_that_three_workers_died_of_is_given_up() -> None:
-    hub = Hub()
-    held = hub.hold(1, [piece()], object(), begun=False)
-    assert held is not None
+    hub, done = Hub(), Acknowledged()
+    hub.offer(1, [piece()], done)
     for _ in range(3):
         item = hub.take(1)
         assert item is not None
         hub.give_back(item, "died", died=True)
     assert hub.take(0) is None
-    assert hub.await_done(held)
+    assert done.count == 1
     account = hub.account()
     assert (account.served, account.refused, account.left, account.repeated) == (0, 1, 0, {"died": 2})
     assert account.balanced
 
 
 def test_a_hub_that_is_stopped_hands_out_what_was_begun_and_nothing_else() -> None:
-    hub = Hub()
-    delivery = object()
-    begun = hub.hold(1, [piece(), piece()], delivery, begun=False)
-    other = hub.hold(2, [piece(5)], object(), begun=False)
-    assert begun is not None
-    assert other is not None
+    hub, begun, other = Hub(), Acknowledged(), Acknowledged()
+    hub.offer(1, [piece(), piece(), piece(3)], begun)
+    hub.offer(2, [piece(5)], other)
     item = hub.take(1)
     assert item is not None
     hub.stop()
-    assert not hub.await_done(other)
+    assert not hub.await_room()
     hub.served(item, 1)
     last = hub.take(1)
     assert last is not None
-    assert hub.take(0) is None
-    assert hub.hold(3, [piece()], object(), begun=False) is None
-    # What travels with something that was taken is better taken too.
-    rest = hub.hold(4, [piece(3)], delivery, begun=True)
+    rest = hub.take(0)
     assert rest is not None
+    assert hub.take(0) is None
+    # What was on its way when the bridge was stopped.
+    hub.offer(3, [piece()], Acknowledged())
+    assert hub.take(0) is None
     hub.served(last, 1)
-    assert hub.await_done(begun)
     assert not hub.await_drained(0.05)
     hub.close()
     account = hub.account()
-    assert (account.received, account.served, account.left) == (10, 2, 8)
+    assert (account.received, account.served, account.left) == (11, 2, 9)
     # The two that were taken came in the same message, and so will come again.
     assert account.repeated == {FRAME_WENT_BACK: 2}
+    assert (begun.count, other.count) == (0, 0)
 
 
 def test_waiting_for_a_hub_to_drain_goes_on_as_long_as_something_is_taken() -> None:
     hub = Hub()
-    hub.hold(1, [piece() for _ in range(6)], object(), begun=False)
+    hub.offer(1, [piece() for _ in range(6)], Acknowledged())
     first = hub.take(1)
     assert first is not None
     hub.stop()
@@ -224,20 +264,76 @@ def test_bytes_count_as_taken_when_the_peers_host_has_them_and_never_after_it_le
                 wire.taken()
 
 
-def test_the_start_of_a_series_can_be_told_from_an_image() -> None:
-    series = Series(9, "run-9", "int32", 4, 3, channels=("threshold_2",))
-    message = series.image(5, np.arange(12, dtype=">i4").reshape(3, 4))
-    assert [type_of(made) for made in (series.start(), message, series.end())] == ["start", "image", "end"]
-    assert Series.of_image(message) == series
-    with pytest.raises(BeamwireError) as caught:
-        Series.of_image(b"\x01")
-    assert caught.value.reason is Reason.FRAME_CORRUPT
-    with pytest.raises(BeamwireError, match="no images of float64") as caught:
-        series.image(0, np.zeros((3, 4)))
-    assert caught.value.reason is Reason.UNSUPPORTED
-
-
 def test_a_library_that_is_missing_is_named_with_what_brings_it() -> None:
     with pytest.raises(BeamwireError, match=r"pip install 'beamwire\[bridges\]'") as caught:
         require("no_such_library", "bridges")
     assert caught.value.reason is Reason.UNSUPPORTED
+
+
+@contextmanager
+def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Ours and the peer's end of a connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as peer:
+        ours, _ = server.accept()
+        with ours:
+            yield ours, peer
+
+
+def greeting(kind: str) -> bytes:
+    name = kind.encode()
+    ready = b"\5READY\x0bSocket-Type" + len(name).to_bytes(4) + name
+    return b"\xff" + bytes(8) + b"\x7f\3\0" + b"NULL".ljust(20, b"\0") + bytes(32) + bytes((4, len(ready))) + ready
+
+
+def test_a_sign_of_life_may_not_be_long() -> None:
+    with connected() as (ours, peer):
+        peer.sendall(greeting("PULL"))
+        wire = ZmtpWire(ours)
+        body = b"\4PING\0\1" + bytes(300)
+        peer.sendall(b"\6" + len(body).to_bytes(8) + body)
+        with pytest.raises(TurnedAwayError, match="sign of life"):
+            wire.listen(5)
+
+
+def test_a_request_that_never_ends_takes_no_memory() -> None:
+    with connected() as (ours, peer):
+        peer.sendall(greeting("REQ"))
+        wire = ReplyWire(ours)
+        part = b"\3" + (60_000).to_bytes(8) + bytes(60_000)
+        sending = threading.Thread(target=flood, args=(peer, part))
+        sending.start()
+        with pytest.raises(TurnedAwayError, match="parts"):
+            wire.request()
+        ours.shutdown(socket.SHUT_RDWR)
+        ours.close()
+        sending.join(10)
+        assert not sending.is_alive()
+
+
+def flood(peer: socket.socket, part: bytes) -> None:
+    with suppress(OSError):
+        for _ in range(2000):
+            peer.sendall(part)
+
+
+@pytest.mark.parametrize("wire", [ZmtpWire, NngWire])
+def test_a_greeting_that_drips_is_not_waited_for(wire: type[ZmtpWire | NngWire], monkeypatch) -> None:
+    monkeypatch.setattr(wires, "HANDSHAKE_TIMEOUT", 0.5)
+    with connected() as (ours, peer):
+        done = threading.Event()
+
+        def drip() -> None:
+            with suppress(OSError):
+                for byte in b"\0SP\0\0\x51\0" if wire is NngWire else greeting("PULL"):
+                    peer.sendall(bytes((byte,)))
+                    if done.wait(0.2):
+                        return
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        begin = time.monotonic()
+        with pytest.raises(TimeoutError):
+            wire(ours)
+        assert time.monotonic() - begin < 1.5
+        done.set()
+        dripping.join(10)

@@ -8,7 +8,7 @@ import pytest
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream.arrival import Arrival
-from beamwire.mesh.stream.deliveries import REMEMBERED_FRAMES, Account, Deliveries, Delivery, Sleep
+from beamwire.mesh.stream.deliveries import REMEMBERED_FRAMES, Account, Deliveries, Delivery, Held, Sleep
 from beamwire.mesh.stream.frame import Frame
 from beamwire.mesh.stream.inbox import ClosedError
 from beamwire.stream.v1.frame_pb2 import FRAME_KIND_DATA, FrameHeader, StreamEnd
@@ -186,3 +186,92 @@ def test_errors_come_in_their_turn_and_close_at_once(deliveries, account):
     deliveries.close()
     with pytest.raises(ClosedError):
         deliveries.take()
+
+
+def held(deliveries: Deliveries) -> Held:
+    item = deliveries.hold()
+    assert isinstance(item, Held)
+    return item
+
+
+def settled(account: Account) -> list[tuple[int, int]]:
+    acknowledgement = account.acknowledgement()
+    assert acknowledgement.delivery_count == 0
+    return [(claim.first_sequence, claim.last_sequence) for claim in acknowledgement.settled]
+
+
+def test_what_is_held_is_settled_in_whatever_order(deliveries, account):
+    for number in range(1, 6):
+        deliveries.put(delivery(account, number))
+    first, second, third, fourth, _ = (held(deliveries) for _ in range(5))
+    assert not account.behind
+    for one in (fourth, second, second, third):
+        one.done()
+    assert settled(account) == [(2, 4)]
+    assert not account.behind
+    first.done()
+    assert settled(account) == [(1, 1)]
+
+
+def test_after_a_loss_what_is_held_is_claimed_and_settled_later(deliveries, account):
+    for number in range(1, 5):
+        deliveries.put(delivery(account, number))
+    first, second, third = (held(deliveries) for _ in range(3))
+    second.done()
+    deliveries.lost(account)
+    assert deliveries.claims(account) == ([whole(2, 2)], [whole(1, 1), whole(3, 3)])
+    deliveries.put(delivery(account, 4))
+    held(deliveries).done()
+    third.done()
+    first.done()
+    assert settled(account) == [(1, 1), (3, 4)]
+
+
+def test_what_was_held_in_another_epoch_is_settled_with_nobody(deliveries, account):
+    deliveries.put(delivery(account, 1))
+    old = held(deliveries)
+    deliveries.lost(account)
+    deliveries.begin_epoch(account)
+    deliveries.put(delivery(account, 1, epoch=2))
+    new = held(deliveries)
+    assert new is not old
+    old.done()
+    assert not account.behind
+    new.done()
+    assert settled(account) == [(1, 1)]
+
+
+def test_what_comes_again_while_it_is_held_is_the_same_and_settled_with_it(deliveries, account):
+    deliveries.put(delivery(account, 1, 2))
+    one = held(deliveries)
+    deliveries.put(delivery(account, 1, 2))
+    assert held(deliveries) is one
+    assert not account.behind
+    one.done()
+    assert settled(account) == [(1, 2)]
+    # Later it is nothing new, and needs nobody to say so.
+    deliveries.put(delivery(account, 1, 2))
+    deliveries.put(delivery(account, 3))
+    held(deliveries).done()
+    assert deliveries.duplicates == 4
+
+
+def test_taking_in_order_settles_nothing_that_is_held(deliveries, account):
+    for number in range(1, 4):
+        deliveries.put(delivery(account, number))
+    one = held(deliveries)
+    for _ in range(2):
+        deliveries.take()
+    assert settled(account) == [(2, 2)]
+    one.done()
+    assert settled(account) == [(1, 1)]
+
+
+def test_the_end_settles_everything(deliveries, account):
+    deliveries.put(delivery(account, 1))
+    one = held(deliveries)
+    deliveries.put(Delivery(account, 100, [], end=StreamEnd()))
+    assert isinstance(deliveries.hold(), Delivery)
+    assert account.acknowledgement().delivery_count == 2
+    one.done()
+    assert not account.behind

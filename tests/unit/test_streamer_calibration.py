@@ -30,6 +30,7 @@ from beamwire.services.streamer.stages.photons import AduToPhotons
 from beamwire.services.streamer.stages.roi import Bin, Crop
 from beamwire.services.streamer.stopping import Stop
 from beamwire.testing import xtc2
+from tests.unit.conftest import Saved
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -37,20 +38,6 @@ PANELS = (2, 512, 1024)
 """psana's code for JUNGFRAU knows panels of this size only."""
 
 needs_psana = pytest.mark.skipif(bool(xtc2.psana_missing()), reason=xtc2.psana_missing() or "psana is there")
-
-Saved = Callable[[Any], str]
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Saved:
-    """Saves an array and says where."""
-
-    def save(values: Any) -> str:
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.npy"
-        np.save(path, values)
-        return str(path)
-
-    return save
 
 
 def batch_of(values: Any, **more: Any) -> Batch:

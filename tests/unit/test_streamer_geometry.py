@@ -1,6 +1,5 @@
 """Assembly beside extra-geom, regions and bins beside numpy."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.services.streamer.components import Batch, FieldSpec
 from beamwire.services.streamer.stages.assembly import Assemble
 from beamwire.services.streamer.stages.roi import Bin, Crop
+from tests.unit.conftest import Saved
 
 EVENTS = 3
 BOTH = ("frame", "modno", "ss", "fs")
@@ -27,20 +27,6 @@ dim0 = %
 dim1 = ss
 dim2 = fs
 """
-
-Saved = Callable[[Any], str]
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Saved:
-    """Saves an array and says where."""
-
-    def save(values: Any) -> str:
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.npy"
-        np.save(path, values)
-        return str(path)
-
-    return save
 
 
 def assemble(**parameters: Any) -> Assemble:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +16,14 @@ import pynng
 import pytest
 import zmq
 
-from beamwire.common.v1.account_pb2 import END_CAUSE_DONE, END_CAUSE_FAILED, LOSS_CAUSE_OVERFLOW, LOSS_CAUSE_VETOED
+from beamwire.common.v1.account_pb2 import (
+    END_CAUSE_CANCELLED,
+    END_CAUSE_DONE,
+    END_CAUSE_FAILED,
+    LOSS_CAUSE_NOT_READ,
+    LOSS_CAUSE_OVERFLOW,
+    LOSS_CAUSE_VETOED,
+)
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream.frame import decode
 from beamwire.services.streamer.components import Message, Share, StreamInfo
@@ -33,12 +44,14 @@ class Taker:
     sums: list[int] = field(default_factory=list)
     skipped: dict[int, int] = field(default_factory=dict)
     ends: list[int] = field(default_factory=list)
+    entered: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
 
     def open(self, info: StreamInfo) -> None:
         assert info is INFO
 
     def send(self, message: Message) -> None:
+        self.entered.set()
         if self.gate is not None:
             assert self.gate.acquire(timeout=WAIT)
         if self.broken:
@@ -149,6 +162,68 @@ def test_what_goes_wrong_in_a_lane_is_raised_and_the_others_are_ended():
     with pytest.raises(BeamwireError, match="the cache is gone"):
         handlers.end(END_CAUSE_FAILED, "")
     assert good.ends == [END_CAUSE_FAILED]
+
+
+def test_a_bad_end_accounts_for_what_was_not_sent_any_more():
+    """What waits in a lane, and what was skipped behind it, is in the END of that lane."""
+    quick, slow = Taker(), Taker(gate=threading.Semaphore(0))
+    handlers = made((quick, Pace()), (slow, Pace(when_slow="drop", patience=0.01)))
+    for number in range(10):
+        handlers.send(message(number))
+    handlers.skip(LOSS_CAUSE_VETOED, 3)
+    handlers.skip(LOSS_CAUSE_NOT_READ, 7)
+    assert slow.gate is not None
+    slow.gate.release()
+    handlers.end(END_CAUSE_CANCELLED, "stopped")
+    assert len(slow.ids) < 20
+    for taker in (quick, slow):
+        assert taker.skipped[LOSS_CAUSE_VETOED] == 3
+        assert len(taker.ids) + sum(taker.skipped.values()) == 20 + 3 + 7
+
+
+def test_one_that_has_failed_keeps_no_other_from_the_account():
+    broken, good = Taker(broken=True), Taker()
+    handlers = made((broken, Pace()), (good, Pace()))
+    with pytest.raises(BeamwireError, match="the cache is gone"):
+        for number in range(1000):
+            handlers.send(message(number))
+    handlers.skip(LOSS_CAUSE_NOT_READ, 5)
+    with pytest.raises(BeamwireError, match="the cache is gone"):
+        handlers.end(END_CAUSE_FAILED, "")
+    assert good.skipped[LOSS_CAUSE_NOT_READ] >= 5
+
+
+def test_stuck_ones_are_told_of_a_bad_end_together_and_keep_no_other_from_it():
+    gates = [threading.Semaphore(0) for _ in range(3)]
+    stuck = [Taker(gate=gate) for gate in gates]
+    good = Taker()
+    handlers = made(*((taker, Pace()) for taker in stuck), (good, Pace()))
+    handlers.send(message(1))
+    assert all(taker.entered.wait(WAIT) for taker in stuck)
+    begin = time.monotonic()
+    with pytest.raises(BeamwireError, match="handler 0 took nothing"):
+        handlers.end(END_CAUSE_CANCELLED, "stopped")
+    # The process is gone 1.5 s after a signal, whatever happens.
+    assert time.monotonic() - begin < 1.4
+    assert good.ends == [END_CAUSE_CANCELLED]
+    for gate in gates:
+        gate.release(2)
+    assert all(taker.ended.wait(WAIT) for taker in stuck)
+
+
+def test_a_lane_that_is_stuck_for_long_keeps_no_list_of_what_it_lost():
+    stuck = Taker(gate=threading.Semaphore(0))
+    handlers = made((Taker(), Pace()), (stuck, Pace(when_slow="drop", patience=0)))
+    for number in range(2000):
+        handlers.send(message(number))
+        handlers.skip(LOSS_CAUSE_VETOED, 1)
+    lane = handlers._lanes[1]
+    assert len(lane._acts) < 20
+    assert stuck.gate is not None
+    stuck.gate.release(10)
+    handlers.end(END_CAUSE_DONE)
+    assert stuck.skipped[LOSS_CAUSE_VETOED] == 2000
+    assert len(stuck.ids) + stuck.skipped[LOSS_CAUSE_OVERFLOW] == 4000
 
 
 # Plain sockets.
@@ -274,3 +349,86 @@ def test_with_distribute_each_rank_has_a_url_of_its_own():
 def test_an_address_that_is_none_is_refused(url):
     with pytest.raises(ValueError, match="no address of a socket"):
         handler(urls=[url])
+
+
+@pytest.mark.parametrize("said", [b"", b"\0SP\0", b"GET / HTTP/1.1\r\n\r\n"])
+def test_strangers_hold_up_nobody(said):
+    port = free_port()
+    sends = handler(urls=[f"tcp://127.0.0.1:{port}"], role="server", library="nng")
+    sends.open(INFO)
+    strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]
+    for stranger in strangers:
+        stranger.sendall(said)
+    # It is greeted when something is sent.
+    with pynng.Pull0(recv_timeout=10_000) as pull:
+        pull.dial(f"tcp://127.0.0.1:{port}", block=False)
+        begin = time.monotonic()
+        for number in range(20):
+            sends.send(blob(number))
+            assert int(pull.recv()[:6]) == number
+        assert time.monotonic() - begin < 3
+    sends.end(END_CAUSE_FAILED, "")
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_a_place_that_never_answers_holds_up_nobody():
+    """It takes the connection and says nothing."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        pynng.Pull0(listen="tcp://127.0.0.1:0", recv_timeout=10_000) as pull,
+    ):
+        urls = [f"tcp://127.0.0.1:{silent.getsockname()[1]}", f"tcp://{pull.listeners[0].local_address}"]
+        sends = handler(urls=urls, library="nng")
+        sends.open(INFO)
+        begin = time.monotonic()
+        for number in range(20):
+            sends.send(blob(number))
+            assert int(pull.recv()[:6]) == number
+        assert time.monotonic() - begin < 3
+        sends.end(END_CAUSE_FAILED, "")
+
+
+@pytest.mark.parametrize("library", ["zmq", "nng"])
+def test_a_consumer_that_dies_and_another_that_comes_lose_no_more_than_the_first_had(library):
+    port = free_port()
+    sends = handler(urls=[f"tcp://127.0.0.1:{port}"], library=library, buffer=2)
+    sends.open(INFO)
+    code = (
+        "import pynng; pull = pynng.Pull0(listen='tcp://127.0.0.1:{0}', recv_buffer_size=1)"
+        if library == "nng"
+        else "import zmq; pull = zmq.Context().socket(zmq.PULL); pull.rcvhwm = 1; pull.bind('tcp://127.0.0.1:{0}')"
+    )
+    code += "\nwhile True: print(int(pull.recv()[:6]), flush=True)"
+    first = subprocess.Popen([sys.executable, "-c", code.format(port)], stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    got = []
+
+    def send_all() -> None:
+        for number in range(300):
+            sends.send(blob(number))
+        sends.end(END_CAUSE_DONE)
+
+    sender = threading.Thread(target=send_all)
+    sender.start()
+    got += [int(first.stdout.readline()) for _ in range(50)]
+    first.send_signal(signal.SIGSTOP)
+    # It has taken all that it can.
+    sender.join(0.5)
+    assert sender.is_alive()
+    first.kill()
+    got += [int(line) for line in first.stdout]
+    first.communicate()
+    second = subprocess.Popen([sys.executable, "-c", code.format(port)], stdout=subprocess.PIPE, text=True)
+    assert second.stdout is not None
+    sender.join(WAIT)
+    assert not sender.is_alive()
+    while not got or got[-1] != 299:
+        got.append(int(second.stdout.readline()))
+    second.kill()
+    second.communicate()
+    # What lay in the sockets of the one that died is gone, and nothing else.
+    missing = sorted(set(range(300)) - set(got))
+    assert missing == list(range(missing[0], missing[-1] + 1)) if missing else True
+    assert len(got) == len(set(got))
+    assert len(missing) < 150

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.services.streamer.components import Share, SourceContext
+from beamwire.services.streamer.components import Event, Share, SourceContext
 from beamwire.services.streamer.serializers.hdf5 import HDF5BinarySerializer
 from beamwire.services.streamer.sources import hdf5_files
 from beamwire.services.streamer.sources.hdf5 import FILE_SHIFT, HDF5Dataset, HDF5EventSource
@@ -30,6 +30,12 @@ def opened(identifier: object, **parameters: Any) -> HDF5EventSource:
 
 def dataset(source: HDF5EventSource, path: str, **parameters: Any) -> HDF5Dataset:
     return HDF5Dataset(HDF5Dataset.Parameters(path=path, **parameters), source)
+
+
+def whole(data: HDF5Dataset, event: Event) -> np.ndarray:
+    found = data.read(event)
+    assert found is not None
+    return found
 
 
 def values(source: HDF5EventSource, data: HDF5Dataset) -> list[Any]:
@@ -58,7 +64,7 @@ def test_each_event_of_several_files_comes_once(run: Path, size: int, max_events
         source = HDF5EventSource(HDF5EventSource.Parameters(), context)
         images = dataset(source, "/entry_1/data_1/data")
         assert source.expected_event_count == (max_events or sum(LENGTHS))
-        mine = {event.id: images.read(event) for event in source.events()}
+        mine = {event.id: whole(images, event) for event in source.events()}
         assert len(mine) == len(context.share.of(source.expected_event_count))
         assert not mine.keys() & found.keys()
         found |= mine
@@ -81,7 +87,7 @@ def test_more_files_than_may_be_open(run: Path, monkeypatch: pytest.MonkeyPatch)
     source = opened(f"{run}/*.cxi")
     images, energies = dataset(source, "/entry_1/data_1/data"), dataset(source, "/LCLS/photon_energy_eV")
     for number, event in enumerate(source.events()):
-        assert np.array_equal(images.read(event), image(number))
+        assert np.array_equal(whole(images, event), image(number))
         assert energies.read(event) == 9000 + number
     assert energies.unit == "eV"
     source.close()
@@ -248,7 +254,7 @@ def test_a_chunk_of_several_rows_is_read_once(tmp_path: Path, chunks: tuple[int,
             source = HDF5EventSource(HDF5EventSource.Parameters(), context)
             data, turned = dataset(source, "d"), dataset(source, "t", axis=2)
             member = dataset(source, "table", member="v")
-            found = [(data.read(event), turned.read(event), member.read(event)) for event in source.events()]
+            found = [[whole(one, event) for one in (data, turned, member)] for event in source.events()]
             for number, (one, other, two) in zip(range(rank, 10, size), found, strict=True):
                 assert np.array_equal(one, stack[number])
                 assert np.array_equal(other, stack[number])

@@ -1,7 +1,6 @@
 """psana2 on real xtc2 that was written here: bit-exact, every event once, what is missing is noticed."""
 
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,20 @@ import pytest
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.services.streamer import check, config
-from beamwire.services.streamer.components import Share, SourceContext
+from beamwire.services.streamer.components import Share
 from beamwire.services.streamer.parallel import Alone
 from beamwire.services.streamer.pipeline import Account, Pipeline
 from beamwire.services.streamer.sources import psana2_run
-from beamwire.services.streamer.sources.psana2 import Psana2EventSource
 from beamwire.services.streamer.sources.psana2_data import Psana2DetectorInterface, Psana2RunInfo, Psana2Timestamp
 from beamwire.services.streamer.stopping import Stop
 from beamwire.testing import xtc2
 from beamwire.testing.xtc2 import XtcRun
+from tests.unit.psana2play import OpenPsana2, detector
 
 pytestmark = pytest.mark.skipif(bool(xtc2.psana_missing()), reason=xtc2.psana_missing() or "psana is there")
 
 EVENTS = 40
 MISSING = {"jungfrau": {3, 11}, "gmd": {3, 5}, "epixq": {7, 11}}
-
-Open = Callable[..., Psana2EventSource]
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +42,9 @@ def gaps(tmp_path_factory: pytest.TempPathFactory) -> XtcRun:
     )
 
 
-@pytest.fixture
-def opened() -> Iterator[Open]:
-    sources: list[Psana2EventSource] = []
-
-    def make(identifier: str, share: Share | None = None, max_events: int = 0) -> Psana2EventSource:
-        context = SourceContext(identifier, share or Share(), max_events)
-        sources.append(Psana2EventSource(Psana2EventSource.Parameters(), context))
-        return sources[-1]
-
-    yield make
-    for source in sources:
-        source.close()
-
-
-def detector(source: Psana2EventSource, name: str, fields: Any, **more: Any) -> Psana2DetectorInterface:
-    parameters = Psana2DetectorInterface.Parameters(psana_name=name, psana_fields=fields, **more)
-    return Psana2DetectorInterface(parameters, source)
-
-
 @pytest.mark.parametrize("by", ["source_identifier", "file_identifier"])
-def test_every_event_is_bit_exact(complete: XtcRun, opened: Open, by: str) -> None:
-    source = opened(getattr(complete, by))
+def test_every_event_is_bit_exact(complete: XtcRun, open_psana2: OpenPsana2, by: str) -> None:
+    source = open_psana2(getattr(complete, by))
     assert source.expected_event_count == EVENTS
     assert source.attributes == {"exp": "tstx00417", "run": "12"}
     image = detector(source, "jungfrau", "raw.raw")
@@ -91,11 +69,11 @@ def test_every_event_is_bit_exact(complete: XtcRun, opened: Open, by: str) -> No
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 @pytest.mark.parametrize("max_events", [0, 17])
 def test_the_shares_are_all_and_do_not_overlap(
-    complete: XtcRun, opened: Open, by: str, size: int, max_events: int
+    complete: XtcRun, open_psana2: OpenPsana2, by: str, size: int, max_events: int
 ) -> None:
     found: list[int] = []
     for rank in range(size):
-        source = opened(getattr(complete, by), Share(rank, size), max_events)
+        source = open_psana2(getattr(complete, by), Share(rank, size), max_events)
         assert source.expected_event_count == (max_events or EVENTS)
         image = detector(source, "jungfrau", "raw.raw")
         for event in source.events():
@@ -106,22 +84,22 @@ def test_the_shares_are_all_and_do_not_overlap(
 
 
 @pytest.mark.parametrize("by", ["source_identifier", "file_identifier"])
-def test_a_rank_without_a_share_has_no_events(complete: XtcRun, opened: Open, by: str) -> None:
-    source = opened(getattr(complete, by), Share(1, 2), 1)
+def test_a_rank_without_a_share_has_no_events(complete: XtcRun, open_psana2: OpenPsana2, by: str) -> None:
+    source = open_psana2(getattr(complete, by), Share(1, 2), 1)
     assert source.expected_event_count == 1
     assert list(source.events()) == []
 
 
-def test_max_events_of_the_identifier(complete: XtcRun, opened: Open) -> None:
-    source = opened(f"{complete.source_identifier},max_events=9", max_events=20)
+def test_max_events_of_the_identifier(complete: XtcRun, open_psana2: OpenPsana2) -> None:
+    source = open_psana2(f"{complete.source_identifier},max_events=9", max_events=20)
     assert len(list(source.events())) == source.expected_event_count == 9
 
 
-def test_what_is_missing_is_none(gaps: XtcRun, opened: Open) -> None:
+def test_what_is_missing_is_none(gaps: XtcRun, open_psana2: OpenPsana2) -> None:
     names = ("jungfrau", "epixq", "gmd")
     seen: set[int] = set()
     for rank in range(2):
-        source = opened(gaps.source_identifier, Share(rank, 2))
+        source = open_psana2(gaps.source_identifier, Share(rank, 2))
         fields = {name: detector(source, name, "raw.energy" if name == "gmd" else "raw.raw") for name in names}
         for event in source.events():
             number = next(number for number in range(EVENTS) if gaps.timestamp(number) == event.id)
@@ -134,8 +112,8 @@ def test_what_is_missing_is_none(gaps: XtcRun, opened: Open) -> None:
     assert seen == set(range(EVENTS))
 
 
-def test_several_fields_are_stacked_and_converted(gaps: XtcRun, opened: Open) -> None:
-    source = opened(gaps.source_identifier)
+def test_several_fields_are_stacked_and_converted(gaps: XtcRun, open_psana2: OpenPsana2) -> None:
+    source = open_psana2(gaps.source_identifier)
     both = detector(source, "gmd", ["raw.energy", "raw.energy"], dtype="float32")
     words = detector(source, "jungfrau", "_dettype", dtype="str")
     event = next(source.events())
@@ -146,8 +124,8 @@ def test_several_fields_are_stacked_and_converted(gaps: XtcRun, opened: Open) ->
     assert str(words.read(event)) == "jungfrau"
 
 
-def test_run_info(complete: XtcRun, opened: Open) -> None:
-    source = opened(complete.source_identifier)
+def test_run_info(complete: XtcRun, open_psana2: OpenPsana2) -> None:
+    source = open_psana2(complete.source_identifier)
     info = Psana2RunInfo(Psana2RunInfo.Parameters(), source).read(next(source.events())).tolist()
     assert info[0] == "tstx00417"
     assert info[2:] == ["12", complete.source_identifier]
@@ -163,9 +141,9 @@ def test_run_info(complete: XtcRun, opened: Open) -> None:
     ],
 )
 def test_a_detector_that_is_not_there(
-    complete: XtcRun, opened: Open, name: str, fields: str | None, field: str, words: str
+    complete: XtcRun, open_psana2: OpenPsana2, name: str, fields: str | None, field: str, words: str
 ) -> None:
-    source = opened(complete.source_identifier)
+    source = open_psana2(complete.source_identifier)
     with pytest.raises(BeamwireError) as caught:
         detector(source, name, fields)
     assert [at.field for at in caught.value.violations] == [field]
@@ -203,46 +181,46 @@ def test_psana_fields_are_required_for_a_detector() -> None:
     ],
 )
 def test_identifiers_that_name_nothing(
-    complete: XtcRun, opened: Open, tmp_path: Path, identifier: str, reason: Reason, words: str
+    complete: XtcRun, open_psana2: OpenPsana2, tmp_path: Path, identifier: str, reason: Reason, words: str
 ) -> None:
     (tmp_path / "text").write_text("This is not xtc2, and long enough for a header.")
     with pytest.raises(BeamwireError) as caught:
-        opened(identifier.format(directory=complete.directory, big=complete.files[0], text=tmp_path / "text"))
+        open_psana2(identifier.format(directory=complete.directory, big=complete.files[0], text=tmp_path / "text"))
     assert caught.value.reason is reason
     assert words in str(caught.value)
     assert str(caught.value).startswith("config.source_identifier: ")
 
 
-def test_big_data_that_was_cut_is_noticed(tmp_path: Path, opened: Open) -> None:
+def test_big_data_that_was_cut_is_noticed(tmp_path: Path, open_psana2: OpenPsana2) -> None:
     run = xtc2.write_run(tmp_path, events=10)
     big = run.files[0]
     big.write_bytes(big.read_bytes()[: big.stat().st_size // 2])
-    source = opened(run.source_identifier)
+    source = open_psana2(run.source_identifier)
     with pytest.raises(BeamwireError, match="does not hold the event at timestamp") as caught:
         list(source.events())
     assert caught.value.reason is Reason.PRODUCER_FAILED
     with pytest.raises(BeamwireError, match="ends in the middle of a datagram"):
-        opened(run.file_identifier)
+        open_psana2(run.file_identifier)
 
 
-def test_small_data_of_another_run_is_noticed(tmp_path: Path, opened: Open) -> None:
+def test_small_data_of_another_run_is_noticed(tmp_path: Path, open_psana2: OpenPsana2) -> None:
     run = xtc2.write_run(tmp_path / "one", events=10)
     other = xtc2.write_run(tmp_path / "two", events=10, first=500)
     shutil.copy(other.files[0], run.files[0])
-    source = opened(run.source_identifier)
+    source = open_psana2(run.source_identifier)
     with pytest.raises(BeamwireError, match=f"event at timestamp {run.timestamp(0)}: another is in its place"):
         list(source.events())
     run.files[0].write_bytes(np.random.default_rng(1).bytes(other.files[0].stat().st_size))
-    source = opened(run.source_identifier)
+    source = open_psana2(run.source_identifier)
     with pytest.raises(BeamwireError, match="another is in its place"):
         list(source.events())
 
 
-def test_a_run_without_its_big_file_is_refused(tmp_path: Path, opened: Open) -> None:
+def test_a_run_without_its_big_file_is_refused(tmp_path: Path, open_psana2: OpenPsana2) -> None:
     run = xtc2.write_run(tmp_path, events=3)
     run.files[0].unlink()
     with pytest.raises(BeamwireError, match="there is small data") as caught:
-        opened(run.source_identifier)
+        open_psana2(run.source_identifier)
     assert caught.value.reason is Reason.DATASET_NOT_FOUND
 
 

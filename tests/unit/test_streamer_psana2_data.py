@@ -2,7 +2,7 @@
 
 import io
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,23 @@ import pytest
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.services.streamer import config
-from beamwire.services.streamer.components import Array, Share, SourceContext
+from beamwire.services.streamer.components import Array, Share
 from beamwire.services.streamer.parallel import Alone
 from beamwire.services.streamer.pipeline import Pipeline
 from beamwire.services.streamer.sources import psana2_constants
 from beamwire.services.streamer.sources.psana2 import Psana2EventSource
-from beamwire.services.streamer.sources.psana2_data import Psana2DetectorInterface
 from beamwire.services.streamer.sources.psana2_hsd import Psana2HsdPeaks, Psana2HsdWaveforms
 from beamwire.services.streamer.stopping import Stop
 from beamwire.testing import xtc2
 from beamwire.testing.xtc2 import XtcRun
 from beamwire.testing.xtc2_run import HSD_SIGMA
+from tests.unit.psana2play import OpenPsana2, detector
 
 pytestmark = pytest.mark.skipif(bool(xtc2.psana_missing()), reason=xtc2.psana_missing() or "psana is there")
 
 EVENTS = 34
 PV = "TMO:GDET:PRES"
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-Open = Callable[..., Psana2EventSource]
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +45,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> XtcRun:
     )
 
 
-@pytest.fixture
-def opened() -> Iterator[Open]:
-    sources: list[Psana2EventSource] = []
-
-    def make(run: XtcRun, share: Share | None = None, **parameters: Any) -> Psana2EventSource:
-        context = SourceContext(run.source_identifier, share or Share())
-        sources.append(Psana2EventSource(Psana2EventSource.Parameters(**parameters), context))
-        return sources[-1]
-
-    yield make
-    for source in sources:
-        source.close()
-
-
-def detector(source: Psana2EventSource, name: str, fields: Any = None, **more: Any) -> Psana2DetectorInterface:
-    parameters = Psana2DetectorInterface.Parameters(psana_name=name, psana_fields=fields, **more)
-    return Psana2DetectorInterface(parameters, source)
-
-
 @pytest.mark.parametrize("size", [1, 3])
-def test_pvs(run: XtcRun, opened: Open, size: int) -> None:
+def test_pvs(run: XtcRun, open_psana2: OpenPsana2, size: int) -> None:
     """The value is that of the update before the event, also for a rank that reads every third event."""
     for rank in range(size):
-        source = opened(run, Share(rank, size))
+        source = open_psana2(run.source_identifier, Share(rank, size))
         pressure, words = detector(source, PV), detector(source, f"{PV}:TEXT", dtype="U20")
         single = detector(source, "TMO:MIRROR:X", dtype="float32")
         for number, event in zip(range(rank, EVENTS, size), source.events(), strict=True):
@@ -84,16 +63,16 @@ def test_pvs(run: XtcRun, opened: Open, size: int) -> None:
             assert (text.dtype, str(text)) == (np.dtype("<U20"), f"is {run.pv(number, PV)}")
 
 
-def test_a_text_that_does_not_fit_is_not_cut(run: XtcRun, opened: Open) -> None:
-    source = opened(run)
+def test_a_text_that_does_not_fit_is_not_cut(run: XtcRun, open_psana2: OpenPsana2) -> None:
+    source = open_psana2(run.source_identifier)
     words = detector(source, f"{PV}:TEXT", dtype="U3")
     with pytest.raises(BeamwireError, match=r"set dtype: U\d+ or more") as caught:
         words.read(next(source.events()))
     assert caught.value.reason is Reason.PRODUCER_FAILED
 
 
-def test_event_codes(run: XtcRun, opened: Open) -> None:
-    source = opened(run)
+def test_event_codes(run: XtcRun, open_psana2: OpenPsana2) -> None:
+    source = open_psana2(run.source_identifier)
     codes = detector(source, "timing", "raw.eventcodes", dtype="uint8")
     pulse = detector(source, "timing", "raw.pulseId", dtype="uint64")
     for number, event in enumerate(source.events()):
@@ -108,11 +87,11 @@ def test_event_codes(run: XtcRun, opened: Open) -> None:
         assert pulse.read(event) == 10_000 + number
 
 
-def test_names_that_could_be_meant(run: XtcRun, opened: Open) -> None:
+def test_names_that_could_be_meant(run: XtcRun, open_psana2: OpenPsana2) -> None:
     with pytest.raises(BeamwireError, match=f"did you mean {PV}"):
-        detector(opened(run), "TMO:GDET:PRESS")
+        detector(open_psana2(run.source_identifier), "TMO:GDET:PRESS")
     with pytest.raises(BeamwireError) as caught:
-        detector(opened(run), "x:y")
+        detector(open_psana2(run.source_identifier), "x:y")
     for name in ("hsd", "jungfrau", "gmd", "timing", PV, "step_value"):
         assert name in str(caught.value)
 
@@ -121,8 +100,8 @@ def hsd(source: Psana2EventSource, part: str) -> Psana2HsdPeaks:
     return Psana2HsdPeaks(Psana2HsdPeaks.Parameters(psana_name="hsd", part=part), source)
 
 
-def test_fragments_of_a_digitizer(run: XtcRun, opened: Open) -> None:
-    source = opened(run)
+def test_fragments_of_a_digitizer(run: XtcRun, open_psana2: OpenPsana2) -> None:
+    source = open_psana2(run.source_identifier)
     parts = {part: hsd(source, part) for part in ("samples", "starts", "lengths", "channels")}
     some = 0
     for number, event in enumerate(source.events()):
@@ -150,8 +129,8 @@ def test_fragments_of_a_digitizer(run: XtcRun, opened: Open) -> None:
     assert some > 50
 
 
-def test_waveforms_of_a_digitizer(run: XtcRun, opened: Open) -> None:
-    source = opened(run)
+def test_waveforms_of_a_digitizer(run: XtcRun, open_psana2: OpenPsana2) -> None:
+    source = open_psana2(run.source_identifier)
     make = Psana2HsdWaveforms.Parameters
     every = Psana2HsdWaveforms(make(psana_name="hsd"), source)
     second = Psana2HsdWaveforms(make(psana_name="hsd", segments=[1]), source)
@@ -182,16 +161,16 @@ def test_waveforms_of_a_digitizer(run: XtcRun, opened: Open) -> None:
     ],
 )
 def test_digitizers_that_are_not_there(
-    run: XtcRun, opened: Open, kind: Any, parameters: dict[str, Any], field: str, words: str
+    run: XtcRun, open_psana2: OpenPsana2, kind: Any, parameters: dict[str, Any], field: str, words: str
 ) -> None:
     with pytest.raises(BeamwireError) as caught:
-        kind(kind.Parameters(**parameters), opened(run))
+        kind(kind.Parameters(**parameters), open_psana2(run.source_identifier))
     assert [at.field for at in caught.value.violations] == [field]
     assert words in str(caught.value)
 
 
-def test_dictionaries_name_the_data_source_that_reads_them(run: XtcRun, opened: Open) -> None:
-    source = opened(run)
+def test_dictionaries_name_the_data_source_that_reads_them(run: XtcRun, open_psana2: OpenPsana2) -> None:
+    source = open_psana2(run.source_identifier)
     with pytest.raises(BeamwireError, match="Psana2HsdPeaks and Psana2HsdWaveforms read digitizers") as caught:
         detector(source, "hsd", "raw.waveforms").read(next(source.events()))
     assert caught.value.reason is Reason.UNSUPPORTED
@@ -305,11 +284,11 @@ def write_cache(path: Path) -> Path:
 
 @pytest.mark.parametrize("write", [write_hdf5, write_cache])
 def test_calibration_with_constants_of_a_file(
-    panel: XtcRun, opened: Open, tmp_path: Path, write: Callable[[Path], Path]
+    panel: XtcRun, open_psana2: OpenPsana2, tmp_path: Path, write: Callable[[Path], Path]
 ) -> None:
     """Against the formula of the detector: (raw - pedestal) / gain of the range that the two top bits tell."""
     path = write(tmp_path / ("calibconst.pkl" if write is write_cache else "constants.h5"))
-    source = opened(panel, calibration=path)
+    source = open_psana2(panel.source_identifier, calibration=path)
     image = detector(source, "jungfrau", "raw.calib")
     known = {kind: values[:, 0].astype(np.float64) for kind, values in constants().items()}
     for number, event in enumerate(source.events()):
@@ -327,15 +306,15 @@ def test_calibration_with_constants_of_a_file(
         assert np.abs(found[inner] - raw[inner]).min() > 1, "raw values came instead"
 
 
-def test_constants_are_those_of_this_source(panel: XtcRun, opened: Open, tmp_path: Path) -> None:
+def test_constants_are_those_of_this_source(panel: XtcRun, open_psana2: OpenPsana2, tmp_path: Path) -> None:
     """psana keeps one object per detector name for the whole process, and with it the constants of the first."""
-    first = opened(panel, calibration=write_hdf5(tmp_path / "a.h5"))
+    first = open_psana2(panel.source_identifier, calibration=write_hdf5(tmp_path / "a.h5"))
     before = detector(first, "jungfrau", "raw.calib").read(next(first.events()))
     doubled = tmp_path / "b.h5"
     with h5py.File(doubled, "w") as file:
         for kind, values in constants().items():
             file[f"jungfrau/{kind}"] = values * (2 if kind == "pixel_gain" else 1)
-    second = opened(panel, calibration=doubled)
+    second = open_psana2(panel.source_identifier, calibration=doubled)
     after = detector(second, "jungfrau", "raw.calib").read(next(second.events()))
     assert before is not None
     assert after is not None
@@ -352,16 +331,16 @@ def test_constants_are_those_of_this_source(panel: XtcRun, opened: Open, tmp_pat
     ],
 )
 def test_files_that_hold_no_constants(
-    panel: XtcRun, opened: Open, tmp_path: Path, make: Callable[[Path], Any], words: str
+    panel: XtcRun, open_psana2: OpenPsana2, tmp_path: Path, make: Callable[[Path], Any], words: str
 ) -> None:
     make(tmp_path / "c.h5")
     with pytest.raises(BeamwireError, match=words) as caught:
-        opened(panel, calibration=tmp_path / "c.h5")
+        open_psana2(panel.source_identifier, calibration=tmp_path / "c.h5")
     assert caught.value.reason is Reason.INVALID_FIELD
 
 
-def test_a_file_without_pedestals_does_not_calibrate(panel: XtcRun, opened: Open, tmp_path: Path) -> None:
-    source = opened(panel, calibration=write_hdf5(tmp_path / "c.h5", kinds=("pixel_gain",)))
+def test_a_file_without_pedestals_does_not_calibrate(panel: XtcRun, open_psana2: OpenPsana2, tmp_path: Path) -> None:
+    source = open_psana2(panel.source_identifier, calibration=write_hdf5(tmp_path / "c.h5", kinds=("pixel_gain",)))
     with pytest.raises(BeamwireError, match="the calibration file has none"):
         detector(source, "jungfrau", "raw.calib")
 

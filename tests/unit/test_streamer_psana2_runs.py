@@ -20,37 +20,16 @@ from beamwire.services.streamer.parallel import Alone
 from beamwire.services.streamer.pipeline import Pipeline
 from beamwire.services.streamer.sources import psana2_streams
 from beamwire.services.streamer.sources.psana2 import Psana2EventSource
-from beamwire.services.streamer.sources.psana2_data import Psana2DetectorInterface, Psana2RunInfo
+from beamwire.services.streamer.sources.psana2_data import Psana2RunInfo
 from beamwire.services.streamer.stopping import CancelledError, Stop
 from beamwire.testing import xtc2
 from beamwire.testing.xtc2 import XtcRun
+from tests.unit.psana2play import OpenPsana2, detector
 
 pytestmark = pytest.mark.skipif(bool(xtc2.psana_missing()), reason=xtc2.psana_missing() or "psana is there")
 
 EVENTS = 30
 MISSING = {"jungfrau": {3, 11}, "epixq": {7, 11}, "gmd": {3, 5}}
-
-Open = Callable[..., Psana2EventSource]
-
-
-@pytest.fixture
-def opened() -> Iterator[Open]:
-    sources: list[Psana2EventSource] = []
-
-    def make(identifier: str, share: Share | None = None, max_events: int = 0, **more: Any) -> Psana2EventSource:
-        pause = more.pop("pause", None)
-        context = SourceContext(identifier, share or Share(), max_events, **({"pause": pause} if pause else {}))
-        sources.append(Psana2EventSource(Psana2EventSource.Parameters(**more), context))
-        return sources[-1]
-
-    yield make
-    for source in sources:
-        source.close()
-
-
-def detector(source: Psana2EventSource, name: str, fields: Any = None, **more: Any) -> Psana2DetectorInterface:
-    parameters = Psana2DetectorInterface.Parameters(psana_name=name, psana_fields=fields, **more)
-    return Psana2DetectorInterface(parameters, source)
 
 
 def files(*paths: Path) -> str:
@@ -71,10 +50,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> XtcRun:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("order", [slice(None), slice(None, None, -1)])
-def test_several_files_are_one_run(two: XtcRun, opened: Open, size: int, order: slice) -> None:
+def test_several_files_are_one_run(two: XtcRun, open_psana2: OpenPsana2, size: int, order: slice) -> None:
     found: list[int] = []
     for rank in range(size):
-        source = opened(files(*two.files[order]), Share(rank, size))
+        source = open_psana2(files(*two.files[order]), Share(rank, size))
         assert source.expected_event_count == EVENTS
         readers = {name: detector(source, name, "raw.raw") for name in ("jungfrau", "epixq")}
         for event in source.events():
@@ -87,12 +66,12 @@ def test_several_files_are_one_run(two: XtcRun, opened: Open, size: int, order: 
     assert sorted(found) == list(range(EVENTS))
 
 
-def test_a_detector_whose_segments_are_in_two_streams(tmp_path: Path, opened: Open) -> None:
+def test_a_detector_whose_segments_are_in_two_streams(tmp_path: Path, open_psana2: OpenPsana2) -> None:
     run = xtc2.write_run(
         tmp_path, events=8, detectors=("jungfrau", "jungfrau"), missing={"jungfrau.1": {2}, "jungfrau": {5}}
     )
     for identifier in (run.source_identifier, files(*run.files)):
-        source = opened(identifier)
+        source = open_psana2(identifier)
         image = detector(source, "jungfrau", "raw.raw")
         for number, event in enumerate(source.events()):
             values = image.read(event)
@@ -103,14 +82,14 @@ def test_a_detector_whose_segments_are_in_two_streams(tmp_path: Path, opened: Op
                 assert np.array_equal(values, [run.image(number, segment=segment) for segment in (0, 1)])
 
 
-def test_chunks_of_a_stream(tmp_path: Path, opened: Open) -> None:
+def test_chunks_of_a_stream(tmp_path: Path, open_psana2: OpenPsana2) -> None:
     run = xtc2.write_run(tmp_path, events=20, chunk_events=6, steps=2, detectors=("jungfrau", "epixq"))
     chunks = sorted(tmp_path.glob("*.xtc2"))
     assert len(chunks) == 8
     for identifier in (run.source_identifier, files(*chunks)):
         numbers: list[int] = []
         for rank in range(3):
-            source = opened(identifier, Share(rank, 3))
+            source = open_psana2(identifier, Share(rank, 3))
             assert source.expected_event_count == 20
             images = [detector(source, name, "raw.raw") for name in run.detectors]
             value = detector(source, "step_value")
@@ -122,24 +101,24 @@ def test_chunks_of_a_stream(tmp_path: Path, opened: Open) -> None:
         assert sorted(numbers) == list(range(20))
 
 
-def test_files_that_do_not_belong_together(tmp_path: Path, opened: Open) -> None:
+def test_files_that_do_not_belong_together(tmp_path: Path, open_psana2: OpenPsana2) -> None:
     one = xtc2.write_run(tmp_path / "one", events=3)
     two = xtc2.write_run(tmp_path / "two", run=2, events=3, first=1000)
     with pytest.raises(BeamwireError, match=r"segment 0 of \w+ is in two streams") as caught:
-        opened(files(one.files[0], two.files[0]))
+        open_psana2(files(one.files[0], two.files[0]))
     assert caught.value.reason is Reason.INVALID_FIELD
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("max_events", [0, 17])
 @pytest.mark.parametrize("runs", ["1-3", "1,2,3", "2-3,1"])
-def test_several_runs(several: list[XtcRun], opened: Open, size: int, max_events: int, runs: str) -> None:
+def test_several_runs(several: list[XtcRun], open_psana2: OpenPsana2, size: int, max_events: int, runs: str) -> None:
     """The second run has no epixq."""
     order = [several[number - 1] for number in ([2, 3, 1] if runs[0] == "2" else [1, 2, 3])]
     expected = [(run, number) for run in order for number in range(run.events)]
     found: list[int] = []
     for rank in range(size):
-        source = opened(f"exp=tstx00417,run={runs},dir={several[0].directory}", Share(rank, size), max_events)
+        source = open_psana2(f"exp=tstx00417,run={runs},dir={several[0].directory}", Share(rank, size), max_events)
         assert source.expected_event_count == (max_events or 24)
         image = detector(source, "jungfrau", "raw.raw")
         other = detector(source, "epixq", "raw.raw") if runs[0] == "1" else None
@@ -172,19 +151,19 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> list[XtcRun]:
     ]
 
 
-def test_several_runs_with_a_limit_end_within(several: list[XtcRun], opened: Open) -> None:
-    source = opened(f"exp=tstx00417,run=1-3,dir={several[0].directory},max_events=4")
+def test_several_runs_with_a_limit_end_within(several: list[XtcRun], open_psana2: OpenPsana2) -> None:
+    source = open_psana2(f"exp=tstx00417,run=1-3,dir={several[0].directory},max_events=4")
     assert source.expected_event_count == 4
     assert [event.id for event in source.events()] == [several[0].timestamp(number) for number in range(4)]
     assert source.attributes == {"exp": "tstx00417", "run": "1,2,3"}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_steps_of_a_scan(tmp_path: Path, opened: Open, size: int) -> None:
+def test_steps_of_a_scan(tmp_path: Path, open_psana2: OpenPsana2, size: int) -> None:
     run = xtc2.write_run(tmp_path, events=EVENTS, steps=4)
     for identifier in (run.source_identifier, run.file_identifier):
         for rank in range(size):
-            source = opened(identifier, Share(rank, size))
+            source = open_psana2(identifier, Share(rank, size))
             value, words = detector(source, "step_value"), detector(source, "step_docstring")
             for number, event in zip(range(rank, EVENTS, size), source.events(), strict=True):
                 assert value.read(event) == run.step_value(number)
@@ -194,14 +173,14 @@ def test_steps_of_a_scan(tmp_path: Path, opened: Open, size: int) -> None:
                 assert str(text) == run.step_docstring(number)
 
 
-def test_a_run_that_does_not_end_is_read_whole(tmp_path: Path, opened: Open) -> None:
+def test_a_run_that_does_not_end_is_read_whole(tmp_path: Path, open_psana2: OpenPsana2) -> None:
     run = xtc2.write_run(tmp_path, events=12, end=False)
-    assert len(list(opened(run.source_identifier).events())) == 12
+    assert len(list(open_psana2(run.source_identifier).events())) == 12
 
 
 @pytest.mark.parametrize("block", [psana2_streams.BLOCK, 2])
 def test_events_behind_the_end_of_the_run_are_refused(
-    tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch, block: int
+    tmp_path: Path, open_psana2: OpenPsana2, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr(psana2_streams, "BLOCK", block)
     one = xtc2.write_run(tmp_path / "one", events=3)
@@ -209,19 +188,19 @@ def test_events_behind_the_end_of_the_run_are_refused(
     with one.files[0].open("ab") as file:
         file.write(two.files[0].read_bytes())
     with pytest.raises(BeamwireError, match="holds events behind the end of its run"):
-        opened(one.file_identifier)
+        open_psana2(one.file_identifier)
 
 
-def test_timestamps_that_go_back_are_refused(tmp_path: Path, opened: Open) -> None:
+def test_timestamps_that_go_back_are_refused(tmp_path: Path, open_psana2: OpenPsana2) -> None:
     run = xtc2.write_run(tmp_path, events=3, end=False)
     with run.files[0].open("ab") as file:
         file.write(run.files[0].read_bytes())
     with pytest.raises(BeamwireError, match="do not ascend"):
-        opened(run.file_identifier)
+        open_psana2(run.file_identifier)
 
 
 def test_without_dir_the_facility_says_where_runs_are(
-    two: XtcRun, tmp_path: Path, opened: Open, monkeypatch: pytest.MonkeyPatch
+    two: XtcRun, tmp_path: Path, open_psana2: OpenPsana2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "tst" / "tstx00417"
     place.mkdir(parents=True)
@@ -230,11 +209,11 @@ def test_without_dir_the_facility_says_where_runs_are(
     constants: Any = __import__("psana.pscalib.calib.MDBWebUtils", fromlist=["x"])
     asked: list[str] = []
     monkeypatch.setattr(constants, "calib_constants_all_types", lambda name, **_: asked.append(name))
-    source = opened("exp=tstx00417,run=1")
+    source = open_psana2("exp=tstx00417,run=1")
     assert len(list(source.events())) == EVENTS
     assert any(name.startswith("jungfrau") for name in asked)
     with pytest.raises(BeamwireError, match="dir= says where the runs of othx1 are"):
-        opened("exp=othx1,run=1")
+        open_psana2("exp=othx1,run=1")
 
 
 # A run that is being written
@@ -289,12 +268,12 @@ def wait_for(path: Path) -> None:
 
 
 @pytest.mark.parametrize("by", ["exp", "files"])
-def test_a_live_run_is_followed_to_its_end(tmp_path: Path, opened: Open, writer: Start, by: str) -> None:
+def test_a_live_run_is_followed_to_its_end(tmp_path: Path, open_psana2: OpenPsana2, writer: Start, by: str) -> None:
     run = described(tmp_path, 40)
     process = writer(40, hold=25)
     wait_for(tmp_path / "waiting")
     identifier = run.source_identifier if by == "exp" else files(*run.files)
-    sources = [opened(f"{identifier},live=True", Share(rank, 2), live_silence=20) for rank in range(2)]
+    sources = [open_psana2(f"{identifier},live=True", Share(rank, 2), live_silence=20) for rank in range(2)]
     assert [source.expected_event_count for source in sources] == [0, 0]
     found: list[int] = []
     for rank, source in enumerate(sources):
@@ -314,27 +293,27 @@ def test_a_live_run_is_followed_to_its_end(tmp_path: Path, opened: Open, writer:
     assert not list(tmp_path.rglob("*.inprogress"))
 
 
-def test_a_live_run_that_begins_later(tmp_path: Path, opened: Open, writer: Start) -> None:
+def test_a_live_run_that_begins_later(tmp_path: Path, open_psana2: OpenPsana2, writer: Start) -> None:
     timer = threading.Timer(0.5, writer, args=(10,))
     timer.start()
-    source = opened(f"{described(tmp_path, 10).source_identifier},live=True", max_events=8, live_silence=20)
+    source = open_psana2(f"{described(tmp_path, 10).source_identifier},live=True", max_events=8, live_silence=20)
     assert [event.id for event in source.events()] == [described(tmp_path, 10).timestamp(i) for i in range(8)]
     timer.join()
 
 
-def test_a_live_run_that_falls_silent_fails_after_all_events(tmp_path: Path, opened: Open) -> None:
+def test_a_live_run_that_falls_silent_fails_after_all_events(tmp_path: Path, open_psana2: OpenPsana2) -> None:
     run = xtc2.write_run(tmp_path, events=12, end=False)
-    events = opened(f"{run.source_identifier},live=True", live_silence=0.4).events()
+    events = open_psana2(f"{run.source_identifier},live=True", live_silence=0.4).events()
     assert [next(events).id for _ in range(12)] == [run.timestamp(number) for number in range(12)]
     with pytest.raises(BeamwireError, match=r"silent for 0\.4 s and has not ended: no EndRun came") as caught:
         next(events)
     assert caught.value.reason is Reason.PRODUCER_FAILED
 
 
-def test_a_slow_consumer_is_not_silence(tmp_path: Path, opened: Open) -> None:
+def test_a_slow_consumer_is_not_silence(tmp_path: Path, open_psana2: OpenPsana2) -> None:
     run = xtc2.write_run(tmp_path, events=3, end=False)
     complete = xtc2.write_run(tmp_path / "complete", events=3)
-    source = opened(f"{run.file_identifier},live=True", live_silence=0.3)
+    source = open_psana2(f"{run.file_identifier},live=True", live_silence=0.3)
     events = source.events()
     assert [next(events).id for _ in range(3)] == [run.timestamp(number) for number in range(3)]
     time.sleep(0.5)
@@ -344,12 +323,12 @@ def test_a_slow_consumer_is_not_silence(tmp_path: Path, opened: Open) -> None:
     timer.join()
 
 
-def test_a_live_run_waits_for_the_big_file(tmp_path: Path, opened: Open) -> None:
+def test_a_live_run_waits_for_the_big_file(tmp_path: Path, open_psana2: OpenPsana2) -> None:
     """The small data is ahead of the big file, as it may be at the DAQ."""
     run = xtc2.write_run(tmp_path, events=10)
     whole = run.files[0].read_bytes()
     run.files[0].write_bytes(whole[: len(whole) // 2])
-    source = opened(f"{run.source_identifier},live=True", live_silence=10)
+    source = open_psana2(f"{run.source_identifier},live=True", live_silence=10)
     image = detector(source, "jungfrau", "raw.raw")
 
     def complete() -> None:
@@ -384,28 +363,30 @@ def test_who_waits_for_a_live_run_can_be_told_to_end(tmp_path: Path) -> None:
     timer.join()
 
 
-def test_who_waits_for_a_run_to_begin_can_be_told_to_end(tmp_path: Path, opened: Open) -> None:
+def test_who_waits_for_a_run_to_begin_can_be_told_to_end(tmp_path: Path, open_psana2: OpenPsana2) -> None:
     stop = Stop()
     timer = threading.Timer(0.3, stop.request)
     timer.start()
     for identifier in (f"exp=tstx00417,run=7,dir={tmp_path}", f"files={tmp_path / 'later.xtc2'}"):
         with pytest.raises(CancelledError):
-            opened(f"{identifier},live=True", pause=stop.pause)
+            open_psana2(f"{identifier},live=True", pause=stop.pause)
     timer.join()
 
 
 @pytest.mark.parametrize("what", ["small data of run 7", "file"])
-def test_a_run_that_never_begins(tmp_path: Path, opened: Open, what: str) -> None:
+def test_a_run_that_never_begins(tmp_path: Path, open_psana2: OpenPsana2, what: str) -> None:
     identifier = f"files={tmp_path / 'later.xtc2'}" if what == "file" else f"exp=tstx00417,run=7,dir={tmp_path}"
     with pytest.raises(BeamwireError, match=f"no {what} ") as caught:
-        opened(f"{identifier},live=True", live_silence=0.3)
+        open_psana2(f"{identifier},live=True", live_silence=0.3)
     assert caught.value.reason is Reason.PRODUCER_FAILED
 
 
-def test_blocks_are_merged_across_their_borders(two: XtcRun, opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_merged_across_their_borders(
+    two: XtcRun, open_psana2: OpenPsana2, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Small blocks give what large ones give."""
     monkeypatch.setattr(psana2_streams, "BLOCK", 3)
-    source = opened(two.source_identifier)
+    source = open_psana2(two.source_identifier)
     assert source.expected_event_count == EVENTS
     assert [event.id for event in source.events()] == [two.timestamp(number) for number in range(EVENTS)]
 

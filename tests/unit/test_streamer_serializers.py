@@ -1,7 +1,9 @@
 """Serializers: what other programs read from their messages is what was in the batch, or within the bound."""
 
 import io
+import os
 import struct
+import threading
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -11,13 +13,12 @@ import cbor2
 import h5py
 import hdf5plugin
 import msgpack
-import msgpack_numpy
+import msgpack_numpy  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
 import pytest
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream import media
-from beamwire.mesh.stream.bundle import FRAME_KIND_DATA
 from beamwire.mesh.stream.codecs import Compression, Encoded
 from beamwire.mesh.stream.frame import Frame, Ragged, decode
 from beamwire.mesh.stream.writer import MESSAGE_LENGTH, FrameWriter
@@ -29,6 +30,7 @@ from beamwire.stream.v1.frame_pb2 import (
     CODEC_BITSHUFFLE_ZSTD,
     CODEC_BLOSC2,
     CODEC_UNSPECIFIED,
+    FRAME_KIND_DATA,
     FrameHeader,
 )
 from tests.judges import decompress
@@ -83,7 +85,14 @@ def framed(message: Message) -> Frame:
     return decode(memoryview(bytes(FrameWriter().encode(header, message.arrays)[MESSAGE_LENGTH.size :])))
 
 
-def bits(array: np.ndarray) -> tuple[str, tuple[int, ...], bytes]:
+def data_of(message: Message) -> bytes | memoryview:
+    assert message.data is not None
+    return message.data
+
+
+def bits(array: Any) -> tuple[str, tuple[int, ...], bytes]:
+    """What a dense array is, to the last bit."""
+    assert isinstance(array, np.ndarray)
     return array.dtype.str, array.shape, array.tobytes()
 
 
@@ -203,7 +212,7 @@ def test_native_parameters_that_make_no_sense(compression, why):
 
 
 def opened(message: Message) -> h5py.File:
-    return h5py.File(io.BytesIO(message.data), "r")
+    return h5py.File(io.BytesIO(data_of(message)), "r")
 
 
 LOSSLESS: list[dict[str, Any]] = [
@@ -347,6 +356,56 @@ def test_hdf5_parameters_that_make_no_sense(parameters, why):
         serializer("HDF5BinarySerializer", **parameters)
 
 
+@pytest.mark.parametrize("parameters", LOSSLESS[1:])
+def test_hdf5_compresses_ragged_rows_together(parameters):
+    """A chunk for each of a million rows would be slow, and larger than what it holds."""
+    rows = Ragged(RNG.poisson(3, (200_001, 3)).astype(np.float32), np.array([0, 100, 100, 150_000, 200_001]))
+    (message,) = whole(serializer("HDF5BinarySerializer", **parameters), batch(peaks=rows))
+    with opened(message) as file:
+        assert bits(file["peaks/values"][:]) == bits(rows.values)
+        assert file["peaks/values"].chunks[0] > 10_000
+        assert file["peaks/values"].id.get_storage_size() < rows.values.nbytes
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize("compression", ["bitshuffle_with_lz4", "bitshuffle_with_zstd"])
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_hdf5_is_the_same_with_a_helping_thread(monkeypatch, cores, compression, count):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    made = serializer("HDF5BinarySerializer", compression=compression)
+    cuts = [Batch(IDS[:count], {"image": values[:count]}) for values in (COUNTS, COUNTS[::-1], FLOATS)]
+    made.begin(info(cuts[0]))
+    for cut in cuts:
+        (message,) = made.serialize(cut)
+        with opened(message) as file:
+            assert bits(file["image"][:]) == bits(np.ascontiguousarray(cut.arrays["image"]))
+            assert file["image"].chunks == (1, *SHAPE)
+    helpers = [thread for thread in threading.enumerate() if thread.name.startswith("compressing")]
+    assert len(helpers) == (cores > 1 and count > 1)
+    made.end()
+    assert not any(helper.is_alive() for helper in helpers)
+
+
+@pytest.mark.parametrize(
+    ("paths", "why"),
+    [
+        ({"image": "/x", "energy": "/x/y"}, "energy would be in the same place as image"),
+        ({"peaks": "/x", "energy": "x/values"}, "in the same place"),
+        ({"peaks": "/x/y", "energy": "x"}, "peaks would be in the same place as energy"),
+        ({"image": "/x/./y"}, "cannot be a dot"),
+    ],
+)
+def test_hdf5_arrays_need_places_of_their_own_before_anything_is_sent(paths, why):
+    with pytest.raises(BeamwireError, match=why) as caught:
+        serializer("HDF5BinarySerializer", fields=paths).check(fields(batch()))
+    assert caught.value.violations[0].field.startswith("fields")
+
+
+def test_hdf5_paths_with_and_without_a_slash_are_the_same():
+    with pytest.raises(ValueError, match="two of them go to the same place"):
+        serializer("HDF5BinarySerializer", fields={"image": "/x", "energy": "x"})
+
+
 def test_hdf5_is_as_fast_as_memory_allows():
     """Three times the 295 events a second of LCLStreamer, with a large margin for a busy machine."""
     made = serializer("HDF5BinarySerializer")
@@ -366,7 +425,7 @@ def test_hdf5_is_as_fast_as_memory_allows():
 def test_npz(compressed):
     made = batch(names=np.array(["a", "ü", "c", "d"]), swapped=COUNTS.astype(">u2"), sliced=FLOATS[:, ::2, ::3])
     (message,) = whole(serializer("NpzSerializer", compressed=compressed), made)
-    with np.load(io.BytesIO(message.data), allow_pickle=False) as archive:
+    with np.load(io.BytesIO(data_of(message)), allow_pickle=False) as archive:
         assert set(archive) == {
             "event_id",
             "image",
@@ -382,19 +441,19 @@ def test_npz(compressed):
             assert bits(archive[name]) == bits(np.ascontiguousarray(made.arrays[name]))
         assert bits(archive["peaks"]) == bits(PEAKS.values)
         assert archive["peaks.row_offsets"].tolist() == PEAKS.row_offsets.tolist()
-    assert (len(message.data) < COUNTS.nbytes + FLOATS.nbytes // 6) == compressed
+    assert (len(data_of(message)) < COUNTS.nbytes + FLOATS.nbytes // 6) == compressed
 
 
 def test_msgpack():
     made = batch(names=np.array(["a", "ü", "c", "d"]), sliced=FLOATS[:, ::2, ::3], none=np.zeros((EVENTS, 0, 3)))
     (message,) = whole(serializer("MsgpackSerializer"), made)
-    found = msgpack.unpackb(message.data, object_hook=msgpack_numpy.decode, strict_map_key=False)
+    found = msgpack.unpackb(data_of(message), object_hook=msgpack_numpy.decode, strict_map_key=False)
     assert found["event_id"].tolist() == IDS.tolist()
     for name in ("image", "energy", "names", "sliced", "none"):
         assert bits(found[name]) == bits(np.ascontiguousarray(made.arrays[name]))
     assert bits(found["peaks"]) == bits(PEAKS.values)
     assert found["peaks.row_offsets"].tolist() == PEAKS.row_offsets.tolist()
-    plain = msgpack.unpackb(message.data)
+    plain = msgpack.unpackb(data_of(message))
     assert plain["image"] == {
         b"nd": True,
         b"type": "<u2",
@@ -445,14 +504,15 @@ def tag_hook(*given: Any) -> Any:
 def received(messages: Sequence[Message]) -> list[dict[str, Any]]:
     found = []
     for message in messages:
+        data = data_of(message)
         # DECTRIS' own reader looks for the three bytes of self-described CBOR and a map that begins with the type.
-        assert message.data[:3] == b"\xd9\xd9\xf7"
-        assert message.data[4 if message.data[3] < 0xB8 else 5 :][:5] == b"\x64type"
-        found.append(cbor2.loads(message.data[3:], tag_hook=tag_hook))
+        assert data[:3] == b"\xd9\xd9\xf7"
+        assert data[4 if data[3] < 0xB8 else 5 :][:5] == b"\x64type"
+        found.append(cbor2.loads(data[3:], tag_hook=tag_hook))
     return found
 
 
-@pytest.mark.parametrize("dtype", ["<u2", "|u1", "<u4", "<i4", "<f4", "<f8", ">u2"])
+@pytest.mark.parametrize("dtype", [*TYPED.values(), ">u2", ">f8"])
 @pytest.mark.parametrize("compression", ["bslz4", "none"])
 def test_dectris_messages(dtype, compression):
     images = COUNTS.astype(dtype)
@@ -482,7 +542,7 @@ def test_dectris_messages(dtype, compression):
         assert image["start_time"] == [round(place * 8_333_333), 10**9]
         assert image["stop_time"][0] - image["start_time"][0] == 1_000_000
         assert image["series_date"].tzinfo
-    size = sum(len(message.data) for message in messages)
+    size = sum(len(data_of(message)) for message in messages)
     assert (size < images.nbytes * 2) == (compression == "bslz4")
 
 
@@ -518,21 +578,42 @@ def test_dectris_metadata_from_numbers_and_from_arrays():
     assert images[3]["user_data"]["names"] == "d"
 
 
+def test_dectris_times_that_are_not_known_are_those_of_the_start():
+    parameters = {"image": "image", "start_time": "time", "time_format": "seconds"}
+    for times, expected in (([1e9, np.nan, 1e9 + 1, np.inf], [0, 0, 10**9, 0]), ([np.nan] * EVENTS, [0] * EVENTS)):
+        made = serializer("DectrisStreamV2Serializer", **parameters)
+        _, *images, _ = received(whole(made, batch(time=np.array(times))))
+        assert [image["start_time"][0] for image in images] == expected
+
+
 def test_dectris_chunks_of_a_detector_go_on_as_they_are():
     encoded = Compression(CODEC_BITSHUFFLE_LZ4).encode(COUNTS[:1])
     assert isinstance(encoded, Encoded)
+    arrays: dict[str, Any] = {"image": encoded}
     for compression in ("bslz4", "none"):
         made = serializer("DectrisStreamV2Serializer", image="image", compression=compression)
-        messages = [bytes(message.data) for message in made.serialize(Batch(IDS[:1], {"image": encoded}))]
+        made.check(fields(batch()))
+        messages = [bytes(data_of(message)) for message in made.serialize(Batch(IDS[:1], arrays))]
         assert (bytes(encoded.data) in messages[1]) == (compression == "bslz4")
         image = cbor2.loads(messages[1][3:], tag_hook=tag_hook)
         assert bits(image["data"]["image"]) == bits(COUNTS[0])
 
 
 def test_dectris_stream_without_events_begins_and_ends():
-    made = serializer("DectrisStreamV2Serializer", image="image")
+    made = serializer("DectrisStreamV2Serializer", image="image", incident_energy="energy")
+    made.check(fields(batch()))
     list(made.begin(info(batch())))
-    assert [each["type"] for each in received(list(made.end()))] == ["start", "end"]
+    start, end = received(list(made.end()))
+    assert (start["type"], end["type"]) == ("start", "end")
+    assert (start["image_dtype"], start["image_size_y"], start["image_size_x"]) == ("uint16", *SHAPE)
+    assert "incident_energy" not in start
+
+
+def test_dectris_quantities_that_the_first_event_lacks_are_left_out():
+    made = serializer("DectrisStreamV2Serializer", image="image", incident_energy="energy", beam_center_x="centre")
+    start, *_ = received(whole(made, batch(energy=np.array([np.nan, 1, 1, 1]), centre=np.full(EVENTS, 7.5))))
+    assert not start.keys() & {"incident_energy", "incident_wavelength"}
+    assert start["beam_center_x"] == 7.5
 
 
 @pytest.mark.parametrize(
@@ -566,7 +647,8 @@ def test_dectris_energy_or_wavelength():
 
 
 def unwrapped(message: Message) -> tuple[str, dict[str, Any]]:
-    return chr(message.data[0]), cbor2.loads(message.data[1:])
+    data = data_of(message)
+    return chr(data[0]), cbor2.loads(data[1:])
 
 
 def test_simplon_messages():
@@ -605,6 +687,15 @@ def test_simplon_messages():
         assert image["timestamp"] == 100 + place
         assert image["photon_energy"] == 9000.0 + place
         assert image["beam_direction"]["position_y"] == place + 0.5
+
+
+def test_simplon_texts_of_bytes_and_sums_of_halves():
+    made = serializer("SimplonBinarySerializer", data_source_to_serialize="image")
+    bright = np.full((EVENTS, 200, 300), 60_000, np.float16)
+    start, image, *_ = whole(made, batch(image=bright, experiment=np.array([b"mfxl1234"] * EVENTS)))
+    assert unwrapped(start)[1]["experiment"] == "mfxl1234"
+    assert unwrapped(start)[1]["beamline"] == "MFX"
+    assert unwrapped(image)[1]["sum"] == float(bright[0, 0, 0]) * 60_000
 
 
 def test_simplon_start_and_stop_come_from_the_last_rank_only():

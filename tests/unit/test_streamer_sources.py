@@ -77,10 +77,14 @@ def test_hdf5_rows_are_bit_exact(hdf5: HDF5EventSource) -> None:
     assert (images.ragged, hits.ragged) == (False, True)
     count = 0
     for event in hdf5.events():
-        assert np.array_equal(images.read(event), events.image(event.id, (4, 8)))
-        assert energies.read(event) == events.scalar(event.id)
-        assert energies.read(event).dtype == np.float32
-        assert np.array_equal(hits.read(event), events.ragged(event.id))
+        image, energy, hit = (source.read(event) for source in (images, energies, hits))
+        assert image is not None
+        assert energy is not None
+        assert hit is not None
+        assert np.array_equal(image, events.image(event.id, (4, 8)))
+        assert energy == events.scalar(event.id)
+        assert energy.dtype == np.float32
+        assert np.array_equal(hit, events.ragged(event.id))
         count += 1
     assert count == EVENTS
 

@@ -169,7 +169,7 @@ def psana_cfd() -> Callable[..., Any]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.PyCFD  # type: ignore[no-any-return]
+    return module.PyCFD
 
 
 def test_times_agree_with_those_of_psana(psana_cfd: Callable[..., Any]) -> None:
@@ -208,7 +208,7 @@ def expected_hit(samples: Any, base: float) -> tuple[float, float, float]:
     level = base + height / 2
     left = next(place for place in range(peak - 1, 0, -1) if samples[place] < level)
     rise = np.polynomial.Polynomial.fit(np.arange(-1.0, 3.0), samples[left - 1 : left + 3], 3).convert()
-    roots = (rise - level).roots()
+    roots: Any = (rise - level).roots()
     (root,) = [float(root.real) for root in roots if abs(root.imag) < 1e-9 and -1e-9 <= root.real <= 1]
     return left + root, float(rise.deriv()(root)), height
 
@@ -418,7 +418,7 @@ def test_zero_suppression_is_that_of_scipy(before: int, after: int, polarity: st
             structure[reach - before : reach + after + 1] = True
             labelled: Any = ndimage.label(ndimage.binary_dilation(over, structure) if reach else over)
             expected += [(channel, part[0].start, part[0].stop) for part in ndimage.find_objects(labelled[0])]
-        mine = {part: array.values[slice(*array.row_offsets[event : event + 2])] for part, array in fragments.items()}  # type: ignore[union-attr]
+        mine = {part: array.values[slice(*array.row_offsets[event : event + 2])] for part, array in fragments.items()}
         ends = mine["starts"] + mine["lengths"]
         assert list(zip(mine["channels"], mine["starts"], ends, strict=True)) == expected
         assert np.array_equal(mine["samples"], np.concatenate([given[event, c, a:b] for c, a, b in expected]))

@@ -91,7 +91,9 @@ def test_hits_are_in_order_and_apart_unless_they_may_pile_up() -> None:
         gaps = []
         for event in range(EVENTS):
             hits = made.hits(event)
-            assert (hits.time.dtype, hits.amplitude.dtype, hits.channel.dtype) == (np.float64, np.float32, np.uint16)
+            assert hits.time.dtype == np.float64
+            assert hits.amplitude.dtype == np.float32
+            assert hits.channel.dtype == np.uint16
             assert hits.time.min() >= 64
             assert hits.time.max() <= 8192 - 64
             gaps.append(np.diff(hits.channel * 1e6 + hits.time).min())

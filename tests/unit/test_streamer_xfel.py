@@ -32,11 +32,11 @@ from beamwire.testing.layouts import write_xfel_monitor as write_xgm
 REMI = "SQS_REMI_DLD6/DET/TOP:output"
 
 
-class SmallLpd(LPDModule):
+class SmallLpd(LPDModule):  # type: ignore[misc]
     image_dims = (1, 8, 8)
 
 
-class SmallJungfrau(DeviceBase):
+class SmallJungfrau(DeviceBase):  # type: ignore[misc]
     output_channels = ("daqOutput/data",)
     instrument_keys = (
         ("frameNumber", "u8", (4,)),
@@ -92,7 +92,8 @@ def test_pulses_are_the_frames_of_the_detector(spb: Path) -> None:
         pulses = access["image.data"].pulse_id_coordinates()
     assert list(found) == [(int(t) << PULSE_BITS) | int(p) for t, p in zip(trains, pulses, strict=True)]
     assert np.array_equal(np.stack(list(found.values())), wanted)
-    assert (wanted.shape, wanted.dtype) == ((30, 16, 16, 8), np.float32)
+    assert wanted.shape == (30, 16, 16, 8)
+    assert wanted.dtype == np.float32
     source = opened(spb, events="pulses")
     assert list(read(source, XfelPulseId(XfelPulseId.Parameters(), source)).values()) == pulses.tolist()
     source = opened(spb, events="pulses")

@@ -44,7 +44,6 @@ class Need:
     ragged: bool = False
     optional: bool = False
     units: Mapping[str, float] | None = None
-    longest: int = 8
 
 
 def _need(role: str, ndim: set[int], remedy: str, **more: object) -> Need:
@@ -75,12 +74,7 @@ _CONTRACTS: Final[Mapping[str, tuple[Need, ...]]] = {
         _need("hits_slope", {1}, "add the stage TofHits", ragged=True),
     ),
     "dectris": (
-        _need(
-            "detector_data",
-            {2},
-            "Stream V2 takes flat images of whole numbers of 8 to 32 bits or of float32: convert them before",
-            longest=4,
-        ),
+        _need("detector_data", {2}, "Stream V2 takes flat images: put a stage before that assembles the panels"),
     ),
 }
 
@@ -131,7 +125,7 @@ def _mismatches(need: Need, field: Field) -> list[str]:
                 f"{' or '.join(map(str, sorted(need.ndim)))}"
             ),
         ),
-        (element.kind in need.kinds and element.itemsize <= need.longest, lambda: f"has elements of type {element}"),
+        (element.kind in need.kinds, lambda: f"has elements of type {element}"),
         (
             need.units is None or field.unit in need.units,
             lambda: (

@@ -26,6 +26,7 @@ from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.names import new_id
 from beamwire.mesh.rpc.channel import connect as open_channel
 from beamwire.mesh.stream.connect import ConnectString
+from beamwire.mesh.stream.consumer import PREFETCH_BYTES
 from beamwire.mesh.stream.ticket import Ticket, TicketSource
 from beamwire.request.v1 import request_service_pb2 as request_pb2
 from beamwire.request.v1.request_service_pb2_grpc import RequestServiceStub
@@ -86,12 +87,14 @@ class AsyncClient:
         group: str = "",
         via: Via = "data",
         on_reconnect: Callable[[str], None] | None = None,
+        prefetch_bytes: int = PREFETCH_BYTES,
     ) -> AsyncStream:
         """Return a stream of batches: from a request (created on entry), a transfer's name, or a connect string.
 
         Arguments as for `Client.stream`. With `via="grpc"` the events pass through this event loop.
         """
-        return AsyncStream(self, source, consumers=consumers, reading=Reading(prefetch, group, via, on_reconnect))
+        reading = Reading(prefetch, group, via, on_reconnect, prefetch_bytes)
+        return AsyncStream(self, source, consumers=consumers, reading=reading)
 
     async def create_transfer(
         self, request: Request | ParsedRequest, *, transfer_id: str = "", validate_only: bool = False

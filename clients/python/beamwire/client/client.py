@@ -20,6 +20,7 @@ from beamwire.common.v1.account_pb2 import EndCause
 from beamwire.job.v1.job_service_pb2 import Job, TailLogsResponse
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString
+from beamwire.mesh.stream.consumer import PREFETCH_BYTES
 from beamwire.mesh.stream.ticket import Ticket, TicketSource
 from beamwire.request.v1.request_service_pb2 import Transfer
 
@@ -76,6 +77,7 @@ class Client:
         via: Via = "data",
         on_reconnect: Callable[[str], None] | None = None,
         transfer_id: str = "",
+        prefetch_bytes: int = PREFETCH_BYTES,
     ) -> Stream:
         """Return a stream of batches: from a request (created on entry), a transfer's name, or a connect string.
 
@@ -87,8 +89,9 @@ class Client:
             via: `data` from the caches' own ports, `grpc` through the Buffer service's: slower, and one port only.
             on_reconnect: told of each connection that was lost and made again, in a thread of the stream's.
             transfer_id: the id that a transfer which is created shall have; made up if empty.
+            prefetch_bytes: how many bytes each connection may hold, ready or in the caller's hands; one frame always.
         """
-        reading = Reading(prefetch, group, via, on_reconnect)
+        reading = Reading(prefetch, group, via, on_reconnect, prefetch_bytes)
         return Stream(self._portal, self._client, source, consumers=consumers, reading=reading, transfer_id=transfer_id)
 
     def create_transfer(

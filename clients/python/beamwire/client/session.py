@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from beamwire.client.groups import DEFAULT_GROUP, choose_group, for_group
 from beamwire.client.request import ParsedRequest
@@ -17,7 +17,8 @@ from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.names import new_id
 from beamwire.mesh.stream.connect import ConnectString
-from beamwire.mesh.stream.consumer import Consumer
+from beamwire.mesh.stream.consumer import PREFETCH_BYTES, Consumer
+from beamwire.mesh.stream.deliveries import Held
 from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.frame import Frame
 from beamwire.request.v1.request_service_pb2 import Receipt, Transfer
@@ -27,6 +28,7 @@ from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME
 if TYPE_CHECKING:
     from beamwire.client.aio import AsyncClient
 
+_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 # How long the facility may take to find out why a stream broke.
 _EXPLANATION_SECONDS = 30.0
@@ -62,8 +64,9 @@ Via = Literal["data", "grpc"]
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How a stream is read: frames each connection may hold ready, the group whose work is shared, the way they come.
+    """How a stream is read: the group whose work is shared, the way it comes, how far a connection may be ahead.
 
+    That is `prefetch` frames and `prefetch_bytes`, with those that the caller has and has not done with; one always may.
     `on_reconnect` is told, in the thread that reads a connection, of each connection that was lost and made again.
     """
 
@@ -71,6 +74,7 @@ class Reading:
     group: str = ""
     via: Via = "data"
     on_reconnect: Callable[[str], None] | None = None
+    prefetch_bytes: int = PREFETCH_BYTES
 
     def __post_init__(self) -> None:
         if self.prefetch < 1:
@@ -98,13 +102,25 @@ class Reader:
 
     def next_frame(self) -> Frame | None:
         """Return the next frame, None at the end of the stream. Blocks; another thread's `close` interrupts it."""
+        return self._until_end(lambda: next(self._consumer, None))
+
+    def hold(self) -> Held | None:
+        """Return the next message, to keep until its `done` is called; as `next_frame` in all else."""
+        return self._until_end(self._consumer.hold)
+
+    def _until_end(self, take: Callable[[], _T | None]) -> _T | None:
         try:
-            frame = None if self.ended else next(self._consumer, None)
+            taken = None if self.ended else take()
         except BeamwireError:
             self.ended = True
             raise
-        self.ended = frame is None
-        return frame
+        self.ended = taken is None
+        return taken
+
+    @property
+    def settled(self) -> bool:
+        """After `close`: whether the caches have heard of all that was done with."""
+        return self._consumer.settled
 
     def close(self) -> None:
         """Leave the stream."""
@@ -216,6 +232,7 @@ class Session:
             None if connect.transport == "tcp" else self._client.credentials,
             connections=connections,
             prefetch=reading.prefetch,
+            prefetch_bytes=reading.prefetch_bytes,
             group=self._group,
             # Through the service no ticket is shown: it brings its own.
             tickets=None if tunnelled else self._client.tickets(connect, LINK_ROLE_CONSUME),

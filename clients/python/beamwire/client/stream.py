@@ -12,6 +12,7 @@ from beamwire.client.portal import Portal
 from beamwire.client.session import Counters, Reader, Reading, Session
 from beamwire.client.source import Source
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.stream.deliveries import Held
 from beamwire.request.v1.request_service_pb2 import Receipt, Transfer
 from beamwire.stream.v1.frame_pb2 import Field, StreamHeader
 
@@ -137,6 +138,23 @@ class Part:
         if frame is None:
             raise StopIteration
         return Batch(frame)
+
+    def hold(self) -> Held | None:
+        """The frames of the next message, which stay unacknowledged until its `done` is called, in whatever order.
+
+        None at the end. One that was kept for longer than the buffer's frame lease may come once more, as the same
+        object. Raises as iterating does.
+        """
+        try:
+            return self._reader.hold()
+        except BeamwireError as error:
+            self._portal.call(self._session.conclude(error))
+            return None
+
+    @property
+    def settled(self) -> bool:
+        """After the stream was left: whether the caches have heard of all that was done with."""
+        return self._reader.settled
 
     @property
     def header(self) -> StreamHeader | None:

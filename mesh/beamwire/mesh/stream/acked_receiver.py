@@ -6,13 +6,13 @@ import logging
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream.arrival import Arrival
 from beamwire.mesh.stream.connect import ConnectString, Place
-from beamwire.mesh.stream.deliveries import Deliveries, Delivery
+from beamwire.mesh.stream.deliveries import Deliveries, Delivery, Held
 from beamwire.mesh.stream.endings import error_of, merge_ends
 from beamwire.mesh.stream.feed import Feed, Share
 from beamwire.mesh.stream.inbox import ClosedError
@@ -23,6 +23,7 @@ from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME, Hello
 
 LEAST_MESSAGES: Final = 64
 
+_T = TypeVar("_T", Arrival, Held)
 _log = logging.getLogger(__name__)
 
 
@@ -84,21 +85,33 @@ class AckedReceiver:
 
     def take(self) -> Arrival | None:
         """The next frame; None when the stream has ended well."""
+        return self._next(self.deliveries.take)
+
+    def hold(self) -> Held | None:
+        """The next delivery, to keep until it is released; None when the stream has ended well."""
+        return self._next(self.deliveries.hold)
+
+    def _next(self, take: Callable[[], _T | Delivery]) -> _T | None:
         while True:
             if self._failure is not None:
                 raise self._failure
             if self._over:
                 return None
             try:
-                item = self.deliveries.take()
+                item = take()
             except ClosedError:
                 continue
             except BeamwireError as error:
                 self.shut(error)
                 continue
-            if isinstance(item, Arrival):
+            if not isinstance(item, Delivery):
                 return item
             self._finish(item)
+
+    @property
+    def settled(self) -> bool:
+        """Whether every cache has heard what was done with, and has closed."""
+        return all(feed.settled for feed in self._feeds)
 
     def shut(self, why: BeamwireError | None) -> None:
         """End everything; `why` is what `take` raises from now on."""

@@ -157,7 +157,9 @@ def _encode_zstd(values: AnyArray, settings: Compression) -> Bytes:
 
 
 def _encode_blosc2(values: AnyArray, settings: Compression) -> Bytes | None:
-    """None if the library makes chunks that readers do not take."""
+    """None if the library makes no chunk of so much, or one that readers do not take."""
+    if values.nbytes > MOST_BYTES - _BLOSC2_HEADER:
+        return None
     blosc2 = _imported("blosc2")
     chunk = blosc2.compress2(
         values.reshape(-1).view(np.uint8),

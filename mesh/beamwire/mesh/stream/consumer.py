@@ -13,6 +13,7 @@ from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream.acked_receiver import LEAST_MESSAGES, AckedReceiver
 from beamwire.mesh.stream.connect import ConnectString
+from beamwire.mesh.stream.deliveries import Held
 from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.feed import Share
 from beamwire.mesh.stream.frame import Frame
@@ -133,12 +134,36 @@ class Consumer:
         self._counters.bytes += arrival.size
         return arrival.frame
 
+    def hold(self) -> Held | None:
+        """The next message, to be kept until `done` is called on it, in whatever order; None when the stream has ended.
+
+        What is kept counts against `prefetch` and `prefetch_bytes`. After the cache's `frame_lease` it comes once more,
+        as the same object, or goes to somebody else. Raises as iterating does. With delivery `push`, `done` does
+        nothing.
+        """
+        if isinstance(self._receiver, AckedReceiver):
+            held = self._receiver.hold()
+        else:
+            arrival = self._receiver.take()
+            held = None if arrival is None else Held([arrival])
+        # One that comes once more was counted.
+        if held is not None and len(held.copies) <= 1:
+            self._counters.frames += len(held.frames)
+            self._counters.events += sum(frame.header.event_count for frame in held.frames)
+            self._counters.bytes += held.size
+        return held
+
     def close(self) -> None:
         """Leave the stream. Calls that wait in other threads end at once.
 
         With delivery `acked`, the cache gives what the caller has not done with to others; with `push` it is lost.
         """
         self._receiver.shut(BeamwireError(Reason.CANCELLED, "the consumer was closed"))
+
+    @property
+    def settled(self) -> bool:
+        """After `close`: whether every cache has heard what was done with. If not, that may be delivered again."""
+        return not isinstance(self._receiver, AckedReceiver) or self._receiver.settled
 
     def __enter__(self) -> Self:
         return self

@@ -6,7 +6,7 @@ import enum
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from beamwire.mesh.errors import BeamwireError
@@ -64,9 +64,33 @@ class Delivery:
         self.bygone = False
 
     @property
+    def epoch(self) -> int:
+        """The epoch of its frames."""
+        return int(self.arrivals[0].frame.header.epoch)
+
+    @property
     def numbers(self) -> tuple[int, int, int]:
         """The producer, and the first and the last sequence of its frames."""
         return self.producer, self.sequence, self.sequence + len(self.arrivals) - 1
+
+
+class Held:
+    """DATA frames of one message, which the caller keeps until it has done with all of them.
+
+    `size` is that of their messages in bytes.
+    """
+
+    def __init__(self, arrivals: Sequence[Arrival], deliveries: Deliveries | None = None) -> None:
+        self.frames = [arrival.frame for arrival in arrivals]
+        self.size = sum(arrival.size for arrival in arrivals)
+        # Its message, and those of the same that came meanwhile.
+        self.copies: list[Delivery] = []
+        self._deliveries = deliveries
+
+    def done(self) -> None:
+        """Let the message be acknowledged; from any thread, and harmless if repeated."""
+        if self._deliveries is not None:
+            self._deliveries.release(self)
 
 
 class Account:
@@ -81,7 +105,7 @@ class Account:
         self.ended = False
         # The last deliveries that were done with: an acknowledgement that was lost can be about no others.
         self._recent: deque[tuple[int, int, int]] = deque(maxlen=min(credit.message_count, _MOST_CLAIMS))
-        self._settled: list[FrameRange] = []
+        self._settled: list[tuple[int, int, int]] = []
         self._received = self._done = self._told = 0
         self._done_bytes = 0
         self._rejected: set[int] = set()
@@ -96,8 +120,7 @@ class Account:
         """Whether the cache may be waiting for that."""
         return self.behind and (
             self.ended
-            or bool(self._settled)
-            or (self._done - self._told) * _WINDOW >= self.credit.message_count
+            or (self._done - self._told + len(self._settled)) * _WINDOW >= self.credit.message_count
             or self._done_bytes >= min(self.credit.size_bytes // _WINDOW, _WINDOW_BYTES)
         )
 
@@ -113,25 +136,26 @@ class Account:
         self._pass_rejected()
         return self._received
 
-    def finish(self, delivery: Delivery) -> None:
-        """The caller has done with a delivery, and with all before it."""
-        if delivery.bygone:
+    def finish(self, delivery: Delivery, *, alone: bool = False) -> None:
+        """The caller has done with a delivery, and with all before it unless `alone`."""
+        if delivery.bygone or 0 < delivery.number <= self._done:
             return
         if delivery.end is None:
             self._recent.append(delivery.numbers)
         if delivery.number:
-            self._done = delivery.number
             self._done_bytes += delivery.size
+        if delivery.number and not alone:
+            self._done = delivery.number
             self._pass_rejected()
         elif delivery.end is None:
-            self._settled.append(_range(delivery.numbers))
+            self._settled.append(delivery.numbers)
 
     def acknowledgement(self) -> Acknowledgement:
         """What the cache is to be told now."""
         settled, self._settled = self._settled, []
         self._told = self._done
         self._done_bytes = 0
-        return Acknowledgement(delivery_count=self._done, settled=settled)
+        return Acknowledgement(delivery_count=self._done, settled=_merged(settled))
 
     def claims(self) -> list[FrameRange]:
         """What the cache is told of former connections when a new one begins."""
@@ -158,7 +182,8 @@ class Account:
 class Deliveries:
     """Between the threads of the connections and one caller, which is given each frame once.
 
-    A delivery is done with when the caller asks for what comes after it.
+    A delivery that was taken is done with when the caller asks for what comes after it, one that is held when it is
+    released.
     """
 
     def __init__(self) -> None:
@@ -168,6 +193,8 @@ class Deliveries:
         self._accounts: list[Account] = []
         self._waiting: deque[Delivery | BeamwireError] = deque()
         self._current: Delivery | None = None
+        self._helds: dict[tuple[int, int, int], Held] = {}
+        self._idle = False
         self._closed = False
         self._given: set[tuple[int, int, int]] = set()
         self._given_order: deque[tuple[int, int, int]] = deque()
@@ -211,28 +238,71 @@ class Deliveries:
                     self._finish(item)
                     return item
 
+    def hold(self) -> Held | Delivery:
+        """The next delivery with frames that were not handed out, or the END of a cache; as `take` in all else.
+
+        One that is held already is handed out again if its lease has ended and it came once more.
+        """
+        with self.lock:
+            while True:
+                item = self._next()
+                if item.end is not None:
+                    item.account.ended = True
+                    self._finish(item)
+                    return item
+                key = item.epoch, item.producer, item.sequence
+                held = self._helds.get(key)
+                if held is not None:
+                    self.duplicates += len(item.arrivals)
+                    held.copies.append(item)
+                    return held
+                fresh = [arrival for arrival in item.arrivals if self._remember(arrival.frame.header)]
+                self.duplicates += len(item.arrivals) - len(fresh)
+                if fresh:
+                    held = self._helds[key] = Held(fresh, self)
+                    held.copies.append(item)
+                    return held
+                self._finish(item)
+
+    def release(self, held: Held) -> None:
+        """The caller has done with what it held."""
+        with self.lock:
+            copies, held.copies = held.copies, []
+            for copy in copies:
+                self._helds.pop((copy.epoch, copy.producer, copy.sequence), None)
+                account = copy.account
+                account.finish(copy, alone=True)
+                if account.sleep is Sleep.ASLEEP and self._idle:
+                    account.wake()
+                else:
+                    self._hurry(account)
+
     def lost(self, account: Account) -> None:
         """A connection is lost: its cache delivers again what the caller has not seen."""
         with self.lock:
             self._waiting = deque(item for item in self._waiting if not _is_of(item, account))
-            if self._current is not None and self._current.account is account:
-                self._current.number = 0
+            for delivery in self._in_hands(account):
+                delivery.number = 0
             account.forget()
 
     def begin_epoch(self, account: Account) -> None:
         """The cache began another epoch: what the caller has of the one before is nobody's business any more."""
         with self.lock:
             account.begin_epoch()
-            if self._current is not None and self._current.account is account:
-                self._current.bygone = True
+            for delivery in self._in_hands(account):
+                delivery.bygone = True
 
     def claims(self, account: Account) -> tuple[list[FrameRange], list[FrameRange]]:
         """What the caller has done with, and what it has, of a cache whose connection was lost."""
         with self.lock:
-            current = self._current
-            mine = current is not None and current.account is account and not current.bygone
-            held = [_range(current.numbers)] if current is not None and mine else []
-            return account.claims(), held
+            held = [delivery.numbers for delivery in self._in_hands(account) if not delivery.bygone]
+            return account.claims(), _merged(held)
+
+    def _in_hands(self, account: Account) -> list[Delivery]:
+        """What the caller has of a cache."""
+        copies = [copy for held in self._helds.values() for copy in held.copies]
+        current = [self._current] if self._current is not None else []
+        return [delivery for delivery in (*current, *copies) if delivery.account is account]
 
     def _next_of_current(self) -> Arrival | None:
         current = self._current
@@ -252,7 +322,11 @@ class Deliveries:
         if self._closed and delivery.next < len(delivery.arrivals):
             return
         account = delivery.account
-        account.finish(delivery)
+        account.finish(delivery, alone=bool(self._helds) and delivery.end is None)
+        self._hurry(account)
+
+    @staticmethod
+    def _hurry(account: Account) -> None:
         if account.sleep is not Sleep.AWAKE and account.urgent:
             account.wake()
 
@@ -263,7 +337,9 @@ class Deliveries:
             if len(self._waiting) <= 1:
                 self._tell_all()
             if not self._waiting:
+                self._idle = True
                 self._changed.wait()
+                self._idle = False
                 continue
             item = self._waiting.popleft()
             if isinstance(item, BeamwireError):

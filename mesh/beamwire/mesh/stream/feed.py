@@ -80,6 +80,7 @@ class Feed:
         self._link: Link | None = None
         self._lost: Exception | None = None
         self._useful = True
+        self.settled = False
         self._close_deadline: float | None = None
         self._described = False
         self._mappable = self._dialer.is_local
@@ -161,7 +162,7 @@ class Feed:
         try:
             self._begin(link, welcome)
             self._exchange(link)
-            link.finish(_LEAVE_TIMEOUT if self._leaving else _CLOSE_TIMEOUT)
+            self.settled = link.finish(_LEAVE_TIMEOUT if self._leaving else _CLOSE_TIMEOUT)
         except (OSError, ValueError) as error:
             self._lost = error
             return False

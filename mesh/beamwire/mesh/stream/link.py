@@ -62,6 +62,14 @@ class Link:
         self._interval = interval
         self._sent = self._heard = time.monotonic()
 
+    def expect_answers(self) -> None:
+        """For one who sends signals only, and may be busy with something else than to listen: what it says while it
+        waits must reach the peer's host, or the connection is lost. After `set_pulse`.
+        """
+        assert self._interval is not None
+        # The first thing that is not acknowledged is said up to one interval after the peer was lost.
+        self._connection.bound_answers((SILENT_INTERVALS - 1) * self._interval)
+
     def map_ring(self, path: str, offset: int) -> None:
         """From now on take deliveries from the ring of the peer; OSError if it cannot be mapped."""
         self._ring = MappedRing(path, offset)
@@ -139,11 +147,14 @@ class Link:
                 self._woken = True
                 os.eventfd_write(self._wakeup, 1)
 
-    def finish(self, timeout: float = _CLOSE_TIMEOUT) -> None:
-        """Say that nothing more comes, and give the peer so many seconds to say so too."""
-        with suppress(OSError):
+    def finish(self, timeout: float = _CLOSE_TIMEOUT) -> bool:
+        """Say that nothing more comes, and give the peer so many seconds to say so too; whether it did."""
+        try:
             self._connection.leave()
             self._connection.drain(timeout)
+        except OSError:
+            return False
+        return True
 
     def abort_on_close(self) -> None:
         """Let `close` tell the peer that it was not in good order."""

@@ -25,6 +25,7 @@ PAIR: Final = 0x10
 
 _TIMEVAL: Final = struct.Struct("@ll")
 _GREETING: Final = struct.Struct(">4sHH")
+GREETING_LENGTH: Final = _GREETING.size
 _SIGNATURE: Final = b"\0SP\0"
 # Messages up to this size are read several at a time.
 _SMALL: Final = 32 * 1024
@@ -48,6 +49,19 @@ _TCP_OPTIONS: Final = (
 
 class PeerClosedError(ConnectionError):
     """The peer closed the connection where it should not have."""
+
+
+def greeting_of(protocol: int) -> bytes:
+    """What one who speaks a protocol says first."""
+    return _GREETING.pack(_SIGNATURE, protocol, 0)
+
+
+def protocol_of(greeting: bytes | bytearray) -> int:
+    """The protocol that a peer speaks by its greeting of 8 bytes; ValueError if it is no SP peer."""
+    signature, protocol, reserved = _GREETING.unpack(greeting)
+    if signature != _SIGNATURE or reserved:
+        raise ValueError(f"its greeting {bytes(greeting)!r} is not that of a scalability protocol")
+    return int(protocol)
 
 
 class Connection(ABC):
@@ -92,6 +106,14 @@ class Connection(ABC):
         For one thread that receives with `look`, `receive_length` and `receive_some` and sends with `send_some`.
         """
 
+    def bound_answers(self, seconds: float) -> None:
+        """From now on an error ends every call if the peer's host acknowledges nothing of what was sent for so long.
+
+        Only where little is sent: for the kernel a peer that has no room is one that does not answer.
+        """
+        if self._socket.family != socket.AF_UNIX:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * seconds))
+
     @abstractmethod
     def send_some(self, data: memoryview) -> int:
         """Send at least one byte; how many."""
@@ -122,16 +144,13 @@ class Connection(ABC):
 
     def send_greeting(self, protocol: int) -> None:
         """Say which protocol this side speaks."""
-        self.send(_GREETING.pack(_SIGNATURE, protocol, 0))
+        self.send(greeting_of(protocol))
 
     def receive_greeting(self) -> int:
         """The protocol that the peer speaks; PeerClosedError if it leaves, ValueError if it is no SP peer."""
         greeting = bytearray(_GREETING.size)
         self._fill(memoryview(greeting), 0)
-        signature, protocol, reserved = _GREETING.unpack(greeting)
-        if signature != _SIGNATURE or reserved:
-            raise ValueError(f"its greeting {bytes(greeting)!r} is not that of a scalability protocol")
-        return int(protocol)
+        return protocol_of(greeting)
 
     def receive_length(self) -> int | None:
         """The length of the next message in bytes; None if the peer closed in good order between messages."""
@@ -233,15 +252,16 @@ class Connection(ABC):
         interrupt(self._socket)
 
     def drain(self, seconds: float) -> None:
-        """Throw away what still comes until the peer closes, for so long at most, lest `close` take back what was sent.
+        """Throw away what still comes until the peer closes, lest `close` take back what was sent.
 
-        Without TLS, so nothing can be received afterwards.
+        TimeoutError if it takes longer. Without TLS, so nothing can be received afterwards.
         """
         deadline = time.monotonic() + seconds
         while (remaining := deadline - time.monotonic()) > 0:
             self._socket.settimeout(remaining)
             if not socket.socket.recv(self._socket, _AHEAD):
                 return
+        raise TimeoutError("the peer did not close")
 
     def stop_receiving(self) -> None:
         """End a `receive` that waits in another thread; the peer is told nothing before the connection is closed."""

@@ -257,7 +257,11 @@ class Transfers:
             _ending(self._stop_buffer(record, cause, detail), record.buffer),
             _ending(self._stop_job(record), record.job),
         )
-        changes: dict[str, object] = {"receipt": receipt_of(view.account, view.end_cause or cause)} if view else {}
+        changes: dict[str, object] = {}
+        if view:
+            # A streamer that was told to end may have said so before the buffer heard why.
+            told = view.end_cause if state is TransferState.FAILED else ""
+            changes["receipt"] = receipt_of(view.account, told or cause)
         if error is not None:
             changes["error"] = Failure.of(error)
         await self._store.change(name, lambda r: {**_to(r, state), **changes})

@@ -35,6 +35,7 @@ def check(data: Mapping[str, Any], num_events: int | None = None) -> dict[str, A
         fields = reader.fields()
         expected = reader.source.expected_event_count
         if not fields:
+            reader.check_known()
             raise _nothing(config, expected)
         stages, serializer, sent = prepare(config, fields)
         sample = _Sample()

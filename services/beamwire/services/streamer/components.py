@@ -9,10 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh.stream.frame import Ragged, Value
+from beamwire.services.streamer.values import no_flag
 
 Array = npt.NDArray[Any]
 
@@ -21,9 +22,10 @@ PRESENT_SUFFIX = "_present"
 
 
 class ComponentParameters(BaseModel):
-    """Base of all parameters: immutable, and an unknown key is refused."""
+    """Base of all parameters: immutable, an unknown key is refused, and so is true or false for a number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    _no_flag = field_validator("*", mode="wrap")(no_flag)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from beamwire.mesh import contracts
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
@@ -15,6 +16,7 @@ from beamwire.services.streamer import registry
 from beamwire.services.streamer.components import PRESENT_SUFFIX
 from beamwire.services.streamer.handlers.lanes import Pace
 from beamwire.services.streamer.registry import Kind, nearest
+from beamwire.services.streamer.values import no_flag
 
 ROOT = "config"
 
@@ -52,10 +54,23 @@ class StreamerConfig:
     consumer: str = ""
 
 
+@contextmanager
+def located(path: str) -> Iterator[None]:
+    """Adds where a component stands, `path`, to what it says of its parameters."""
+    try:
+        yield
+    except BeamwireError as error:
+        if not error.violations or error.violations[0].field.split(".")[0] == ROOT:
+            raise
+        violations = [FieldViolation(f"{path}.{at.field}", at.description) for at in error.violations]
+        raise _refused(violations, error.reason) from None
+
+
 class _Section(BaseModel):
     """A component as written: its type, and parameters that the component checks."""
 
     model_config = ConfigDict(extra="allow")
+    _no_flag = field_validator("*", mode="wrap")(no_flag)
     type: str
 
 
@@ -71,6 +86,7 @@ class _Document(BaseModel):
     """The configuration as written."""
 
     model_config = ConfigDict(extra="forbid")
+    _no_flag = field_validator("*", mode="wrap")(no_flag)
     source_identifier: str = ""
     skip_incomplete_events: bool = False
     event_source: _Section
@@ -199,9 +215,9 @@ class _Reader:
             raise _refused(self.violations)
 
 
-def _refused(violations: Sequence[FieldViolation]) -> BeamwireError:
+def _refused(violations: Sequence[FieldViolation], reason: Reason = Reason.INVALID_FIELD) -> BeamwireError:
     text = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
-    return BeamwireError(Reason.INVALID_FIELD, text, violations=violations)
+    return BeamwireError(reason, text, violations=violations)
 
 
 def _violations(
@@ -239,11 +255,38 @@ def parse_text(text: str) -> Mapping[str, Any]:
     """
     import yaml
 
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
-        data: object = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
+        node = loader.get_single_node()
+        _check_once(node)
+        data: object = None if node is None else loader.construct_document(node)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _refused([FieldViolation(ROOT, f"is neither YAML nor JSON: {' '.join(str(error).split())}")]) from None
+    finally:
+        loader.dispose()
     try:
         return TypeAdapter(dict[str, Any]).validate_python(data)
     except ValidationError:
         raise _refused([FieldViolation(ROOT, f"must be a table of keys, not {type(data).__name__}")]) from None
+
+
+def _check_once(root: Any) -> None:
+    """Of a key that is there twice YAML would take the last one, and say nothing."""
+    waiting, seen = [root], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in seen or isinstance(node.value, str):
+            continue
+        seen.add(id(node))
+        keys = set[tuple[str, str]]()
+        for item in node.value:
+            if not isinstance(item, tuple):
+                waiting.append(item)
+                continue
+            key: Any
+            key, value = item
+            waiting.append(value)
+            if isinstance(key.value, str) and (key.tag, key.value) in keys:
+                where = f"line {key.start_mark.line + 1}, column {key.start_mark.column + 1}"
+                raise _refused([FieldViolation(ROOT, f"has the key {key.value!r} twice, again in {where}")])
+            keys.add((key.tag, str(key.value)))

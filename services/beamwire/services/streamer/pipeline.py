@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING
 
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh import contracts
-from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason, invalid_field
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.services.streamer.components import (
     Batch,
     FieldSpec,
+    Handler,
     Message,
     Serializer,
     SourceContext,
     Stage,
     StreamInfo,
 )
-from beamwire.services.streamer.config import ROOT, HandlerPart, Part, StreamerConfig
+from beamwire.services.streamer.config import ROOT, HandlerPart, StreamerConfig, located
 from beamwire.services.streamer.handlers.buffer import to_messages
 from beamwire.services.streamer.handlers.lanes import Handlers
 from beamwire.services.streamer.parallel import Ranks
@@ -66,6 +67,8 @@ class Pipeline:
             config, SourceContext(config.source_identifier, ranks.share, config.max_events, stop.pause)
         )
         fields = _agreed(ranks.gather(self._reader.fields()))
+        if not fields:
+            self._reader.check_known()
         self._shaper = Shaper(fields, config.optional)
         self._stages, self._serializer, fields = prepare(config, fields)
         expected = self._reader.source.expected_event_count
@@ -73,7 +76,7 @@ class Pipeline:
         self._info = StreamInfo(ranks.share, fields, expected, self._attributes(), config.data_serializer.type)
         self._handlers = Handlers(
             [
-                (part.component(part.parameters, credentials), part.pace, f"{part.path} ({part.type})")
+                (_handler(part, credentials), part.pace, f"{part.path} ({part.type})")
                 for part in without_replaced(config.data_handlers)
             ]
         )
@@ -157,6 +160,7 @@ class Pipeline:
         """The error that ended the run is the one to report, so others that follow from it are only shown."""
         with suppress(Exception):
             # A handler that has failed takes nothing; it is told of the end all the same.
+            self._veto()
             self._handlers.skip(account_pb2.LOSS_CAUSE_NOT_READ, self.account.unaccounted)
         try:
             self._handlers.end(cause, detail)
@@ -180,11 +184,11 @@ def prepare(
     """
     stages: list[Stage] = []
     for part in config.processing_pipeline:
-        with _located(part):
+        with located(part.path):
             stages.append(part.component(part.parameters))
             fields = tuple(stages[-1].fields(fields))
     part = config.data_serializer
-    with _located(part):
+    with located(part.path):
         for name in getattr(part.parameters, "fields", None) or {}:
             known = [spec.name for spec in fields]
             if name not in known:
@@ -196,17 +200,10 @@ def prepare(
     return stages, serializer, fields
 
 
-@contextmanager
-def _located(part: Part) -> Iterator[None]:
-    """Adds where a component stands to what it says of its parameters."""
-    try:
-        yield
-    except BeamwireError as error:
-        if not error.violations or error.violations[0].field.startswith(f"{ROOT}."):
-            raise
-        violations = [FieldViolation(f"{part.path}.{at.field}", at.description) for at in error.violations]
-        text = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
-        raise BeamwireError(error.reason, text, violations=violations) from None
+def _handler(part: HandlerPart, credentials: Callable[[], Credentials]) -> Handler:
+    with located(part.path):
+        handler: Handler = part.component(part.parameters, credentials)
+        return handler
 
 
 class Progress:
@@ -242,7 +239,9 @@ def one_line(error: BaseException) -> str:
 
 
 def through(stages: Sequence[Stage], batch: Batch) -> Iterator[Batch]:
-    """What comes out behind the stages when a batch goes in."""
+    """What comes out behind the stages when a batch goes in; one without events goes no further."""
+    if not len(batch.event_ids):
+        return
     if not stages:
         yield batch
         return

@@ -22,7 +22,7 @@ from beamwire.services.streamer.components import (
     FieldSpec,
     SourceContext,
 )
-from beamwire.services.streamer.config import Part, StreamerConfig
+from beamwire.services.streamer.config import Part, StreamerConfig, located
 
 LOOK_AHEAD = 64
 """Events that may be held in memory to find one that has the optional data sources too."""
@@ -45,7 +45,8 @@ class Reader:
     def __init__(self, config: StreamerConfig, context: SourceContext) -> None:
         """Opens everything; raises BeamwireError with a violation for each data source that cannot be had."""
         self._config = config
-        self.source: EventSource = config.event_source.component(config.event_source.parameters, context)
+        with located(config.event_source.path):
+            self.source: EventSource = config.event_source.component(config.event_source.parameters, context)
         try:
             self._sources = _data_sources(config.data_sources, self.source)
         except BaseException:
@@ -53,25 +54,36 @@ class Reader:
             raise
         self._readings = self._read_all()
         self._ahead: deque[Reading] = deque()
+        self._never = ""
 
     def fields(self) -> tuple[FieldSpec, ...]:
-        """What one event looks like, learnt from the first that has everything; empty if none of the events has.
+        """What one event looks like, learnt from the first that has everything; empty if none of the events has, or
+        an optional data source is in none of LOOK_AHEAD events.
 
         Nothing is lost: what was read here is read again. Raises BeamwireError INVALID_FIELD for values that cannot be
-        sent, or if an optional data source is not in LOOK_AHEAD events.
+        sent.
         """
         held = 0
         for reading in self._readings:
             absent = [name for name, values in reading.values.items() if values is None]
-            self._ahead.append(Reading(reading.event, {}, reading.missing) if reading.missing else reading)
+            self._ahead.append(_kept(reading))
             if not absent:
                 return tuple(self._specs(reading))
             if reading.missing and not self._config.skip_incomplete_events:
                 break
             held += not reading.missing
             if held == LOOK_AHEAD:
-                raise invalid_field(f"config.data_sources.{absent[0]}", f"is in none of the first {held} events")
+                self._never = absent[0]
+                break
         return ()
+
+    def check_known(self) -> None:
+        """To be called where nobody else knows the fields.
+
+        Raises BeamwireError INVALID_FIELD if that is because an optional data source was in none of the events.
+        """
+        if self._never:
+            raise invalid_field(f"config.data_sources.{self._never}", f"is in none of the first {LOOK_AHEAD} events")
 
     def __iter__(self) -> Iterator[Reading]:
         while self._ahead:
@@ -84,10 +96,14 @@ class Reader:
 
     def _read_all(self) -> Iterator[Reading]:
         for event in self.source.events():
-            values: Values = {name: source.read(event) for name, source in self._sources.items()}
+            values: Values = {name: self._value(name, source, event) for name, source in self._sources.items()}
             optional = self._config.optional
             missing = tuple(name for name, value in values.items() if value is None and name not in optional)
             yield Reading(event, values, missing)
+
+    def _value(self, name: str, source: DataSource, event: Event) -> Array | Encoded | None:
+        with located(self._config.data_sources[name].path):
+            return source.read(event)
 
     def _specs(self, reading: Reading) -> Iterator[FieldSpec]:
         for name, values in reading.values.items():
@@ -131,6 +147,15 @@ class Shaper:
             if name in self._optional:
                 batch.arrays[name + PRESENT_SUFFIX] = np.array([present])
         return batch
+
+
+def _kept(reading: Reading) -> Reading:
+    """What is held back: in memory of its own, since a data source may use its memory again, and of an event that lacks
+    something the id only, since there may be any number of those."""
+    if reading.missing:
+        return Reading(Event(reading.event.id), {}, reading.missing)
+    values = {name: found.copy() if isinstance(found, np.ndarray) else found for name, found in reading.values.items()}
+    return Reading(reading.event, values, ())
 
 
 def _data_sources(parts: Mapping[str, Part], source: EventSource) -> dict[str, DataSource]:

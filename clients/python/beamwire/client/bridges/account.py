@@ -11,7 +11,8 @@ class Account:
 
     `received` came from the stream. Of these `served` were taken by a consumer, `refused` were given up because every
     worker that had one of them died, and `left` went back to the buffer. `repeated` counts, by its reason, each time
-    that an event was handed out, or will be, once more.
+    that an event was handed out, or will be, once more. If the buffer has not `confirmed` what it was told last, some
+    of it may come again besides.
     """
 
     received: int = 0
@@ -22,6 +23,7 @@ class Account:
     messages: int = 0
     bytes: int = 0
     consumers: int = 0
+    confirmed: bool = True
 
     @property
     def balanced(self) -> bool:

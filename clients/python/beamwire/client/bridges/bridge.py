@@ -1,12 +1,10 @@
-"""A bridge at work: threads that read a stream, consumers that are served, and an end in good order."""
+"""A bridge at work: a thread that reads a stream, consumers that are served, and an end in good order."""
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from beamwire.client.batch import Batch
 from beamwire.client.bridges.account import Account
@@ -18,7 +16,7 @@ from beamwire.mesh.errors import BeamwireError, Reason
 
 # Between looks at how it goes.
 _INTERVAL = 0.2
-# How long a reader may take to say that its last frame is done with.
+# How long consumers that have everything may take to leave.
 _LAST_WORD = 0.5
 _CUT_AFTER = 0.3
 
@@ -40,58 +38,57 @@ class Bridge:
         self._contract = contract
         self._endpoint = endpoint
         self._patience = patience
-        self._beginning = threading.Lock()
-        self._begun = False
+        self._confirmed = True
 
     @property
     def account(self) -> Account:
         """The account as of now."""
-        return self._hub.account()
+        return replace(self._hub.account(), confirmed=self._confirmed)
 
     @property
     def connected(self) -> int:
         """Consumers that are connected now."""
         return self._endpoint.connected
 
-    def run(self, stream: Stream, consumers: int, show: Callable[[], None]) -> None:
+    def run(self, stream: Stream, show: Callable[[], None]) -> None:
         """Enter the stream and serve it to its end; `show` is called all the while.
 
         Whatever is raised (BeamwireError, KeyboardInterrupt), consumers are first given the chance to finish what they
         have, and the rest goes back to the buffer.
         """
-        with ThreadPoolExecutor(consumers, thread_name_prefix="bridge reads") as pool, stream:
-            self._endpoint.start()
-            futures = [pool.submit(self._read, part) for part in stream.split()]
-            try:
-                pending = set(futures)
-                while pending:
-                    pending = wait(pending, _INTERVAL).not_done
-                    self._check()
-                    show()
-                self._hub.finish()
-                self._hub.dismiss()
-                self._await_end(stream, show)
-                self._endpoint.await_gone(self._patience.linger)
-            except BaseException:
-                self._drain(futures)
-                raise
-            finally:
-                self._hub.close()
-                self._endpoint.stop(_CUT_AFTER)
+        parts: list[Part] = []
+        try:
+            with ThreadPoolExecutor(1, "bridge reads") as pool, stream:
+                self._endpoint.start()
+                parts += stream.split()
+                self._serve(stream, [pool.submit(self._read, part) for part in parts], show)
+        finally:
+            self._confirmed = all(part.settled for part in parts)
         self._check()
 
-    def _drain(self, futures: list[Future[None]]) -> None:
+    def _serve(self, stream: Stream, reading: Collection[Future[None]], show: Callable[[], None]) -> None:
+        try:
+            while wait(reading, _INTERVAL).not_done:
+                self._check()
+                show()
+            self._check()
+            self._hub.finish()
+            self._hub.dismiss()
+            self._await_end(stream, show)
+            self._endpoint.await_gone(self._patience.linger)
+        except BaseException:
+            self._drain()
+            raise
+        finally:
+            self._hub.close()
+            self._endpoint.stop(_CUT_AFTER)
+
+    def _drain(self) -> None:
         """Let consumers finish what was begun."""
         self._hub.stop()
-        received = -1
-        while self._hub.await_drained(self._patience.drain) and self._hub.account().received != received:
-            received = self._hub.account().received
-            # Reading on acknowledges, or brings the rest of a delivery; with neither it would last for ever.
-            wait(futures, _LAST_WORD)
+        self._hub.await_drained(self._patience.drain)
         self._hub.dismiss()
         self._endpoint.await_gone(_LAST_WORD)
-        # A consumer that is closed has little time to acknowledge, and does not say whether it could.
-        self._hub.rest(_LAST_WORD)
 
     def _check(self) -> None:
         if self._hub.failure is not None:
@@ -108,34 +105,21 @@ class Bridge:
                 return
 
     def _read(self, part: Part) -> None:
-        memory = delivery = last = object()
-        asked = time.monotonic()
+        begun = False
         try:
-            for batch in part:
-                self._begin(part, batch)
-                # Frames that came in one message are views of one block of memory, which nothing else has meanwhile.
-                begun, memory = batch.payload.obj is memory, batch.payload.obj
-                if not begun:
-                    last, delivery = delivery, object()
-                held = self._hub.hold(_key(batch), self._contract.pieces(batch), delivery, begun=begun)
-                if held is None or not self._hub.await_done(held):
-                    self._hub.doubt(last, asked)
+            while self._hub.await_room():
+                held = part.hold()
+                if held is None:
                     return
-                asked = time.monotonic()
+                if self._hub.offer_again(held):
+                    continue
+                batches = [Batch(frame) for frame in held.frames]
+                if not begun:
+                    self._contract.begin(part.header.fields if part.header is not None else (), batches[0])
+                    begun = True
+                pieces = [piece for batch in batches for piece in self._contract.pieces(batch)]
+                self._hub.offer(held, pieces, held.done)
         except Exception as error:
             # When the bridge stops, the stream is closed while this thread waits for it.
-            if self._hub.stopping and isinstance(error, BeamwireError) and error.reason is Reason.CANCELLED:
-                self._hub.doubt(delivery, asked)
-            else:
+            if not (self._hub.stopping and isinstance(error, BeamwireError) and error.reason is Reason.CANCELLED):
                 self._hub.fail(error)
-
-    def _begin(self, part: Part, batch: Batch) -> None:
-        with self._beginning:
-            if not self._begun:
-                self._contract.begin(part.header.fields if part.header is not None else (), batch)
-                self._begun = True
-
-
-def _key(batch: Batch) -> tuple[int, int, bytes]:
-    # After a cache began afresh, a sequence may come again with other events.
-    return batch.producer, batch.sequence, batch.event_ids.tobytes()

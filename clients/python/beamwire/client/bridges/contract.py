@@ -31,12 +31,14 @@ class Contract(Protocol):
         ...
 
     def greeting(self, piece: Piece, message: Parts) -> list[bytes]:
-        """What each consumer gets before the first piece of a series, whose message is `message`."""
-        ...
+        """What each consumer gets before the first piece of a series, whose message is `message`; nothing as a rule."""
+        return []
 
     def farewell(self, series: int) -> list[bytes]:
-        """What each consumer gets after the last piece of a series, if it has got any."""
-        ...
+        """What each consumer gets after the last piece of a series, if it has got any; as a rule nothing, and that the
+        connection closes is the end.
+        """
+        return []
 
 
 @dataclass(slots=True)
@@ -99,6 +101,13 @@ def require(module: str, extra: str) -> None:
         raise BeamwireError(
             Reason.UNSUPPORTED, f"this bridge needs {module}, which is not installed: pip install 'beamwire[{extra}]'"
         )
+
+
+def passes_on(batch: Batch, media_type: str, remedy: str) -> bool:
+    """Whether a batch is a message to be passed on as it is; BeamwireError INVALID_FIELD if it is of another type."""
+    if batch.media_type not in ("", media_type):
+        raise BeamwireError(Reason.INVALID_FIELD, f"the stream carries {batch.media_type}; {remedy}")
+    return bool(batch.media_type)
 
 
 def refuse_opaque(contract: str, batch: Batch, remedy: str) -> None:

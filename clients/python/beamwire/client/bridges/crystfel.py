@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from beamwire.client.batch import Batch
-from beamwire.client.bridges.contract import Array, Names, require
+from beamwire.client.bridges.contract import Array, Contract, Names, passes_on, require
 from beamwire.client.bridges.hub import Parts, Piece
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream import media
@@ -23,7 +23,7 @@ _PEAK_KEYS = ("fs", "ss", "intensity")
 _SCALARS = ("beam_energy", "detector_distance")
 
 
-class Crystfel:
+class Crystfel(Contract):
     """The keys are those that geometry files name; CrystFEL takes a key for another if one begins with the other.
 
     `detector_data` is `<i4` for whole numbers that fit, else `<f4`; `beam_energy` in eV, `detector_distance` in mm.
@@ -37,14 +37,12 @@ class Crystfel:
 
     def begin(self, fields: Sequence[Field], batch: Batch) -> None:
         """Find the arrays, or see that each frame is an HDF5 file."""
-        if not batch.media_type:
+        remedy = (
+            "CrystFEL is served from arrays (NativeSerializer), or with --encoding hdf5 from HDF5 files of one event "
+            "each"
+        )
+        if not passes_on(batch, media.HDF5 if self._encoding == "hdf5" else "", remedy):
             self._names.begin(fields)
-        elif self._encoding != "hdf5" or batch.media_type != media.HDF5:
-            raise BeamwireError(
-                Reason.INVALID_FIELD,
-                f"the stream carries {batch.media_type}; CrystFEL is served from arrays (NativeSerializer), or with "
-                "--encoding hdf5 from HDF5 files of one event each",
-            )
 
     def pieces(self, batch: Batch) -> list[Piece]:
         """One event each."""
@@ -74,14 +72,6 @@ class Crystfel:
             )
             for number, image in enumerate(images)
         ]
-
-    def greeting(self, piece: Piece, message: Parts) -> list[bytes]:
-        """None: each request gets its answer."""
-        return []
-
-    def farewell(self, series: int) -> list[bytes]:
-        """None: indexamajig knows no end, only that there is nothing yet."""
-        return []
 
 
 def pixels(image: Array) -> Array:

@@ -6,30 +6,34 @@ import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Final
+from typing import Final, Literal
 
 from beamwire.client.batch import Batch
-from beamwire.client.bridges.contract import Array, Names, require
+from beamwire.client.bridges.contract import Array, Contract, Names, passes_on, require
 from beamwire.client.bridges.hub import Parts, Piece
-from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.formats.dectris import Series, type_of
 from beamwire.mesh.stream import media
 from beamwire.stream.v1.frame_pb2 import Field
+
+Compression = Literal["none", "bslz4"]
 
 # A start message that came at the same time as an image is awaited so long before another is made in its place.
 _START_PATIENCE: Final = 1.0
 
 
-class Dectris:
+class Dectris(Contract):
     """Each consumer gets a start message before its first image of a series, and an end message after its last.
 
     Messages that the streamer made, one in each frame, are passed on as they are; each rank has a series of its own. If
     its start message was taken by somebody else, one is made that says what the image says. From arrays, image i of the
-    bridge has the `image_id` i, and its event's id in `user_data`.
+    bridge has the `image_id` i, and its event's id in `user_data`; `compression` is of its contents.
     """
 
-    def __init__(self, given: Mapping[str, str | float], series: str) -> None:
+    def __init__(self, given: Mapping[str, str | float], series: str, compression: Compression = "none") -> None:
         require("cbor2", "dectris")
+        self._compress = compression == "bslz4"
+        if self._compress:
+            require("hdf5plugin", "hdf5")
         self._names = Names("dectris", given)
         self._unique = series
         self._changed = threading.Condition()
@@ -40,13 +44,8 @@ class Dectris:
 
     def begin(self, fields: Sequence[Field], batch: Batch) -> None:
         """Find the image, or see that the frames hold messages."""
-        if batch.media_type:
-            if batch.media_type != media.CBOR:
-                raise BeamwireError(
-                    Reason.INVALID_FIELD,
-                    f"the stream carries {batch.media_type}; Stream V2 is made from arrays, or passed on from the "
-                    "DectrisStreamV2Serializer",
-                )
+        remedy = "Stream V2 is made from arrays, or passed on from the DectrisStreamV2Serializer"
+        if passes_on(batch, media.CBOR, remedy):
             return
         self._names.begin(fields)
         image = self._names.dense("detector_data", batch)
@@ -97,4 +96,4 @@ class Dectris:
 
     def _encode(self, image_id: int, image: Array, event_id: int) -> Parts:
         assert self._series is not None
-        return [self._series.image(image_id, image, {"event_id": event_id})]
+        return [self._series.image(image_id, image, {"event_id": event_id}, compress=self._compress)]

@@ -1,11 +1,11 @@
-"""Between a stream and the consumers of a bridge: who has which event, and when a frame is done with."""
+"""Between a stream and the consumers of a bridge: who has which event, and when a message is done with."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Final
@@ -16,10 +16,8 @@ Parts = Sequence[bytes | memoryview]
 """One message in pieces that follow each other."""
 
 FRAME_WENT_BACK: Final = "others that travel with it went back to the buffer"
+KEPT_TOO_LONG: Final = "its consumer kept it longer than the buffer's frame_lease"
 
-_REMEMBERED: Final = 65536
-# An acknowledgement that began so long before the end may not have got through.
-_DOUBTFUL: Final = 0.25
 # An event that so many workers died of is not given to another.
 _MOST_DEATHS: Final = 3
 
@@ -33,91 +31,78 @@ class Piece:
     series: int = 0
 
 
-class Held:
-    """A frame that was read and not yet acknowledged.
+class Lot:
+    """What came in one message of the buffer, and is acknowledged as one."""
 
-    `delivery` is the same for frames that came in one message, which are acknowledged together.
-    """
+    __slots__ = ("begun", "done", "items", "key", "open", "served")
 
-    def __init__(self, events: int, delivery: object, *, begun: bool) -> None:
-        self.events = events
-        self.delivery = delivery
-        self.open = 0
-        # Something of its message was handed out, so that it is better served whole than given back.
-        self.begun = begun
+    def __init__(self, key: object, pieces: Sequence[Piece], done: Callable[[], None]) -> None:
+        self.key = key
+        self.done = done
+        self.items = [Item(piece, self) for piece in pieces]
+        self.open = len(pieces)
+        # Something of it was handed out, so that it is better served whole than given back.
+        self.begun = False
         self.served = 0
-        self.refused = 0
-
-    @property
-    def done(self) -> bool:
-        """Whether the buffer may forget it."""
-        return not self.open
 
 
 class Item:
-    """A piece in its frame."""
+    """A piece in its lot; `hands` counts the consumers that have it, more than one if some keep it for too long."""
 
-    __slots__ = ("deaths", "held", "piece")
+    __slots__ = ("deaths", "done", "hands", "lot", "piece", "queued")
 
-    def __init__(self, piece: Piece, held: Held) -> None:
+    def __init__(self, piece: Piece, lot: Lot) -> None:
         self.piece = piece
-        self.held = held
+        self.lot = lot
         self.deaths = 0
+        self.hands = 0
+        self.queued = self.done = False
 
 
 class Hub:
-    """Used by the threads that read the stream and by those that serve consumers."""
+    """Used by the thread that reads the stream and by those that serve consumers. At most `window` lots are open."""
 
-    def __init__(self) -> None:
+    def __init__(self, window: int = 1) -> None:
         self._changed = threading.Condition()
+        self._window = window
         self._queue: deque[Item] = deque()
-        self._helds: OrderedDict[Hashable, Held] = OrderedDict()
+        self._lots: dict[object, Lot] = {}
         self._account = Account()
-        self._in_hands = 0
         self._ending = self._stopping = self._dismissed = self._over = False
-        self._closed_at = 0.0
-        self._broken: set[object] = set()
-        self._doubtful: dict[object, float] = {}
         self.failure: BaseException | None = None
 
     # The stream's side.
 
-    def hold(self, key: Hashable, pieces: Sequence[Piece], delivery: object, *, begun: bool) -> Held | None:
-        """Offer a frame to the consumers; None if none is taken any more.
-
-        `begun` says that others of its delivery were taken. A frame that came before is not offered again, and is the
-        same one.
-        """
+    def await_room(self) -> bool:
+        """Wait until another lot may be read; False if none is taken any more."""
         with self._changed:
-            if self._over or (self._stopping and not begun):
-                if begun:
-                    self._broken.add(delivery)
-                return None
-            held = self._helds.get(key)
-            if held is not None:
-                return held
-            held = Held(sum(piece.events for piece in pieces), delivery, begun=begun)
-            held.open = len(pieces)
-            self._account.received += held.events
-            self._helds[key] = held
-            self._forget()
-            self._queue.extend(Item(piece, held) for piece in pieces)
+            self._changed.wait_for(lambda: self._closing or len(self._lots) < self._window)
+            return not self._closing
+
+    def offer(self, key: object, pieces: Sequence[Piece], done: Callable[[], None]) -> None:
+        """Offer a lot to the consumers; `done` is called when all of it was taken."""
+        lot = Lot(key, pieces, done)
+        with self._changed:
+            self._account.received += sum(piece.events for piece in pieces)
+            self._lots[key] = lot
+            if not self._closing:
+                for item in lot.items:
+                    self._enqueue(item)
+            self._finish(lot)
             self._changed.notify_all()
-            return held
 
-    def await_done(self, held: Held) -> bool:
-        """Wait until all of a frame was taken; False if that will not be."""
+    def offer_again(self, key: object) -> bool:
+        """Whether a lot is open; consumers have kept what they have of it for too long, and others may try."""
         with self._changed:
-            self._changed.wait_for(lambda: held.done or self._over or (self._stopping and not held.begun))
-            return held.done
-
-    def doubt(self, delivery: object, since: float) -> None:
-        """What comes behind a delivery was asked for at a time (monotonic seconds), and the bridge was stopped.
-
-        If it is closed soon after that, nobody knows whether the delivery was acknowledged: it may come again.
-        """
-        with self._changed:
-            self._doubtful[delivery] = since
+            lot = self._lots.get(key)
+            if lot is None:
+                return False
+            late = [item for item in lot.items if item.hands and not item.done and not item.queued]
+            self._account.repeat(KEPT_TOO_LONG, sum(item.piece.events for item in late))
+            for item in reversed(late):
+                self._enqueue(item, first=True)
+            self._changed.notify_all()
+            return True
 
     def finish(self) -> None:
         """Nothing more will come."""
@@ -134,8 +119,9 @@ class Hub:
             if not self._queue or self._over:
                 return None
             item = self._queue.popleft()
-            item.held.begun = True
-            self._in_hands += 1
+            item.queued = False
+            item.lot.begun = True
+            item.hands += 1
             return item
 
     def rest(self, seconds: float) -> None:
@@ -146,26 +132,28 @@ class Hub:
     def served(self, item: Item, size: int) -> None:
         """A consumer has taken a message of so many bytes."""
         with self._changed:
-            self._in_hands -= 1
-            item.held.open -= 1
-            item.held.served += item.piece.events
-            self._account.served += item.piece.events
+            item.hands -= 1
             self._account.messages += 1
             self._account.bytes += size
+            if not item.done:
+                self._account.served += item.piece.events
+                item.lot.served += item.piece.events
+                self._close_item(item)
             self._changed.notify_all()
 
     def give_back(self, item: Item, reason: str, *, died: bool = False) -> None:
         """A consumer may have had it and may have not: the next one gets it."""
         with self._changed:
-            self._in_hands -= 1
+            item.hands -= 1
             item.deaths += died
-            if item.deaths >= _MOST_DEATHS:
-                item.held.open -= 1
-                item.held.refused += item.piece.events
-                self._account.refused += item.piece.events
-            else:
+            if item.done or item.queued:
+                return
+            if item.deaths < _MOST_DEATHS:
                 self._account.repeat(reason, item.piece.events)
-                self._queue.appendleft(item)
+                self._enqueue(item, first=True)
+            elif not item.hands:
+                self._account.refused += item.piece.events
+                self._close_item(item)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
@@ -182,10 +170,10 @@ class Hub:
     # The bridge's side.
 
     def stop(self) -> None:
-        """Take no more deliveries, and hand out only what belongs to those of which something was handed out."""
+        """Take no more lots, and hand out only what belongs to those of which something was handed out."""
         with self._changed:
             self._stopping = True
-            self._queue = deque(item for item in self._queue if item.held.begun)
+            self._queue = deque(item for item in self._queue if item.lot.begun)
             self._changed.notify_all()
 
     def dismiss(self) -> None:
@@ -198,7 +186,6 @@ class Hub:
         """Hand out nothing more."""
         with self._changed:
             self._over = True
-            self._closed_at = time.monotonic()
             self._changed.notify_all()
 
     def await_drained(self, patience: float) -> bool:
@@ -206,7 +193,7 @@ class Hub:
         deadline = time.monotonic() + patience
         with self._changed:
             seen = self._account.messages
-            while not self._drained:
+            while any(lot.begun for lot in self._lots.values()):
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     return False
@@ -214,10 +201,6 @@ class Hub:
                 if self._account.messages != seen:
                     seen, deadline = self._account.messages, time.monotonic() + patience
         return True
-
-    @property
-    def _drained(self) -> bool:
-        return not self._queue and not self._in_hands
 
     @property
     def dismissed(self) -> bool:
@@ -231,7 +214,7 @@ class Hub:
 
     @property
     def stopping(self) -> bool:
-        """Whether no more frames are taken."""
+        """Whether no more is taken from the stream."""
         return self._stopping
 
     @property
@@ -245,14 +228,28 @@ class Hub:
             account = deepcopy(self._account)
             account.left = account.received - account.served - account.refused
             if self._stopping:
-                back = self._broken | {held.delivery for held in self._helds.values() if not held.done}
-                back |= {delivery for delivery, since in self._doubtful.items() if self._closed_at - since < _DOUBTFUL}
-                served = sum(held.served for held in self._helds.values() if held.delivery in back)
-                account.repeat(FRAME_WENT_BACK, served)
+                account.repeat(FRAME_WENT_BACK, sum(lot.served for lot in self._lots.values()))
             return account
 
-    def _forget(self) -> None:
-        if len(self._helds) > _REMEMBERED:
-            key, held = next(iter(self._helds.items()))
-            if held.done:
-                del self._helds[key]
+    @property
+    def _closing(self) -> bool:
+        return self._stopping or self._over
+
+    def _close_item(self, item: Item) -> None:
+        item.done = True
+        if item.queued:
+            self._queue.remove(item)
+        item.lot.open -= 1
+        self._finish(item.lot)
+
+    def _finish(self, lot: Lot) -> None:
+        if not lot.open:
+            del self._lots[lot.key]
+            lot.done()
+
+    def _enqueue(self, item: Item, *, first: bool = False) -> None:
+        item.queued = True
+        if first:
+            self._queue.appendleft(item)
+        else:
+            self._queue.append(item)

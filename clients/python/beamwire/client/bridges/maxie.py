@@ -8,12 +8,12 @@ from functools import partial
 import numpy as np
 
 from beamwire.client.batch import Batch
-from beamwire.client.bridges.contract import Array, Names, refuse_opaque
+from beamwire.client.bridges.contract import Array, Contract, Names, refuse_opaque
 from beamwire.client.bridges.hub import Parts, Piece
 from beamwire.stream.v1.frame_pb2 import Field
 
 
-class Maxie:
+class Maxie(Contract):
     r"""`{'shape': (H, W), 'index': 7}\n`, then the pixels: little-endian float32, C order.
 
     The index is the id of the event.
@@ -34,14 +34,6 @@ class Maxie:
             Piece(1, partial(_encode, image, int(number)))
             for image, number in zip(images, batch.event_ids, strict=True)
         ]
-
-    def greeting(self, piece: Piece, message: Parts) -> list[bytes]:
-        """None."""
-        return []
-
-    def farewell(self, series: int) -> list[bytes]:
-        """None: that the connection closes is the end."""
-        return []
 
 
 def _encode(image: Array, index: int) -> Parts:

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from beamwire.client.batch import Batch
-from beamwire.client.bridges.contract import Names, refuse_opaque
+from beamwire.client.bridges.contract import Contract, Names, refuse_opaque
 from beamwire.client.bridges.hub import Parts, Piece
 from beamwire.stream.v1.frame_pb2 import Field
 
 
-class Peaknet:
+class Peaknet(Contract):
     """`detector_data` (B, C, H, W), `timestamp` (B,), `photon_wavelength` (B,) in Å and `original_shape` (B, n).
 
     The last is what each image was before it was padded. Without a timestamp the ids of the events are sent, which of
@@ -35,14 +35,6 @@ class Peaknet:
     def pieces(self, batch: Batch) -> list[Piece]:
         """The batch."""
         return [Piece(len(batch), lambda: self._encode(batch))]
-
-    def greeting(self, piece: Piece, message: Parts) -> list[bytes]:
-        """None."""
-        return []
-
-    def farewell(self, series: int) -> list[bytes]:
-        """None: that the connection closes is the end."""
-        return []
 
     def _encode(self, batch: Batch) -> Parts:
         names = self._names

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from beamwire.client.batch import Batch
-from beamwire.client.bridges.contract import Names, require
+from beamwire.client.bridges.contract import Contract, Names, passes_on, require
 from beamwire.client.bridges.hub import Parts, Piece
-from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream import media
 from beamwire.stream.v1.frame_pb2 import Field
 
 
-class Tmo:
+class Tmo(Contract):
     """A group `port_<channel>` for each channel, over the N events of a batch and its M hits in them.
 
     `events` uint64 (N,), the ids; `nedges` uint64 (N,), hits of each event; `addresses` uint64 (N,), where they begin;
@@ -29,13 +28,7 @@ class Tmo:
 
     def begin(self, fields: Sequence[Field], batch: Batch) -> None:
         """Find the hits; HDF5 files are passed on as they are."""
-        if batch.media_type:
-            if batch.media_type != media.HDF5:
-                raise BeamwireError(
-                    Reason.INVALID_FIELD,
-                    f"the stream carries {batch.media_type}; TMO is served from the arrays of the stage TofHits, or "
-                    "from HDF5 files",
-                )
+        if passes_on(batch, media.HDF5, "TMO is served from the arrays of the stage TofHits, or from HDF5 files"):
             return
         self._names.begin(fields)
         self._units = {field.name: field.unit for field in fields}
@@ -45,14 +38,6 @@ class Tmo:
         if batch.media_type:
             return [Piece(len(batch), lambda: [batch.payload])]
         return [Piece(len(batch), lambda: self._encode(batch))]
-
-    def greeting(self, piece: Piece, message: Parts) -> list[bytes]:
-        """None."""
-        return []
-
-    def farewell(self, series: int) -> list[bytes]:
-        """None: that the connection closes is the end."""
-        return []
 
     def _encode(self, batch: Batch) -> Parts:
         import h5py

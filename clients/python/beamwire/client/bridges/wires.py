@@ -13,12 +13,13 @@ import socket
 import struct
 import sys
 import termios
+import time
 from abc import ABC, abstractmethod
 from typing import Final
 
 from beamwire.client.bridges.hub import Parts
 from beamwire.mesh.stream import sockets
-from beamwire.mesh.stream.sockets import PeerClosedError, PlainConnection
+from beamwire.mesh.stream.sockets import PeerClosedError
 
 HANDSHAKE_TIMEOUT: Final = 10.0
 _ESTABLISHED: Final = 1
@@ -28,6 +29,9 @@ _ZMTP_SIGNATURE: Final = b"\xff" + bytes(8) + b"\x7f"
 _ZMTP_GREETING: Final = _ZMTP_SIGNATURE + b"\3\0" + b"NULL".ljust(20, b"\0") + bytes(32)
 # What a peer of these bridges says is short: a request, or a sign of life.
 _LONGEST_HEARD: Final = 64 * 1024
+# The name of the command, a time to live, and a context of 16 bytes.
+_LONGEST_PING: Final = 5 + 2 + 16
+_MOST_PARTS: Final = 16
 
 
 class TurnedAwayError(Exception):
@@ -41,8 +45,10 @@ class Wire(ABC):
         sockets.tune(sock)
         self.sock = sock
         self.written = 0
+        self._deadline: float | None = time.monotonic() + HANDSHAKE_TIMEOUT
         sock.settimeout(HANDSHAKE_TIMEOUT)
         self._shake_hands()
+        self._deadline = None
         sock.settimeout(None)
 
     @abstractmethod
@@ -90,6 +96,9 @@ class Wire(ABC):
         data = bytearray(count)
         view = memoryview(data)
         while view:
+            if self._deadline is not None:
+                # Of the whole handshake, lest it drip.
+                self.sock.settimeout(max(self._deadline - time.monotonic(), 0.001))
             read = self.sock.recv_into(view)
             if not read:
                 raise PeerClosedError("the consumer has closed the connection")
@@ -127,6 +136,8 @@ class ZmtpWire(Wire):
 
     def _heed(self, flags: int, body: bytes) -> None:
         if flags & _COMMAND and body[:5] == b"\4PING":
+            if len(body) > _LONGEST_PING:
+                raise TurnedAwayError(f"its sign of life has {len(body)} bytes")
             pong = b"\4PONG" + body[7:]
             self.sock.sendall(bytes((_COMMAND, len(pong))) + pong)
             self.written += 2 + len(pong)
@@ -147,16 +158,14 @@ class ReplyWire(ZmtpWire):
 
     def request(self) -> bytes:
         """Wait for the next request; PeerClosedError if the peer leaves."""
-        parts = []
-        more = True
-        while more:
+        for _ in range(_MOST_PARTS):
             flags, body = self._frame()
-            if flags & _COMMAND:
+            while flags & _COMMAND:
                 self._heed(flags, body)
-            else:
-                parts.append(body)
-                more = bool(flags & _MORE)
-        return parts[-1]
+                flags, body = self._frame()
+            if not flags & _MORE:
+                return body
+        raise TurnedAwayError(f"its request has more than {_MOST_PARTS} parts")
 
     def reply(self, parts: Parts, *, last: bool = False) -> int:
         """Answer; if `last`, the connection ends with the same packet."""
@@ -177,10 +186,9 @@ class NngWire(Wire):
     """NNG's Push0."""
 
     def _shake_hands(self) -> None:
-        connection = PlainConnection(self.sock)
-        connection.send_greeting(sockets.PUSH)
+        self.sock.sendall(sockets.greeting_of(sockets.PUSH))
         try:
-            protocol = connection.receive_greeting()
+            protocol = sockets.protocol_of(self._read(sockets.GREETING_LENGTH))
         except ValueError as error:
             raise TurnedAwayError(str(error)) from error
         if protocol != sockets.PULL:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import re
 import socket
 import subprocess
 import sys
@@ -25,30 +24,19 @@ from beamwire.client.cli.context import Cli, Command, pass_cli
 from beamwire.client.cli.display import choose_display
 from beamwire.client.cli.progress import Meter
 from beamwire.client.cli.push import own_buffer
+from beamwire.client.cli.sizes import Size
 from beamwire.client.cli.text import aligned, duration, size
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.stream.connect import ConnectString, spell
 
-_UNITS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "Ki": 1024, "Mi": 1024**2, "Gi": 1024**3}
 _LEAST_CAPACITY = 64 * 2**20
 _STOP_SECONDS = 10.0
-
-
-class _Size(click.ParamType[int]):
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Return bytes, of `4096`, `64k` or `1Mi`."""
-        found = re.fullmatch(r"([1-9][0-9]*)([kMG]|[KMG]i)?", str(value))
-        if found is None:
-            self.fail(f"{value!r} is no size; write 4096, 64k or 1Mi", param, ctx)
-        return int(found[1]) * _UNITS[found[2] or ""]
 
 
 @click.command(cls=Command)
 @click.argument("connect_text", metavar="[CONNECT]", required=False)
 @click.option("--local", is_flag=True, help="Use a cache on this machine, without TLS and without a facility.")
-@click.option("--size", "frame_bytes", type=_Size(), default="1Mi", show_default=True, help="Bytes of a frame.")
+@click.option("--size", "frame_bytes", type=Size(), default="1Mi", show_default=True, help="Bytes of a frame.")
 @click.option("--seconds", type=click.FloatRange(min=0.1), default=5.0, show_default=True, help="How long to measure.")
 @click.option(
     "--via", type=click.Choice(["data", "grpc"]), default="data", help="Read from the cache, or through the facility."

@@ -14,7 +14,7 @@ from beamwire.client.bridges.answering import Answerer
 from beamwire.client.bridges.bridge import Bridge, Patience
 from beamwire.client.bridges.contract import Contract
 from beamwire.client.bridges.crystfel import Crystfel, Encoding
-from beamwire.client.bridges.dectris import Dectris
+from beamwire.client.bridges.dectris import Compression, Dectris
 from beamwire.client.bridges.endpoints import Dialing, Endpoint, Listening, parse_address
 from beamwire.client.bridges.hub import Hub
 from beamwire.client.bridges.maxie import Maxie
@@ -26,6 +26,7 @@ from beamwire.client.cli.context import Cli, Command, Group, pass_cli
 from beamwire.client.cli.display import choose_display
 from beamwire.client.cli.download import stem_of
 from beamwire.client.cli.progress import Meter
+from beamwire.client.cli.sizes import Size
 from beamwire.client.cli.text import aligned, counted, size
 from beamwire.client.session import Via
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
@@ -59,16 +60,16 @@ def _options(*more: Callable[[Function], Function], window: int) -> Callable[[Fu
             type=click.IntRange(min=1),
             default=window,
             show_default=True,
-            help="The most frames that are read and not yet taken.",
+            help="The most messages of the buffer that consumers have at once.",
         ),
         click.option(
-            "--drain",
-            type=click.FloatRange(min=0),
-            default=10.0,
+            "--memory",
+            type=Size(),
+            default="512Mi",
             show_default=True,
-            metavar="SECONDS",
-            help="When stopped: give up once nothing was taken for so long.",
+            help="The most bytes that are read and not yet taken; one message always may be.",
         ),
+        _seconds("drain", "When stopped: give up once nothing was taken for so long."),
     ]
 
     def decorate(function: Function) -> Function:
@@ -85,6 +86,12 @@ def _listen(default: str) -> Callable[[Function], Function]:
     )
 
 
+def _seconds(name: str, text: str) -> Callable[[Function], Function]:
+    return click.option(
+        f"--{name}", type=click.FloatRange(min=0), default=10.0, show_default=True, metavar="SECONDS", help=text
+    )
+
+
 def _role(name: str, text: str) -> Callable[[Function], Function]:
     return click.option(f"--{name}", default="", metavar="NAME|NUMBER", help=text)
 
@@ -98,14 +105,7 @@ def _role(name: str, text: str) -> Callable[[Function], Function]:
     click.option("--peaks", default="", metavar="NAME", help="Arrays with peaks, NAME_fs and so on; default: peaks."),
     _role("energy", "Photon energy: an array, or a number in eV; default: beam_energy, if there is one."),
     _role("distance", "Detector distance: an array, or a number in mm; default: detector_distance, if there is one."),
-    click.option(
-        "--linger",
-        type=click.FloatRange(min=0),
-        default=10.0,
-        show_default=True,
-        metavar="SECONDS",
-        help="After the end, how long workers that stay are answered.",
-    ),
+    _seconds("linger", "After the end, how long workers that stay are answered."),
     window=16,
 )
 @pass_cli
@@ -183,14 +183,24 @@ def tmo(cli: Cli, /, listen: str, hits: str, **common: Any) -> None:
 
 
 @bridge.command(cls=Command)
-@_options(_listen("tcp://*:31001"), window=16)
+@_options(
+    _listen("tcp://*:31001"),
+    click.option(
+        "--compression",
+        type=click.Choice(get_args(Compression)),
+        default="none",
+        show_default=True,
+        help="Of images that are made from arrays.",
+    ),
+    window=16,
+)
 @pass_cli
-def dectris(cli: Cli, /, listen: str, **common: Any) -> None:
+def dectris(cli: Cli, /, listen: str, compression: Compression, **common: Any) -> None:
     """Push DECTRIS Stream V2 messages to ZeroMQ PULL sockets that connect, as the detector's control unit does.
 
     Example: beamwire bridge dectris TRANSFER --listen tcp://*:31001
     """
-    contract = Dectris(_given(detector_data=common["data"]), stem_of(common["source"]))
+    contract = Dectris(_given(detector_data=common["data"]), stem_of(common["source"]), compression)
     _run(cli, contract, partial(_listening, cli, contract, listen, ZmtpWire), **common)
 
 
@@ -220,15 +230,18 @@ def _run(
     group: str,
     via: Via,
     window: int,
+    memory: int,
     drain: float,
     linger: float = 10.0,
 ) -> None:
     if source.endswith((".yaml", ".yml")):
         raise invalid_field("source", "a bridge serves a stream that exists: `beamwire get` or the SDK make one")
-    hub = Hub()
+    hub = Hub(window)
     begin = time.monotonic()
     with cli.client() as client:
-        stream = client.stream(source, consumers=window, group=group, via=via, on_reconnect=cli.say)
+        stream = client.stream(
+            source, prefetch=window, prefetch_bytes=memory, group=group, via=via, on_reconnect=cli.say
+        )
         served = Bridge(hub, contract, endpoint(hub), Patience(drain, linger))
         meter = Meter()
         try:
@@ -240,7 +253,7 @@ def _run(
                         meter.snapshot(time.monotonic(), stream.transfer, events=account.served, bytes_=account.bytes)
                     )
 
-                served.run(stream, window, show)
+                served.run(stream, show)
         finally:
             cli.ended = stream.transfer if hub.failure is not None else None
             _report(cli, served.account, time.monotonic() - begin)
@@ -258,6 +271,7 @@ def _report(cli: Cli, account: Account, seconds: float) -> None:
         *((f"repeated: {reason}", counted(events, "event")) for reason, events in account.repeated.items()),
         ("given up", counted(account.refused, "event")),
         ("left in the buffer", counted(account.left, "event")),
+        *([] if account.confirmed else [("not confirmed", "some of what was taken last may come again")]),
         ("connections", str(account.consumers)),
         ("in all", f"{seconds:.1f} s, {account.served / seconds if seconds else 0:.4g} events/s"),
     ]

@@ -31,7 +31,10 @@ class Delivery:
     slot: Slot | None
     deadline: float
     size: int = 0
+    # Its producer and first sequence, also when the slot is somebody else's.
+    frame: tuple[int, int] = (0, 0)
     end: bool = False
+    number: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -39,8 +42,8 @@ class Sink:
     """A consumer connection while it lasts.
 
     `ring` wakes its thread, `cut` ends its connection; both may be called from any thread. `acknowledges` is false for
-    NNG's own consumers. `flight` are its deliveries in order, the first of them number `taken + 1`; `held` are those
-    that it kept over a lost connection, by producer and sequence.
+    NNG's own consumers. `flight` are its deliveries in order, of the `delivered` that there were, all up to number
+    `taken` done with; `held` are those that it kept over a lost connection, by producer and sequence.
     """
 
     number: int
@@ -59,6 +62,7 @@ class Sink:
     given_up: bool = False
     idle: bool = False
     confirmed: bool = False
+    delivered: int = 0
     taken: int = 0
     flight: deque[Delivery] = field(default_factory=deque)
     flight_bytes: int = 0
@@ -73,6 +77,15 @@ class Sink:
     def has_credit(self) -> bool:
         """Whether one more message may go; one always may."""
         return not self.flight or (len(self.flight) < self.credit_messages and self.flight_bytes < self.credit_bytes)
+
+    def launch(self, slot: Slot | None, deadline: float) -> None:
+        """Count a delivery; without a slot it is END."""
+        self.delivered += 1
+        delivery = Delivery(slot, deadline, end=slot is None, number=self.delivered)
+        if slot is not None:
+            delivery.size, delivery.frame = slot.length, (slot.producer, slot.sequence)
+        self.flight.append(delivery)
+        self.flight_bytes += delivery.size
 
     @property
     def deliveries(self) -> Iterable[Delivery]:

@@ -258,6 +258,7 @@ class AckedIngest(_Ingest):
             welcome.heartbeat_interval.FromMilliseconds(round(1000 * self._interval))
             self._link.send_signal(Signal(welcome=welcome))
             self._link.set_pulse(self._interval)
+            self._link.expect_answers()
             if not self._ended:
                 self._acknowledged = stored.sequence
             while self._receive():

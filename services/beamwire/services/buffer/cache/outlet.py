@@ -156,7 +156,9 @@ class Outlet:
             if settled.covers(slot.producer, slot.sequence):
                 self._acknowledged(sink, slot)
             elif held.covers(slot.producer, slot.sequence):
-                sink.held[slot.producer, slot.sequence] = Delivery(slot, deadline, slot.length)
+                sink.held[slot.producer, slot.sequence] = Delivery(
+                    slot, deadline, slot.length, (slot.producer, slot.sequence)
+                )
             else:
                 rest.append(slot)
         return rest
@@ -174,7 +176,7 @@ class Outlet:
         if self.ending and group.drained and not sink.told_end:
             sink.told_end = True
             if sink.acknowledges:
-                sink.flight.append(Delivery(None, time.monotonic() + self._config.frame_lease, end=True))
+                sink.launch(None, time.monotonic() + self._config.frame_lease)
             return Step.END
         if not sink.has_credit:
             # Its own acknowledgement will bring it back; one that waits for frames must not be passed over for it.
@@ -202,8 +204,7 @@ class Outlet:
             slot.pins += 1
             self._launch(slot, group)
             self._holdings.mark_sent(slot, group)
-            sink.flight.append(Delivery(slot, deadline, slot.length))
-            sink.flight_bytes += slot.length
+            sink.launch(slot, deadline)
             slots.append(slot)
         if group.waiting and group.idle:
             group.wake()
@@ -257,30 +258,33 @@ class Outlet:
             self._holdings.unpin(slot)
 
     def acknowledge(self, sink: Sink, count: int, settled: Collection[FrameRange]) -> None:
-        """A consumer has done with so many deliveries, and with these that it held. RefusedError if it had not so many.
+        """A consumer has done with so many deliveries, and with these frames. RefusedError if it had not so many.
 
         Sets `confirmed` of the sink if END is among them.
         """
-        if count > sink.taken + len(sink.flight):
-            raise RefusedError(
-                f"it acknowledged {count} deliveries and got {sink.taken + len(sink.flight)}", Reason.INVALID_FIELD
-            )
-        while sink.taken < count:
-            delivery = sink.flight.popleft()
-            sink.taken += 1
-            sink.flight_bytes -= delivery.size
-            if delivery.slot is not None:
-                self._acknowledged(sink, delivery.slot)
-            elif delivery.end:
-                sink.confirmed = True
-                self.groups.confirm(sink.group)
-        if sink.held and settled:
+        if count > sink.delivered:
+            raise RefusedError(f"it acknowledged {count} deliveries and got {sink.delivered}", Reason.INVALID_FIELD)
+        sink.taken = max(sink.taken, count)
+        while sink.flight and sink.flight[0].number <= count:
+            self._done(sink, sink.flight.popleft())
+        if settled:
             claims = Claims(settled)
             for key in [key for key in sink.held if claims.covers(*key)]:
                 delivery = sink.held.pop(key)
                 if delivery.slot is not None:
                     self._acknowledged(sink, delivery.slot)
+            for delivery in [one for one in sink.flight if not one.end and claims.covers(*one.frame)]:
+                sink.flight.remove(delivery)
+                self._done(sink, delivery)
         self._offer_end(sink.group)
+
+    def _done(self, sink: Sink, delivery: Delivery) -> None:
+        sink.flight_bytes -= delivery.size
+        if delivery.slot is not None:
+            self._acknowledged(sink, delivery.slot)
+        elif delivery.end:
+            sink.confirmed = True
+            self.groups.confirm(sink.group)
 
     def _offer_end(self, group: Group) -> None:
         if self.ending and group.drained:
@@ -288,11 +292,12 @@ class Outlet:
 
     def reject(self, sink: Sink, number: int) -> None:
         """A consumer got a delivery broken: it is delivered again if our copy is good, and lost if not."""
-        place = number - sink.taken - 1
-        if not 0 <= place < len(sink.flight):
+        delivery = next((delivery for delivery in sink.flight if delivery.number == number), None)
+        if delivery is None:
             raise RefusedError(f"it rejected delivery {number}, which it does not have", Reason.INVALID_FIELD)
-        delivery = sink.flight[place]
-        slot, delivery.slot = delivery.slot, None
+        sink.flight.remove(delivery)
+        sink.flight_bytes -= delivery.size
+        slot = delivery.slot
         if slot is None:
             return
         slot.rejections += 1

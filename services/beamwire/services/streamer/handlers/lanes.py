@@ -4,7 +4,8 @@ others no longer than it may."""
 from __future__ import annotations
 
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Final, Literal
@@ -39,8 +40,10 @@ class Lane:
         self.dropped = 0
         self._handler = handler
         self._pace = pace
-        self._changed = threading.Condition()
-        self._acts: deque[tuple[Callable[[], None], int]] = deque()
+        # `tell_end` counts with the lock held.
+        self._changed = threading.Condition(threading.RLock())
+        # Messages, and how many events are to be accounted for in between, by cause.
+        self._acts: deque[Message | Counter[account_pb2.LossCause.ValueType] | Callable[[], None]] = deque()
         self._waiting = 0
         self._overdue = False
         self._ended = False
@@ -52,77 +55,100 @@ class Lane:
         self._handler.open(info)
         self._thread.start()
 
-    def send(self, message: Message) -> None:
-        """Hands over a message, whose arrays and bytes must stay as they are."""
+    def await_room(self) -> bool:
+        """Waits for room as long as the pace says; whether there is some. BeamwireError TIMED_OUT if there must be."""
+        waits = self._pace.when_slow == "wait"
+        # One that was waited for in vain is not waited for again before it has moved.
+        patience = None if waits else 0.0 if self._overdue else self._pace.patience
         with self._changed:
-            if self._has_room():
-                self._add(lambda: self._handler.send(message), 1)
-                return
-        if self._pace.when_slow == "fail":
+            room = self._changed.wait_for(lambda: self._waiting < _MOST_WAITING or self._failure is not None, patience)
+            self._check()
+        self._overdue = not room
+        if not room and self._pace.when_slow == "fail":
             raise self._stuck()
-        count = len(message.event_ids)
-        self.dropped += count
-        self.skip(account_pb2.LOSS_CAUSE_OVERFLOW, count)
+        return room
+
+    def put(self, message: Message, *, room: bool) -> None:
+        """Hands over a message, whose arrays and bytes must stay as they are, or counts its events as lost."""
+        if room:
+            with self._changed:
+                self._waiting += 1
+                self._acts.append(message)
+                self._changed.notify_all()
+        else:
+            self.dropped += len(message.event_ids)
+            self.skip(account_pb2.LOSS_CAUSE_OVERFLOW, len(message.event_ids))
 
     def skip(self, cause: account_pb2.LossCause.ValueType, count: int = 1) -> None:
         """Accounts for events, in the order of the messages; never waits."""
         with self._changed:
-            self._check()
-            self._add(lambda: self._handler.skip(cause, count), 0)
+            last = self._acts[-1] if self._acts else None
+            # One that is stuck for long would gather them.
+            if not isinstance(last, Counter):
+                last = Counter()
+                self._acts.append(last)
+            last[cause] += count
+            self._changed.notify_all()
 
-    def end(self, cause: account_pb2.EndCause.ValueType, detail: str = "") -> None:
-        """Waits until the handler has sent everything and ended; a bad end does not wait for what is still to be sent.
-
-        BeamwireError TIMED_OUT if the handler is stuck.
-        """
+    def tell_end(self, cause: account_pb2.EndCause.ValueType, detail: str) -> None:
+        """Lets the handler end when it has sent everything. Before a bad end what waits is only accounted for."""
         if self._thread.ident is None:
             self._handler.end(cause, detail)
             return
-        done = cause == account_pb2.END_CAUSE_DONE
         with self._changed:
-            if not done:
+            if cause != account_pb2.END_CAUSE_DONE:
+                waiting = list(self._acts)
                 self._acts.clear()
+                self._acts.extend(act for act in waiting if isinstance(act, Counter))
+                for act in waiting:
+                    if isinstance(act, Message):
+                        self.skip(account_pb2.LOSS_CAUSE_NOT_READ, len(act.event_ids))
             self._ended = True
-            self._add(lambda: self._handler.end(cause, detail), 0)
+            self._acts.append(lambda: self._handler.end(cause, detail))
+            self._changed.notify_all()
+
+    def await_end(self, cause: account_pb2.EndCause.ValueType, since: float) -> None:
+        """Waits until the handler, told at `since` (monotonic), has ended; BeamwireError TIMED_OUT if it is stuck.
+
+        After a bad end it is not waited for long.
+        """
+        if self._thread.ident is None:
+            return
+        done = cause == account_pb2.END_CAUSE_DONE
+        patience = max(self._pace.patience if done else 0.0, _LAST_PATIENCE)
         waits = done and self._pace.when_slow == "wait"
-        self._thread.join(None if waits else max(self._pace.patience if done else 0.0, _LAST_PATIENCE))
+        self._thread.join(None if waits else max(since + patience - time.monotonic(), 0.0))
         self._check()
         if self._thread.is_alive():
             raise self._stuck()
-
-    def _has_room(self) -> bool:
-        """Waits for room as long as the pace says; whether there is some."""
-        waits = self._pace.when_slow == "wait"
-        # One that was waited for in vain is not waited for again before it has moved.
-        patience = None if waits else 0.0 if self._overdue else self._pace.patience
-        room = self._changed.wait_for(lambda: self._waiting < _MOST_WAITING or self._failure is not None, patience)
-        self._check()
-        self._overdue = not room
-        return room
-
-    def _add(self, act: Callable[[], None], messages: int) -> None:
-        self._acts.append((act, messages))
-        self._waiting += messages
-        self._changed.notify_all()
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._acts)
-                act, messages = self._acts.popleft()
+                act = self._acts.popleft()
                 last = self._ended and not self._acts
             try:
-                act()
+                self._carry_out(act)
             except Exception as error:
                 with self._changed:
                     self._failure = error
                     self._changed.notify_all()
                 return
             with self._changed:
-                self._waiting -= messages
+                self._waiting -= isinstance(act, Message)
                 self._changed.notify_all()
             if last:
                 return
+
+    def _carry_out(self, act: Message | Counter[account_pb2.LossCause.ValueType] | Callable[[], None]) -> None:
+        if isinstance(act, Message):
+            self._handler.send(act)
+        elif isinstance(act, Counter):
+            for cause, count in act.items():
+                self._handler.skip(cause, count)
+        else:
+            act()
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -141,12 +167,11 @@ class Handlers:
 
     def __init__(self, handlers: Sequence[tuple[Handler, Pace, str]]) -> None:
         self._lanes: list[Lane] = []
-        self._handlers: list[Handler] = []
+        self._single: Handler | None = None
         if len(handlers) == 1 and handlers[0][1].when_slow == "wait":
-            self._handlers = [handlers[0][0]]
+            self._single = handlers[0][0]
         else:
             self._lanes = [Lane(handler, pace, name) for handler, pace, name in handlers]
-            self._handlers = [*self._lanes]
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -155,26 +180,39 @@ class Handlers:
 
     def open(self, info: StreamInfo) -> None:
         """Prepares all of them to send."""
-        for handler in self._handlers:
+        for handler in [self._single] if self._single is not None else self._lanes:
             handler.open(info)
 
     def send(self, message: Message) -> None:
-        """To each of them."""
-        kept = _kept(message) if self._lanes else message
-        for handler in self._handlers:
-            handler.send(kept)
+        """To each of them, or to none if one has failed."""
+        if self._single is not None:
+            self._single.send(message)
+            return
+        rooms = [lane.await_room() for lane in self._lanes]
+        kept = _kept(message)
+        for lane, room in zip(self._lanes, rooms, strict=True):
+            lane.put(kept, room=room)
 
     def skip(self, cause: account_pb2.LossCause.ValueType, count: int = 1) -> None:
         """Accounts for events that none of them gets."""
-        for handler in self._handlers:
+        for handler in [self._single] if self._single is not None else self._lanes:
             handler.skip(cause, count)
 
     def end(self, cause: account_pb2.EndCause.ValueType, detail: str = "") -> None:
         """Ends all of them, whatever happens to one; raises the first error."""
+        if self._single is not None:
+            self._single.end(cause, detail)
+            return
         failures: list[Exception] = []
-        for handler in self._handlers:
+        since = time.monotonic()
+        for lane in self._lanes:
             try:
-                handler.end(cause, detail)
+                lane.tell_end(cause, detail)
+            except Exception as error:
+                failures.append(error)
+        for lane in self._lanes:
+            try:
+                lane.await_end(cause, since)
             except Exception as error:
                 failures.append(error)
         if failures:

@@ -1,22 +1,20 @@
-"""DECTRIS Stream V2: the CBOR messages that an EIGER2 sends, of whatever detector the images are.
-
-The layout is that of https://github.com/dectris/documentation, stream_v2 and cbor: a `start` message, one `image`
-message for each event, an `end` message; arrays as RFC 8746 has them, compressed ones as tag 56500.
-"""
+"""DECTRIS Stream V2, of whatever detector the images are: `start`, an `image` message for each event, `end`."""
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from importlib.util import find_spec
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.formats.dectris import COMPRESSED, MULTI_DIMENSIONAL, SELF_DESCRIBED, TYPED
-from beamwire.mesh.stream import bitshuffle, codecs, media
+from beamwire.mesh.formats.dectris import TYPED, Series, typed
+from beamwire.mesh.stream import codecs, media
 from beamwire.mesh.stream.codecs import Encoded
 from beamwire.mesh.stream.frame import Ragged, Value
 from beamwire.services.streamer.components import Array, Batch, ComponentParameters, FieldSpec, Message, StreamInfo
@@ -28,7 +26,6 @@ HC: Final = 12398.419843320026
 TIME_BASE: Final = 10**9
 """The denominator of all times: they are in nanoseconds."""
 
-_TYPED: Final = {**TYPED, "<u8": 71, "<i8": 79, "<f2": 84, "<f8": 86}
 _NO_EVENTS: Final = np.empty(0, np.uint64)
 _IMAGE_AXES: Final = 2
 _UNIX: Final = datetime(1970, 1, 1, tzinfo=UTC)
@@ -86,21 +83,26 @@ class DectrisStreamV2Serializer:
 
     def __init__(self, parameters: DectrisStreamV2Serializer.Parameters) -> None:
         self._parameters = parameters
-        self._cbor = _imported()
+        if find_spec("cbor2") is None:
+            raise BeamwireError(
+                Reason.UNSUPPORTED, "CBOR needs cbor2, which is not installed here: `pip install beamwire[dectris]`"
+            )
         self._rank = 0
         self._expected = 0
         self._attributes: Mapping[str, str] = {}
         self._unique_id = parameters.series_unique_id or str(uuid.uuid4())
-        self._series_start: datetime | None = None
+        self._image_spec: FieldSpec | None = None
+        self._series: Series | None = None
+        self._series_start = _UNIX
         self._count = 0
-        self._room = np.empty(0, np.uint8)
 
     def check(self, fields: Sequence[FieldSpec]) -> None:
         """The image has two axes and numbers; what the other parameters name is one number for each event."""
         parameters = self._parameters
         image = pick(fields, parameters.image, parameter="image", ndim=(_IMAGE_AXES,))
-        if image.dtype.newbyteorder("<").str not in _TYPED:
+        if image.dtype.newbyteorder("<").str not in TYPED:
             raise invalid_field("image", f"{image.name} holds {image.dtype}, which DECTRIS streams do not have")
+        self._image_spec = image
         for name, value in parameters:
             if name in _QUANTITIES and isinstance(value, str):
                 pick(fields, value, parameter=name, ndim=(0,))
@@ -122,94 +124,80 @@ class DectrisStreamV2Serializer:
     def serialize(self, batch: Batch) -> Iterator[Message]:
         """The `start` message before the first batch, and an `image` message for each event."""
         arrays: Mapping[str, Value] = batch.arrays
-        if self._series_start is None:
-            yield self._start(arrays)
+        if self._series is None:
+            self._series = self._begun(arrays)
+            yield _about(self._series.start())
         for place, event_id in enumerate(batch.event_ids):
-            data = self._encode(self._image(arrays, place, int(event_id)))
+            data = self._image(self._series, arrays, place, int(event_id))
             self._count += 1
             yield Message(batch.event_ids[place : place + 1], data=data, media_type=media.CBOR, suffix="cbor")
 
     def end(self) -> Iterator[Message]:
         """The `end` message."""
-        if self._series_start is None:
-            yield self._start({})
-        yield self._about({"type": "end", **self._series()})
+        if self._series is None:
+            self._series = self._begun({})
+            yield _about(self._series.start())
+        yield _about(self._series.end())
 
-    def _series(self) -> dict[str, Any]:
-        return {"series_id": self._parameters.series_id + self._rank, "series_unique_id": self._unique_id}
-
-    def _start(self, arrays: Mapping[str, Value]) -> Message:
-        parameters = self._parameters
+    def _begun(self, arrays: Mapping[str, Value]) -> Series:
+        parameters, image = self._parameters, self._image_spec
+        assert image is not None, "check comes first"
         now = datetime.now(UTC)
         self._series_start = self._first_time(arrays) or now
-        said: dict[str, Any] = {
-            "type": "start",
-            **self._series(),
+        facts: dict[str, Any] = {
             "arm_date": now,
-            "channels": [parameters.channel],
             "count_time": parameters.count_time,
             "frame_time": parameters.frame_time,
-            "number_of_images": self._expected,
             "countrate_correction_enabled": False,
             "flatfield_enabled": False,
             "pixel_mask_enabled": False,
             "virtual_pixel_interpolation_enabled": False,
             "user_data": dict(self._attributes),
         }
-        images = arrays.get(parameters.image)
-        if images is not None and not isinstance(images, Ragged):
-            said["image_dtype"] = images.dtype.name
-            said["image_size_y"], said["image_size_x"] = images.shape[1:]
         for name in ("detector_description", "detector_serial_number", "saturation_value", "sensor_material"):
             if (value := getattr(parameters, name)) is not None:
-                said[name] = value
-        said |= _header({name: self._quantity(name, arrays) for name in _QUANTITIES}, parameters.channel)
-        return self._about(said)
+                facts[name] = value
+        facts |= _header({name: self._quantity(name, arrays) for name in _QUANTITIES}, parameters.channel)
+        return Series(
+            parameters.series_id + self._rank,
+            self._unique_id,
+            image.dtype.name,
+            image.shape[1],
+            image.shape[0],
+            self._expected,
+            (parameters.channel,),
+            facts,
+        )
 
     def _quantity(self, name: str, arrays: Mapping[str, Value]) -> float | None:
         value = getattr(self._parameters, name)
         if not isinstance(value, str):
             return None if value is None else float(value)
-        return float(_plain(arrays[value])[0]) if value in arrays else None
+        found = float(_plain(arrays[value])[0]) if value in arrays else math.nan
+        return found if math.isfinite(found) else None
 
-    def _image(self, arrays: Mapping[str, Value], place: int, event_id: int) -> dict[str, Any]:
+    def _image(self, series: Series, arrays: Mapping[str, Value], place: int, event_id: int) -> bytes:
         parameters = self._parameters
         start = self._start_time(arrays, place)
         real = round(parameters.count_time * TIME_BASE)
-        user_data: dict[str, Any] = {"event_id": event_id}
-        user_data |= {name: self._user_value(arrays[name], place) for name in parameters.user_data}
-        return {
-            "type": "image",
-            **self._series(),
-            "image_id": self._count,
+        facts = {
             "real_time": [real, TIME_BASE],
             "series_date": self._series_start,
             "start_time": [start, TIME_BASE],
             "stop_time": [start + real, TIME_BASE],
-            "user_data": user_data,
-            "data": {parameters.channel: self._pixels(arrays[parameters.image], place)},
         }
+        user_data: dict[str, Any] = {"event_id": event_id}
+        user_data |= {name: self._user_value(arrays[name], place) for name in parameters.user_data}
+        compress = parameters.compression == "bslz4"
+        image = self._pixels(arrays[parameters.image], place, encoded=compress)
+        return series.image(self._count, image, user_data, compress=compress, facts=facts)
 
-    def _pixels(self, images: Value, place: int) -> Any:
-        compress = self._parameters.compression == "bslz4"
-        if compress and isinstance(images, Encoded) and images.codec == CODEC_BITSHUFFLE_LZ4 and images.shape[0] == 1:
-            # As it came from the detector.
-            return self._array(images.shape[1:], images.dtype, bytes(images.data), compressed=True)
-        image = np.ascontiguousarray(_plain(images)[place])
-        image = image.astype(image.dtype.newbyteorder("<"), copy=False)
-        if not compress or not image.size:
-            return self._array(image.shape, image.dtype, image.tobytes())
-        needed = bitshuffle.most_bytes(image)
-        if len(self._room) < needed:
-            self._room = np.empty(needed, np.uint8)
-        return self._array(
-            image.shape, image.dtype, bitshuffle.encode(image, room=self._room).tobytes(), compressed=True
-        )
-
-    def _array(self, shape: Sequence[int], dtype: np.dtype[Any], data: bytes, *, compressed: bool = False) -> Any:
-        tag = self._cbor.CBORTag
-        content = tag(COMPRESSED, ["bslz4", dtype.itemsize, data]) if compressed else data
-        return tag(MULTI_DIMENSIONAL, [list(shape), tag(_TYPED[dtype.str], content)])
+    def _pixels(self, images: Value, place: int, *, encoded: bool) -> Array | Encoded:
+        """One image; with `encoded` as it came from the detector, if it came so."""
+        if encoded and isinstance(images, Encoded) and images.codec == CODEC_BITSHUFFLE_LZ4 and images.shape[0] == 1:
+            return images._replace(shape=images.shape[1:])
+        image: Array = _plain(images)[place]
+        return image
 
     def _user_value(self, values: Value, place: int) -> Any:
         if isinstance(values, Ragged):
@@ -219,9 +207,7 @@ class DectrisStreamV2Serializer:
             value = _plain(values)[place]
         if not isinstance(value, np.ndarray) or not value.ndim:
             return value.item().decode(errors="replace") if value.dtype.kind == "S" else value.item()
-        if (kind := value.dtype.newbyteorder("<")).str not in _TYPED:
-            return value.tolist()
-        return self._array(value.shape, kind, value.astype(kind).tobytes())
+        return typed(value) if value.dtype.newbyteorder("<").str in TYPED else value.tolist()
 
     def _first_time(self, arrays: Mapping[str, Value]) -> datetime | None:
         name = self._parameters.start_time
@@ -236,26 +222,19 @@ class DectrisStreamV2Serializer:
         name = self._parameters.start_time
         if name is None:
             return round(self._count * self._parameters.frame_time * TIME_BASE)
-        assert self._series_start is not None
         epoch = _EPICS if self._parameters.time_format == "psana" else _UNIX
         base = (self._series_start - epoch) // timedelta(microseconds=1) * 1000
         return max(self._nanoseconds(_plain(arrays[name])[place]) - base, 0)
 
     def _nanoseconds(self, time: Any) -> int:
+        """Since the epoch; 0 where it is not known."""
         match self._parameters.time_format:
             case "psana":
                 return (int(time) >> 32) * TIME_BASE + (int(time) & 0xFFFFFFFF)
             case "nanoseconds":
                 return int(time)
             case "seconds":
-                return round(float(time) * TIME_BASE)
-
-    def _about(self, said: Mapping[str, Any]) -> Message:
-        return Message(_NO_EVENTS, data=self._encode(said), media_type=media.CBOR, suffix="cbor")
-
-    def _encode(self, said: Mapping[str, Any]) -> bytes:
-        encoded: bytes = self._cbor.dumps(self._cbor.CBORTag(SELF_DESCRIBED, said))
-        return encoded
+                return round(float(time) * TIME_BASE) if math.isfinite(time) else 0
 
 
 _QUANTITIES: Final = (
@@ -290,11 +269,6 @@ def _plain(values: Value) -> Array:
     return values.values if isinstance(values, Ragged) else values
 
 
-def _imported() -> Any:
-    try:
-        import cbor2
-    except ImportError:
-        raise BeamwireError(
-            Reason.UNSUPPORTED, "CBOR needs cbor2, which is not installed here: `pip install beamwire[dectris]`"
-        ) from None
-    return cbor2
+def _about(data: bytes) -> Message:
+    """A message of the series as a whole."""
+    return Message(_NO_EVENTS, data=data, media_type=media.CBOR, suffix="cbor")

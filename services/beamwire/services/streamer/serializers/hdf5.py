@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any, Final
 
 import numpy as np
@@ -17,6 +19,7 @@ from beamwire.services.streamer.serializers.memory_file import MemoryFile
 
 # What a file takes besides its arrays, about.
 _ROOM: Final = 64 * 1024
+_VALUES, _OFFSETS = "values", "row_offsets"
 
 
 class HDF5BinarySerializer:
@@ -51,7 +54,7 @@ class HDF5BinarySerializer:
                     raise ValueError(f"{name}: is of use with compression: {name} only")
             if (self.compression or "").startswith(("gzip", "blosc2")) and self.compression_level > 9:
                 raise ValueError(f"compression_level: {self.compression} has levels 0 to 9")
-            paths = list((self.fields or {}).values())
+            paths = [path.strip("/") for path in (self.fields or {}).values()]
             if len(set(paths)) != len(paths):
                 raise ValueError("fields: two of them go to the same place")
             return self
@@ -63,15 +66,17 @@ class HDF5BinarySerializer:
         self._file = MemoryFile()
 
     def check(self, fields: Sequence[FieldSpec]) -> None:
-        """Each array that would be compressed must be of a type that the codec can hold."""
+        """Each array that would be compressed must be of a type that the codec can hold, and each has its own place."""
+        self._check_places(fields)
         for spec in fields:
             compressed = self._compression and spec.shape and (not spec.ragged or len(spec.shape) > 1)
             if compressed and self._path(spec.name) and (why := self._filter.unfit(spec.dtype)):
                 raise invalid_field("compression", f"{why}, and {spec.name} is {spec.dtype}")
 
     def begin(self, info: StreamInfo) -> Iterable[Message]:
-        """Nothing."""
-        del info
+        """Nothing; a thread helps to compress if this rank has more than one core."""
+        if info.share.size < len(os.sched_getaffinity(0)):
+            self._filter.helper = ThreadPoolExecutor(1, "compressing")
         return ()
 
     def serialize(self, batch: Batch) -> Iterable[Message]:
@@ -88,21 +93,46 @@ class HDF5BinarySerializer:
 
     def end(self) -> Iterable[Message]:
         """Nothing."""
+        if self._filter.helper is not None:
+            self._filter.helper.shutdown()
+            self._filter.helper = None
         return ()
+
+    def _check_places(self, fields: Sequence[FieldSpec]) -> None:
+        owners: dict[tuple[str, ...], str] = {}
+        for path, name in self._datasets(fields):
+            if "." in path:
+                raise invalid_field(f"fields.{name}", "a part of a path cannot be a dot")
+            owners[path] = name
+        for path, name in self._datasets(fields):
+            above = [owners.get(path[:depth]) for depth in range(1, len(path) + 1)]
+            if other := next((owner for owner in above if owner not in (None, name)), None):
+                raise invalid_field("fields", f"{name} would be in the same place as {other}, or inside of it")
+
+    def _datasets(self, fields: Sequence[FieldSpec]) -> Iterator[tuple[tuple[str, ...], str]]:
+        """The path of each dataset in parts, and the name of its array."""
+        for spec in fields:
+            if path := self._path(spec.name):
+                parts = tuple(path.strip("/").split("/"))
+                yield from (
+                    (((*parts, _VALUES), spec.name), ((*parts, _OFFSETS), spec.name))
+                    if spec.ragged
+                    else ((parts, spec.name),)
+                )
 
     def _path(self, name: str) -> str | None:
         return f"/{name}" if self._paths is None else self._paths.get(name)
 
-    def _write(self, file: Any, path: str, values: Array | Ragged) -> None:
+    def _write(self, file: Any, path: str, values: Array | Ragged, *, ragged: bool = False) -> None:
         if isinstance(values, Ragged):
-            self._write(file, f"{path}/values", values.values)
-            self._write(file, f"{path}/row_offsets", values.row_offsets)
+            self._write(file, f"{path}/{_VALUES}", values.values, ragged=True)
+            self._write(file, f"{path}/{_OFFSETS}", values.row_offsets)
         elif values.dtype.kind == "U":
             import h5py
 
             file.create_dataset(path, data=values.astype(object), dtype=h5py.string_dtype())
         elif self._compression and values.ndim > 1 and values.size:
-            self._filter.write(file, path, values)
+            self._filter.write(file, path, values, ragged=ragged)
         else:
             file.create_dataset(path, data=np.ascontiguousarray(values))
 

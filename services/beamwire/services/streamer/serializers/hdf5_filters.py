@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
@@ -21,6 +22,8 @@ ERROR_BOUND: Final = "error_bound"
 
 _FITTING: Final = {"zfp": ("<f4", "<f8", "<i4", "<i8"), "sz3": ("<f4", "<f8")}
 _FLOATS: Final = ("<f4", "<f8")
+# Rows of ragged arrays are small: so many bytes of them are a chunk.
+_CHUNK_BYTES: Final = 1 << 20
 # What 0 means to Zstandard.
 _ZSTD_LEVEL: Final = 3
 
@@ -49,7 +52,8 @@ class Sz3Mode(ComponentParameters):
 class Filter:
     """Writes datasets with a filter; `bound` is how far values may be off, None if the mode of zfp does not say.
 
-    Raises BeamwireError UNSUPPORTED if hdf5plugin is needed and missing.
+    With a `helper`, of its threads one does half of the work where that can be. Raises BeamwireError UNSUPPORTED if
+    hdf5plugin is needed and missing.
     """
 
     def __init__(self, compression: Compression | None, level: int, zfp: ZfpMode | None, sz3: Sz3Mode | None) -> None:
@@ -62,8 +66,9 @@ class Filter:
             self.bound = 0.0 if zfp.reversible else zfp.accuracy
         if sz3:
             self.bound = sz3.absolute
-        self._room = np.empty(0, np.uint8)
-        self._lossless = Filter("bitshuffle_with_lz4", 0, None, None) if compression in _FITTING else self
+        self.helper: Executor | None = None
+        self._rooms = [np.empty(0, np.uint8)] * 2
+        self._lossless = Filter("bitshuffle_with_lz4", 0, None, None) if compression in _FITTING else None
 
     def unfit(self, dtype: np.dtype[Any]) -> str:
         """Why it cannot hold this element type, empty if it can."""
@@ -76,46 +81,73 @@ class Filter:
             return "zfp loses nothing of integers with zfp: {reversible: true} only"
         return ""
 
-    def write(self, file: Any, path: str, values: Array) -> None:
-        """One chunk for each event: a reader that wants one image decompresses one image."""
-        if self._compression in ("bitshuffle_with_lz4", "bitshuffle_with_zstd"):
-            self._write_chunks(file, path, values)
-        elif self._compression in _FITTING:
-            self._write_within(file, path, values)
-        else:
-            self._create(file, path, values, data=values)
+    def write(self, file: Any, path: str, values: Array, *, ragged: bool = False) -> None:
+        """One chunk for each event: a reader that wants one image decompresses one image.
 
-    def _create(self, file: Any, path: str, values: Array, **more: Any) -> Any:
-        chunks = (1, *values.shape[1:])
+        Rows of ragged arrays share chunks of 1 MiB.
+        """
+        rows = max(1, min(len(values), _CHUNK_BYTES // values[0].nbytes)) if ragged else 1
+        if self._compression in ("bitshuffle_with_lz4", "bitshuffle_with_zstd"):
+            self._write_chunks(file, path, values, rows)
+        elif self._compression in _FITTING:
+            self._write_within(file, path, values, rows)
+        else:
+            self._create(file, path, values, rows, data=values)
+
+    def _create(self, file: Any, path: str, values: Array, rows: int, **more: Any) -> Any:
+        chunks = (rows, *values.shape[1:])
         return file.create_dataset(path, values.shape, values.dtype, chunks=chunks, **self.options, **more)
 
-    def _write_chunks(self, file: Any, path: str, values: Array) -> None:
+    def _write_chunks(self, file: Any, path: str, values: Array, rows: int) -> None:
         """HDF5 itself would copy each chunk several times."""
-        dataset = self._create(file, path, values)
-        level = (self._level or _ZSTD_LEVEL) if self._compression == "bitshuffle_with_zstd" else None
-        needed = bitshuffle.most_bytes(values[0], zstd=level is not None)
-        if len(self._room) < needed:
-            self._room = np.empty(needed, np.uint8)
+        dataset = self._create(file, path, values, rows)
         rest = (0,) * (values.ndim - 1)
-        for place, row in enumerate(values):
-            chunk = bitshuffle.encode(np.ascontiguousarray(row), zstd_level=level, room=self._room)
-            dataset.id.write_direct_chunk((place, *rest), chunk)
+        for place, chunk in enumerate(self._encoded(_pieces(values, rows))):
+            dataset.id.write_direct_chunk((place * rows, *rest), chunk)
 
-    def _write_within(self, file: Any, path: str, values: Array) -> None:
+    def _encoded(self, pieces: Iterable[Array]) -> Iterator[Array]:
+        """The chunk of each piece, good until the next but one."""
+        left = iter(pieces)
+        for piece in left:
+            other = next(left, None) if self.helper else None
+            # Compiled code runs beside the interpreter.
+            helped = None if self.helper is None or other is None else self.helper.submit(self._encode, other, 1)
+            yield self._encode(piece, 0)
+            if helped is not None:
+                yield helped.result()
+
+    def _encode(self, piece: Array, room: int) -> Array:
+        level = (self._level or _ZSTD_LEVEL) if self._compression == "bitshuffle_with_zstd" else None
+        needed = bitshuffle.most_bytes(piece, zstd=level is not None)
+        if len(self._rooms[room]) < needed:
+            self._rooms[room] = np.empty(needed, np.uint8)
+        return bitshuffle.encode(piece, zstd_level=level, room=self._rooms[room])
+
+    def _write_within(self, file: Any, path: str, values: Array, rows: int) -> None:
         """What would be read again is looked at; if it is not good enough, the array is stored without loss."""
         if values.dtype.kind != "f" or np.isfinite(values).all():
-            dataset = self._create(file, path, values, data=values)
+            dataset = self._create(file, path, values, rows, data=values)
             bound = self._found(values, dataset[...]) if self.bound is None else self.bound
             if codecs.within(values, dataset[...], bound):
                 if bound:
                     dataset.attrs[ERROR_BOUND] = bound
                 return
             del file[path]
-        self._lossless.write(file, path, values)
+        assert self._lossless is not None
+        self._lossless.write(file, path, values, ragged=rows > 1)
 
     @staticmethod
     def _found(values: Array, stored: Array) -> float:
         return float(np.abs(np.subtract(stored, values, dtype=np.float64)).max())
+
+
+def _pieces(values: Array, rows: int) -> Iterator[Array]:
+    """So many rows each, C-contiguous; the last one has zeros behind, as chunks of HDF5 are all of one size."""
+    for begin in range(0, len(values), rows):
+        piece = values[begin : begin + rows]
+        if missing := rows - len(piece):
+            piece = np.concatenate([piece, np.zeros((missing, *values.shape[1:]), values.dtype)])
+        yield np.ascontiguousarray(piece)
 
 
 def _options(

@@ -145,7 +145,7 @@ class SimplonBinarySerializer:
             "compressed_data": chunk[bitshuffle.FRAMING.size :].tobytes(),
             **beam,
             "dtype": str(image.dtype),
-            "sum": image.sum().item(),
+            "sum": image.sum(dtype=np.float64 if image.dtype.kind == "f" else None).item(),
             "message_id": self._message_id,
             "timestamp": event.value("timestamp", event_id),
         }
@@ -169,4 +169,6 @@ class _Event:
     def value(self, name: str, otherwise: Any) -> Any:
         """The same as a number, a text or a list."""
         found = self.array(name)
-        return otherwise if found is None else found.tolist()
+        if found is None:
+            return otherwise
+        return (np.char.decode(found, errors="replace") if found.dtype.kind == "S" else found).tolist()

@@ -135,7 +135,7 @@ def _frame_paths(file: h5py.File, path: Path) -> list[str]:
         group: Any = file.get(name)
         if isinstance(group, h5py.Group):
             keys: list[str] = list(group)
-            if found := sorted(key for key in keys if _DATA.fullmatch(key)):
+            if found := sorted(filter(_DATA.fullmatch, keys), key=lambda key: int(key.removeprefix("data_"))):
                 return [f"{name}/{key}" for key in found]
             if isinstance(group.get("data"), h5py.Dataset):
                 return [f"{name}/data"]

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, field_validator
+from pydantic_core.core_schema import ValidationInfo
 
 from beamwire.services.streamer.components import Array, ComponentParameters, Event, EventSource, SourceContext
-from beamwire.services.streamer.values import NumberDtype, Shape
+from beamwire.services.streamer.values import NumberDtype, Shape, holds
 
 
 class InternalEventSource:
@@ -106,6 +107,15 @@ class ConstValue(_Constant):
 
         value: Annotated[int | float | list[int | float], BeforeValidator(_numbers)]
         dtype: NumberDtype
+
+        @field_validator("dtype")
+        @classmethod
+        def _check(cls, dtype: str, info: ValidationInfo) -> str:
+            value: Any = info.data.get("value", [])
+            for number in value if isinstance(value, list) else [value]:
+                if not holds(np.dtype(dtype), number):
+                    raise ValueError(f"does not hold {number}")
+            return dtype
 
     def __init__(self, parameters: ConstValue.Parameters, source: EventSource) -> None:
         del source

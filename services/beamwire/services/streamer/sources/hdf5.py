@@ -15,7 +15,7 @@ from beamwire.services.streamer.components import Array, ComponentParameters, Ev
 from beamwire.services.streamer.sources import hdf5_files
 from beamwire.services.streamer.sources.files import named_files, not_found
 from beamwire.services.streamer.sources.hdf5_rows import ROW_OFFSETS, VALUES, Rows, as_text
-from beamwire.services.streamer.values import Dtype
+from beamwire.services.streamer.values import Dtype, converted
 
 FILE_SHIFT = 40
 """Without a dataset of ids, the id of an event is the number of its file << 40 | its index in it."""
@@ -179,7 +179,8 @@ class HDF5Dataset:
             values = values[: self._checked(int(self._good.row(row)), len(values))]
         if self._dtype is None:
             return values
-        return as_text(values, self._dtype, self._parameters.path) if self._is_text else values.astype(self._dtype)
+        make = as_text if self._is_text else converted
+        return make(values, self._dtype, self._parameters.path)
 
     def _open(self, place: int, path: str) -> Rows | None:
         found = hdf5_files.find(self._files.file(place), path)

@@ -29,6 +29,7 @@ class Rows:
             group: Any = found
             self._offsets = np.asarray(group[ROW_OFFSETS][()])
             self.dataset = group[VALUES]
+            _check_offsets(self._offsets, self.dataset, path)
         if self.dataset.ndim <= axis:
             what = f"no axis {axis}" if self.dataset.ndim else "no axis"
             raise invalid_field("axis" if axis else "path", f"{path} has {what} that could count events")
@@ -87,6 +88,16 @@ class Rows:
                 Reason.PRODUCER_FAILED,
                 f"{what} of {self.path} in {self.dataset.file.filename} cannot be read: {error}",
             ) from error
+
+
+def _check_offsets(offsets: Array, values: Any, path: str) -> None:
+    if offsets.ndim != 1 or not offsets.size or offsets.dtype.kind not in "iu":
+        wrong = f"are {offsets.dtype} {offsets.shape}, not the begin of each row and the end of the last one"
+    elif offsets[0] < 0 or np.any(offsets[1:] < offsets[:-1]) or (values.ndim and offsets[-1] > len(values)):
+        wrong = f"do not rise from 0 to {len(values)}, how many values there are"
+    else:
+        return
+    raise invalid_field("path", f"{path}: its {ROW_OFFSETS} {wrong}")
 
 
 def _block_length(dataset: Any, axis: int) -> int:

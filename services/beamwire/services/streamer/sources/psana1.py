@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,9 +16,15 @@ from pydantic import model_validator
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.services.streamer.components import Array, ComponentParameters, Event, EventSource, SourceContext
 from beamwire.services.streamer.registry import nearest
-from beamwire.services.streamer.sources.psana2_data import takes_nothing
+from beamwire.services.streamer.sources.generated import EventId
+from beamwire.services.streamer.sources.psana_values import (
+    DetectorParameters,
+    as_array,
+    stacked,
+    step_into,
+    takes_nothing,
+)
 from beamwire.services.streamer.sources.smalldata import invalid, not_found
-from beamwire.services.streamer.values import Dtype
 
 SOURCE = "Psana1EventSource"
 EVENT_CODES = 256
@@ -96,22 +101,10 @@ class Psana1EventSource:
         return int(seconds) << 32 | int(nanoseconds)
 
 
-class Psana1Timestamp:
+class Psana1Timestamp(EventId):
     """The timestamp: uint64, seconds of the UNIX epoch << 32 | nanoseconds."""
 
     event_source = SOURCE
-    unit = ""
-    ragged = False
-
-    class Parameters(ComponentParameters):
-        """None."""
-
-    def __init__(self, parameters: Psana1Timestamp.Parameters, source: EventSource) -> None:
-        del parameters, source
-
-    def read(self, event: Event) -> Array:
-        """The timestamp, exact."""
-        return np.array(event.id, dtype=np.uint64)
 
 
 class Psana1DetectorInterface:
@@ -124,13 +117,8 @@ class Psana1DetectorInterface:
     event_source = SOURCE
     unit = ""
 
-    class Parameters(ComponentParameters):
+    class Parameters(DetectorParameters):
         """The detector or PV, its fields, the element type to convert to, and whether the length varies."""
-
-        psana_name: str
-        psana_fields: list[str] | str | None = None
-        dtype: Dtype | None = None
-        ragged: bool = False
 
         @model_validator(mode="after")
         def _check(self) -> Psana1DetectorInterface.Parameters:
@@ -140,13 +128,11 @@ class Psana1DetectorInterface:
 
     def __init__(self, parameters: Psana1DetectorInterface.Parameters, source: EventSource) -> None:
         assert isinstance(source, Psana1EventSource)
-        fields = parameters.psana_fields or []
         self.ragged = parameters.ragged
         self._name = parameters.psana_name
         self._dtype = np.dtype(parameters.dtype) if parameters.dtype else None
         detector = self._detector(source.psana)
-        paths = [fields] if isinstance(fields, str) else fields
-        self._readers = [self._reader(detector, path) for path in paths] or [detector]
+        self._readers = [self._reader(detector, path) for path in parameters.paths] or [detector]
 
     def read(self, event: Event) -> Array | None:
         """The values; None if psana1 has none, or has NaN for a number, or could not read the event.
@@ -155,10 +141,7 @@ class Psana1DetectorInterface:
         """
         if event.data is None:
             return None
-        found = [self._one(reader(event.data)) for reader in self._readers]
-        if any(values is None for values in found):
-            return None
-        return found[0] if len(found) == 1 else np.stack([values for values in found if values is not None])
+        return stacked([as_array(self._name, reader(event.data), self._dtype) for reader in self._readers])
 
     def _detector(self, psana: Any) -> Any:
         try:
@@ -169,9 +152,7 @@ class Psana1DetectorInterface:
 
     def _reader(self, detector: Any, path: str) -> Callable[[Any], Any]:
         steps = path.split(".")
-        if not hasattr(detector, steps[0]):
-            known = [name for name in dir(detector) if not name.startswith("_")]
-            raise invalid_field("psana_fields", f"{path!r}: there is no {steps[0]!r}; it has: {', '.join(known)}")
+        step_into(detector, steps[0], path, "psana_fields")
 
         def read(event: Any) -> Any:
             found = detector
@@ -185,18 +166,6 @@ class Psana1DetectorInterface:
             return _codes(found) if path == "eventCodes" and found is not None else found
 
         return read
-
-    def _one(self, value: Any) -> Array | None:
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return None
-        values = np.asarray(value)
-        if values.dtype.hasobject:
-            raise BeamwireError(
-                Reason.UNSUPPORTED,
-                f"{self._name} gives a {type(value).__name__}, which cannot be sent as an array; choose another of its "
-                "psana_fields",
-            )
-        return values if self._dtype is None else values.astype(self._dtype)
 
 
 def _call(found: Callable[..., Any], event: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +11,16 @@ from pydantic import model_validator
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.services.streamer.components import Array, ComponentParameters, Event, EventSource
 from beamwire.services.streamer.registry import nearest
+from beamwire.services.streamer.sources.generated import EventId
 from beamwire.services.streamer.sources.psana2 import Psana2EventSource
 from beamwire.services.streamer.sources.psana2_run import OpenRun
-from beamwire.services.streamer.values import Dtype
+from beamwire.services.streamer.sources.psana_values import (
+    DetectorParameters,
+    as_array,
+    stacked,
+    step_into,
+    takes_nothing,
+)
 
 SOURCE = "Psana2EventSource"
 
@@ -25,22 +30,10 @@ TEXT_WIDTH = 64
 _VARIABLES = ("step_value", "step_docstring")
 
 
-class Psana2Timestamp:
+class Psana2Timestamp(EventId):
     """The timestamp: uint64, seconds of the EPICS epoch << 32 | nanoseconds."""
 
     event_source = SOURCE
-    unit = ""
-    ragged = False
-
-    class Parameters(ComponentParameters):
-        """None."""
-
-    def __init__(self, parameters: Psana2Timestamp.Parameters, source: EventSource) -> None:
-        del parameters, source
-
-    def read(self, event: Event) -> Array:
-        """The timestamp, exact."""
-        return np.array(event.id, dtype=np.uint64)
 
 
 class Psana2RunInfo:
@@ -75,13 +68,8 @@ class Psana2DetectorInterface:
     event_source = SOURCE
     unit = ""
 
-    class Parameters(ComponentParameters):
+    class Parameters(DetectorParameters):
         """The detector or PV, its fields, the element type to convert to, and whether the length varies."""
-
-        psana_name: str
-        psana_fields: list[str] | str | None = None
-        dtype: Dtype | None = None
-        ragged: bool = False
 
         @model_validator(mode="after")
         def _check(self) -> Psana2DetectorInterface.Parameters:
@@ -94,10 +82,9 @@ class Psana2DetectorInterface:
 
     def __init__(self, parameters: Psana2DetectorInterface.Parameters, source: EventSource) -> None:
         assert isinstance(source, Psana2EventSource)
-        fields = parameters.psana_fields or []
         self.ragged = parameters.ragged
         self._name = parameters.psana_name
-        self._paths = [fields] if isinstance(fields, str) else fields
+        self._paths = parameters.paths
         self._dtype = np.dtype(parameters.dtype) if parameters.dtype else None
         self._run = source.run
         self._readers = self._bind(source.run)
@@ -111,9 +98,7 @@ class Psana2DetectorInterface:
             self._run = event.data.run
             self._readers = self._bind(self._run) if has_detector(self._run, self._name) else []
         found = [self._one(reader(event.data.event)) for reader in self._readers]
-        if not found or any(values is None for values in found):
-            return None
-        return found[0] if len(found) == 1 else np.stack([values for values in found if values is not None])
+        return stacked(found)
 
     def _bind(self, run: OpenRun) -> list[Callable[[Any], Any]]:
         detector = find_detector(run, self._name)
@@ -121,19 +106,10 @@ class Psana2DetectorInterface:
         return [_reader(detector, path) for path in self._paths] or [detector]
 
     def _one(self, value: Any) -> Array | None:
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return None
         if isinstance(value, str):
             return self._text(value)
-        values = np.asarray(value)
-        if values.dtype.hasobject:
-            hint = "Psana2HsdPeaks and Psana2HsdWaveforms read digitizers; " if isinstance(value, dict) else ""
-            raise BeamwireError(
-                Reason.UNSUPPORTED,
-                f"{self._name} gives a {type(value).__name__}, which cannot be sent as an array; {hint}choose another "
-                "of its psana_fields",
-            )
-        return values if self._dtype is None else values.astype(self._dtype)
+        hint = "Psana2HsdPeaks and Psana2HsdWaveforms read digitizers; " if isinstance(value, dict) else ""
+        return as_array(self._name, value, self._dtype, hint)
 
     def _text(self, value: str) -> Array:
         wanted = self._dtype if self._dtype is not None and self._dtype != np.dtype(str) else None
@@ -170,14 +146,6 @@ def has_detector(run: OpenRun, name: str) -> bool:
     return True
 
 
-def step_into(found: Any, step: str, path: str, field: str) -> Any:
-    """What is called `step` below something. Raises BeamwireError INVALID_FIELD naming the parameter `field`."""
-    if not hasattr(found, step):
-        known = [name for name in dir(found) if not name.startswith("_")]
-        raise invalid_field(field, f"{path!r}: there is no {step!r}; it has: {', '.join(known)}")
-    return getattr(found, step)
-
-
 def _reader(detector: Any, path: str) -> Callable[[Any], Any]:
     found, interface = detector, None
     for step in path.split("."):
@@ -195,14 +163,6 @@ def _called(found: Any, interface: Any) -> Callable[[Any], Any]:
     if interface is None:
         return found  # type: ignore[no-any-return]
     return lambda event: None if interface._segments(event) is None else found(event)
-
-
-def takes_nothing(found: Callable[..., Any]) -> bool:
-    """Whether it is called with no argument."""
-    try:
-        return not inspect.signature(found).parameters
-    except (TypeError, ValueError):
-        return False
 
 
 def _check_calibration(detector: Any, name: str, paths: Sequence[str], run: OpenRun) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.services.streamer.components import Array, ComponentParameters, Event, EventSource
 from beamwire.services.streamer.sources.psana2 import Psana2EventSource
-from beamwire.services.streamer.sources.psana2_data import SOURCE, find_detector, has_detector, step_into
+from beamwire.services.streamer.sources.psana2_data import SOURCE, find_detector, has_detector
 from beamwire.services.streamer.sources.psana2_run import OpenRun
+from beamwire.services.streamer.sources.psana_values import step_into
 
 
 class _Digitizer:

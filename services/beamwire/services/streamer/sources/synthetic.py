@@ -48,14 +48,19 @@ class SyntheticEventSource:
 
     def events(self) -> Iterator[Event]:
         """Every `size`-th event from `rank` on, no earlier than the rate allows."""
-        start = time.monotonic()
-        for index in self.context.share.of(self.expected_event_count):
-            if self._rate:
-                self.context.pause(start + index / self._rate)
-            yield Event(index)
+        return paced(self.context, self.expected_event_count, self._rate)
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+def paced(context: SourceContext, count: int, rate: float | None) -> Iterator[Event]:
+    """This share of `count` events, whose ids count from 0, at `rate` events per second over all ranks at most."""
+    start = time.monotonic()
+    for index in context.share.of(count):
+        if rate:
+            context.pause(start + index / rate)
+        yield Event(index)
 
 
 class Diffraction:

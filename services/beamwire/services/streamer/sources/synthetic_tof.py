@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -12,6 +11,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from beamwire.services.streamer.components import Array, ComponentParameters, Event, EventSource, SourceContext
+from beamwire.services.streamer.sources.synthetic import paced
 
 SAMPLING_RATE_GHZ = 5.943
 """Samples per nanosecond of the digitizers of LCLS-II."""
@@ -94,11 +94,7 @@ class SyntheticTofEventSource:
 
     def events(self) -> Iterator[Event]:
         """Every `size`-th event from `rank` on, no earlier than the rate allows."""
-        start = time.monotonic()
-        for index in self.context.share.of(self.expected_event_count):
-            if self._rate:
-                self.context.pause(start + index / self._rate)
-            yield Event(index)
+        return paced(self.context, self.expected_event_count, self._rate)
 
     def close(self) -> None:
         """Nothing to give back."""

@@ -9,6 +9,7 @@ import numpy as np
 from beamwire.mesh.errors import invalid_field
 from beamwire.services.streamer.components import Array, ComponentParameters, Event, EventSource
 from beamwire.services.streamer.sources.xfel import Detector, Shot, TrainRows, XfelEventSource
+from beamwire.services.streamer.values import holds
 
 _SOURCE = "XfelEventSource"
 
@@ -55,7 +56,7 @@ class XfelDetector:
         fill = parameters.fill_value if parameters.fill_value is not None else np.nan
         if self._dtype.kind in "iub":
             fill = parameters.fill_value or 0
-            if not np.can_cast(np.min_scalar_type(int(fill)), self._dtype) or int(fill) != fill:
+            if not holds(self._dtype, fill):
                 raise invalid_field("fill_value", f"{fill} is no {self._dtype}, which {key} holds")
         self._fill = fill
 

@@ -121,7 +121,9 @@ def calibrate_plain(raw: Array, table: npt.NDArray[np.float32], out: npt.NDArray
     """`raw` and `out` (events, pixels), `table` (1, pixels, 2)."""
     for event in range(raw.shape[0]):
         for pixel in range(raw.shape[1]):
-            out[event, pixel] = (raw[event, pixel] - table[0, pixel, 0]) * table[0, pixel, 1]
+            factor = table[0, pixel, 1]
+            # A bad pixel may be no number.
+            out[event, pixel] = (raw[event, pixel] - table[0, pixel, 0]) * factor if factor != 0 else 0
 
 
 @njit()
@@ -158,4 +160,5 @@ def multiply(raw: Array, table: npt.NDArray[np.float32], jungfrau: bool, out: np
     """The second half."""
     for pixel in range(raw.shape[0]):
         bits = np.int64(raw[pixel]) >> 14 if jungfrau else 0
-        out[pixel] *= table[bits, pixel, 1]
+        factor = table[bits, pixel, 1]
+        out[pixel] = out[pixel] * factor if factor != 0 else 0

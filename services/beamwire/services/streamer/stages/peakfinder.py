@@ -7,7 +7,7 @@ J. Appl. Cryst. 47, 1118-1131 (2014).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -218,6 +218,16 @@ def _constant(path: str, shape: tuple[int, ...], parameter: str) -> Array:
     return found
 
 
+class Panel(NamedTuple):
+    """Where a panel is in the slab, `bottom` and `right` behind its last pixel, and the columns of the slab."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+    columns: int
+
+
 @njit(error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
 def _statistics(
     pixels: Array,
@@ -260,7 +270,7 @@ def _search(
     bins: npt.NDArray[np.int32],
     radial: npt.NDArray[np.float32],
     slab: tuple[int, int],
-    panel: tuple[int, int],
+    size: tuple[int, int],
     snr: float,
     least: int,
     most: int,
@@ -271,22 +281,22 @@ def _search(
 ) -> int:
     """Fills `peaks` and says how many there are."""
     rows, columns = slab
-    ny, nx = panel
+    ny, nx = size
     seen[:] = 0
     found = 0
     for top in range(0, rows, ny):
         for left in range(0, columns, nx):
-            for row in range(top + 1, top + ny - 1):
-                for column in range(left + 1, left + nx - 1):
+            panel = Panel(top, left, top + ny, left + nx, columns)
+            for row in range(top + 1, panel.bottom - 1):
+                for column in range(left + 1, panel.right - 1):
                     at = row * columns + column
                     if not pixels[at] > radial[2, bins[at]] or seen[at]:
                         continue
-                    count = _fill(pixels, bins, radial, columns, top, left, ny, nx, at, seen, members)
+                    count = _fill(pixels, bins, radial, panel, at, seen, members)
                     if count < least or count > most:
                         continue
                     if _measure(
-                        pixels, bins, radial, columns, top, left, ny, nx, snr, reach, seen, members[:count],
-                        peaks[min(found, len(peaks) - 1)],
+                        pixels, bins, radial, panel, snr, reach, members[:count], peaks[min(found, len(peaks) - 1)]
                     ):  # fmt: skip
                         found += 1
                         if found == len(peaks):
@@ -299,11 +309,7 @@ def _fill(
     pixels: Array,
     bins: npt.NDArray[np.int32],
     radial: npt.NDArray[np.float32],
-    columns: int,
-    top: int,
-    left: int,
-    ny: int,
-    nx: int,
+    panel: Panel,
     seed: int,
     seen: npt.NDArray[np.uint8],
     members: npt.NDArray[np.int32],
@@ -313,11 +319,11 @@ def _fill(
     seen[seed] = 1
     count, next_ = 1, 0
     while next_ < count:
-        row, column = divmod(members[next_], columns)
+        row, column = divmod(members[next_], panel.columns)
         next_ += 1
-        for y in range(max(row - 1, top), min(row + 2, top + ny)):
-            for x in range(max(column - 1, left), min(column + 2, left + nx)):
-                at = y * columns + x
+        for y in range(max(row - 1, panel.top), min(row + 2, panel.bottom)):
+            for x in range(max(column - 1, panel.left), min(column + 2, panel.right)):
+                at = y * panel.columns + x
                 if pixels[at] > radial[2, bins[at]] and not seen[at]:
                     seen[at] = 1
                     members[count] = at
@@ -330,21 +336,16 @@ def _measure(
     pixels: Array,
     bins: npt.NDArray[np.int32],
     radial: npt.NDArray[np.float32],
-    columns: int,
-    top: int,
-    left: int,
-    ny: int,
-    nx: int,
+    panel: Panel,
     snr: float,
     reach: int,
-    seen: npt.NDArray[np.uint8],
     members: npt.NDArray[np.int32],
     peak: npt.NDArray[np.float32],
 ) -> bool:
     """Fills `peak`, and says whether it stands out of its neighbourhood."""
     weight, sum_x, sum_y = 0.0, 0.0, 0.0
     for at in members:
-        row, column = divmod(at, columns)
+        row, column = divmod(at, panel.columns)
         above = np.float64(pixels[at]) - radial[0, bins[at]]
         weight += above
         sum_x += above * column
@@ -352,9 +353,9 @@ def _measure(
     centre_x, centre_y = int(np.rint(sum_x / weight)), int(np.rint(sum_y / weight))
     count, total, squares, brightest = 0, 0.0, 0.0, 0.0
     # The disc lacks its last row and column, as it does in the programs in use.
-    for y in range(max(centre_y - reach, top), min(centre_y + reach, top + ny)):
-        for x in range(max(centre_x - reach, left), min(centre_x + reach, left + nx)):
-            at = y * columns + x
+    for y in range(max(centre_y - reach, panel.top), min(centre_y + reach, panel.bottom)):
+        for x in range(max(centre_x - reach, panel.left), min(centre_x + reach, panel.right)):
+            at = y * panel.columns + x
             if (x - centre_x) ** 2 + (y - centre_y) ** 2 > reach * reach or bins[at] == 0:
                 continue
             value = np.float64(pixels[at])
@@ -372,7 +373,7 @@ def _measure(
         level, sigma = np.float64(radial[0, middle]), np.float64(radial[1, middle])
     intensity, raw, highest, sum_x, sum_y = 0.0, 0.0, 0.0, 0.0, 0.0
     for at in members:
-        row, column = divmod(at, columns)
+        row, column = divmod(at, panel.columns)
         value = np.float64(pixels[at])
         intensity += value - level
         highest = max(highest, value - level)

@@ -30,8 +30,8 @@ class PeaknetPreprocessingParameters(ComponentParameters):
     `pad_style` says where the image is: in the centre, one pixel less above and to the left where the rest is odd, or
     at the top left, with zeros to its bottom and right. Larger images are cut by the same rule. `field` names the
     images; by default those are all arrays of numbers with two or three axes. `normalize` gives each image a mean of 0
-    and a standard deviation of 1, as float32; NaN and the pixels that are 0 in the file `mask`, of the shape that the
-    image has before, do not count and become 0.
+    and a standard deviation of 1, as float32; what is not finite and the pixels that are 0 in
+    the file `mask`, of the shape that the image has before, do not count and become 0.
     """
 
     target_height: Size
@@ -185,17 +185,17 @@ def normalize(values: Array, good: npt.NDArray[np.bool_], out: npt.NDArray[np.fl
     for image in range(values.shape[0]):
         count, total = 0, 0.0
         for pixel in range(values.shape[1]):
-            if good[pixel] and not np.isnan(values[image, pixel]):
+            if good[pixel] and np.isfinite(values[image, pixel]):
                 total += values[image, pixel]
                 count += 1
         mean = total / max(count, 1)
         squares = 0.0
         for pixel in range(values.shape[1]):
-            if good[pixel] and not np.isnan(values[image, pixel]):
+            if good[pixel] and np.isfinite(values[image, pixel]):
                 squares += (values[image, pixel] - mean) ** 2
         scale = math.sqrt(count / squares) if squares > 0 else 0.0
         for pixel in range(values.shape[1]):
-            counts = good[pixel] and not np.isnan(values[image, pixel])
+            counts = good[pixel] and np.isfinite(values[image, pixel])
             out[image, pixel] = (values[image, pixel] - mean) * scale if counts else 0.0
 
 
