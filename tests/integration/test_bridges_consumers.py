@@ -24,7 +24,7 @@ import pynng
 import pytest
 import zmq
 
-from beamwire.client.bridges.hub import FRAME_WENT_BACK
+from beamwire.client.bridges.hub import FRAME_WENT_BACK, KEPT_TOO_LONG
 from beamwire.mesh.formats.dectris import Series
 from beamwire.mesh.stream.frame import Ragged
 from beamwire.mesh.stream.producer import Producer
@@ -283,6 +283,66 @@ def test_workers_stay_while_a_bridge_is_stopped_and_another_goes_on(start_cache,
     assert sum(seen.values()) - 90 == sum(one["repeated"].values()) == 0
     assert one["served"] + other["served"] == 90
     assert one["served"] >= 20
+
+
+def test_a_worker_that_never_asks_again_is_not_waited_for(start_cache, start_bridge):
+    cache = start_cache(transport="tcp", delivery="ACKED", frame_lease=1.0)
+    port = free_port()
+    bridge = start_bridge("crystfel", cache, "--listen", f"tcp://127.0.0.1:{port}", "--linger", "0.5")
+    with pulling(zmq.REQ, connect=port) as stuck:
+        stuck.send(b"next")
+        sending = send(cache, 300, 1, [DETECTOR], images)
+        kept = int(msgpack.unpackb(stuck.recv())["event_id"])
+        other = Indexamajig(port)
+        account = bridge.end()
+        other.stop()
+        sending.join(WAIT)
+    assert Counter(other.ids) == Counter(range(300))
+    assert kept in other.ids
+    assert (account["served"], account["received"], account["refused"]) == (300, 300, 0)
+    assert account["repeated"][KEPT_TOO_LONG] >= 1
+
+
+def test_after_a_bridge_was_killed_another_misses_nothing(start_cache, start_bridge):
+    cache = start_cache(transport="tcp", delivery="ACKED", reconnect_grace=0.2)
+    port = free_port()
+    options = ("--listen", f"tcp://127.0.0.1:{port}", "--linger", "0.5")
+    workers = [Indexamajig(port) for _ in range(3)]
+    first = start_bridge("crystfel", cache, *options)
+    sending = send(cache, 400, 1, [DETECTOR], images)
+    wait_until(lambda: sum(len(worker.raw) for worker in workers) >= 60, WAIT)
+    first.process.kill()
+    first.process.communicate(timeout=WAIT)
+    for worker in workers:
+        worker.stop()
+    workers += [Indexamajig(port) for _ in range(3)]
+    start_bridge("crystfel", cache, *options).end()
+    sending.join(WAIT)
+    for worker in workers[3:]:
+        worker.stop()
+    seen = Counter(number for worker in workers for number in worker.ids)
+    assert set(seen) == set(range(400))
+    # What it had in its hands, and what it had no time to acknowledge.
+    assert seen.total() - 400 <= 64
+
+
+@pytest.mark.parametrize("memory", ["1", "12Mi"])
+def test_no_more_is_read_than_memory_allows(start_cache, start_bridge, memory):
+    cache = start_cache(transport="tcp", delivery="ACKED", capacity_bytes=2**27)
+    port = free_port()
+    shape = (1024, 1024)
+    bridge = start_bridge(
+        "crystfel", cache, "--listen", f"tcp://127.0.0.1:{port}", "--memory", memory, "--drain", "0.1"
+    )
+    large = field("detector_data", "<f4", shape)
+    sending = send(cache, 20, 1, [large], lambda ids: {"detector_data": np.zeros((1, *shape), "<f4")})
+    sending.join(WAIT)
+    with pulling(zmq.REQ, connect=port) as stuck:
+        stuck.send(b"next")
+        stuck.recv()
+        account = bridge.stop()
+    assert account["received"] <= (1 if memory == "1" else 4)
+    cache.seal("CANCELLED")
 
 
 def test_crystfel_gets_hdf5_files(start_cache, start_bridge):
@@ -565,15 +625,19 @@ def decode_typed(tag, immutable=False):
     return tag
 
 
-def test_dectris_tools_get_stream_v2(start_cache, start_bridge):
+@pytest.mark.parametrize("compression", ["none", "bslz4"])
+def test_dectris_tools_get_stream_v2(start_cache, start_bridge, compression):
     cache = start_cache(transport="tcp", delivery="ACKED")
     port = free_port()
-    bridge = start_bridge("dectris", cache, "--listen", f"tcp://127.0.0.1:{port}")
+    options = ("--listen", f"tcp://127.0.0.1:{port}", "--compression", compression)
+    bridge = start_bridge("dectris", cache, *options)
+    messages: list[bytes] = []
     received: list[dict] = []
     with pulling(zmq.PULL, connect=port) as sock:
         sending = send(cache, 12, 5, [DETECTOR], images)
         while not received or received[-1]["type"] != "end":
-            received.append(cbor2.loads(sock.recv(), tag_hook=decode_typed))
+            messages.append(sock.recv())
+            received.append(cbor2.loads(messages[-1], tag_hook=decode_typed))
         account = bridge.end()
     sending.join(WAIT)
     start, *shots, end = received
@@ -588,6 +652,7 @@ def test_dectris_tools_get_stream_v2(start_cache, start_bridge):
     for message in shots:
         assert message["type"] == "image"
         np.testing.assert_array_equal(message["data"]["threshold_1"], image(message["user_data"]["event_id"]))
+    assert all((b"bslz4" in message) == (compression == "bslz4") for message in messages[1:-1])
     assert Counter(message["user_data"]["event_id"] for message in shots) == Counter(range(12))
     assert (account["served"], account["left"]) == (12, 0)
     assert end["type"] == "end"

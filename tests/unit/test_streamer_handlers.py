@@ -121,6 +121,18 @@ def test_a_stuck_one_that_may_drop_holds_up_nobody_and_its_losses_are_counted():
     assert stuck.ends == [END_CAUSE_DONE]
 
 
+def test_what_belongs_to_the_whole_stream_is_never_dropped():
+    stuck = Taker(gate=threading.Semaphore(0))
+    handlers = made((Taker(), Pace()), (stuck, Pace(when_slow="drop", patience=0.0)))
+    for number in range(20):
+        handlers.send(message(number))
+    handlers.send(Message(np.empty(0, np.uint64), {"image": np.full(1, 77)}))
+    assert stuck.gate is not None
+    stuck.gate.release(20)
+    handlers.end(END_CAUSE_DONE)
+    assert stuck.sums[-1] == 77
+
+
 def test_one_that_is_waited_for_makes_the_others_wait_and_loses_nothing():
     quick, slow = Taker(), Taker(gate=threading.Semaphore(0))
     handlers = made((quick, Pace()), (slow, Pace()))

@@ -66,7 +66,7 @@ Via = Literal["data", "grpc"]
 class Reading:
     """How a stream is read: the group whose work is shared, the way it comes, how far a connection may be ahead.
 
-    That is `prefetch` frames and `prefetch_bytes`, with those that the caller has and has not done with; one always may.
+    That is `prefetch` frames and `prefetch_bytes`, with those that the caller has not done with; one may always.
     `on_reconnect` is told, in the thread that reads a connection, of each connection that was lost and made again.
     """
 

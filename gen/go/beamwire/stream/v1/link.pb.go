@@ -868,7 +868,7 @@ type Acknowledgement struct {
 	DeliveryCount uint64 `protobuf:"varint,1,opt,name=delivery_count,json=deliveryCount,proto3" json:"delivery_count,omitempty"`
 	// From the cache: all up to this sequence is stored and need not be sent again.
 	Sequence uint64 `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	// From a consumer: frames that it held when it came back, and has done with now.
+	// From a consumer: frames that it has done with out of their turn, or held when it came back.
 	Settled       []*FrameRange `protobuf:"bytes,3,rep,name=settled,proto3" json:"settled,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -411,7 +411,7 @@ class Acknowledgement(_message.Message):
     """From the cache: all up to this sequence is stored and need not be sent again."""
     @_builtins.property
     def settled(self) -> _containers.RepeatedCompositeFieldContainer[Global___FrameRange]:
-        """From a consumer: frames that it held when it came back, and has done with now."""
+        """From a consumer: frames that it has done with out of their turn, or held when it came back."""
 
     def __init__(
         self,

@@ -461,7 +461,7 @@ export declare type Acknowledgement = Message<"beamwire.stream.v1.Acknowledgemen
   sequence: bigint;
 
   /**
-   * From a consumer: frames that it held when it came back, and has done with now.
+   * From a consumer: frames that it has done with out of their turn, or held when it came back.
    *
    * @generated from field: repeated beamwire.stream.v1.FrameRange settled = 3;
    */

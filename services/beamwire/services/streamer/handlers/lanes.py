@@ -188,7 +188,9 @@ class Handlers:
         if self._single is not None:
             self._single.send(message)
             return
-        rooms = [lane.await_room() for lane in self._lanes]
+        # What belongs to the stream as a whole, as its end does, is small and must not be missing.
+        whole = not len(message.event_ids)
+        rooms = [lane.await_room() or whole for lane in self._lanes]
         kept = _kept(message)
         for lane, room in zip(self._lanes, rooms, strict=True):
             lane.put(kept, room=room)
