@@ -12,7 +12,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-WITHOUT_DEPENDENCIES = ("psana>=4.3", "lcls-krtc")
+WITHOUT_DEPENDENCIES = ("psana>=4.3,<5", "lcls-krtc")
 DEPENDENCIES = (
     "amityping",
     "pymongo",
@@ -62,7 +62,7 @@ def main() -> int:
         print("psana is installed already.")
         return 0
     print("Installing psana, which reads LCLS-II runs, and what it needs; this takes a minute or two.", flush=True)
-    if first := pip_error("psana>=4.3"):
+    if first := pip_error("psana>=4.3,<5"):
         print("psana could not be installed with all it asks for; most likely pykerberos could not be compiled.")
         print(
             "Installing it without pykerberos: reading runs works, calls to the experiment logbook do not.", flush=True
