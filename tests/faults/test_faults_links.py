@@ -158,6 +158,8 @@ def test_a_dead_link_is_dialed_again(cache, proxy, ways):
     ):
         taking = pool.submit(take, stream, size)
         send(out, frames // 2, size)
+        # A consumer dials in a thread of its own: what is cut must be there.
+        wait_until(lambda: stream.counters.frames, WAIT, "the stream")
         link.cut(ways)
         sending = pool.submit(send, out, frames // 2, size, first=frames // 2 + 1)
         assert lost.wait(NOTICED)
@@ -181,6 +183,7 @@ def test_a_short_silence_costs_no_connection(cache, proxy):
     ):
         taking = pool.submit(take, stream, size)
         send(out, frames // 2, size)
+        wait_until(lambda: stream.counters.frames, WAIT, "the stream")
         link.cut()
         out.send(arrays(frames // 2 + 1, size), np.array([frames // 2 + 1], np.uint64))
         # As long as a switch may take to find another way.

@@ -30,7 +30,7 @@ from beamwire.mesh.stream.frame import Ragged
 from beamwire.mesh.stream.producer import Producer
 from beamwire.stream.v1.frame_pb2 import Field, StreamHeader
 from tests.conftest import BIN, wait_until
-from tests.judges import decompress
+from tests.judges import decompress, need_decompress
 
 WAIT = 60.0
 SHAPE = (24, 40)
@@ -627,6 +627,8 @@ def decode_typed(tag, immutable=False):
 
 @pytest.mark.parametrize("compression", ["none", "bslz4"])
 def test_dectris_tools_get_stream_v2(start_cache, start_bridge, compression):
+    if compression == "bslz4":
+        need_decompress()
     cache = start_cache(transport="tcp", delivery="ACKED")
     port = free_port()
     options = ("--listen", f"tcp://127.0.0.1:{port}", "--compression", compression)

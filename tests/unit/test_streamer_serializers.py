@@ -33,7 +33,7 @@ from beamwire.stream.v1.frame_pb2 import (
     FRAME_KIND_DATA,
     FrameHeader,
 )
-from tests.judges import decompress
+from tests.judges import decompress, need_decompress
 
 EVENTS = 4
 SHAPE = (64, 96)
@@ -502,6 +502,7 @@ def tag_hook(*given: Any) -> Any:
 
 
 def received(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    need_decompress()
     found = []
     for message in messages:
         data = data_of(message)
@@ -589,6 +590,7 @@ def test_dectris_times_that_are_not_known_are_those_of_the_start():
 def test_dectris_chunks_of_a_detector_go_on_as_they_are():
     encoded = Compression(CODEC_BITSHUFFLE_LZ4).encode(COUNTS[:1])
     assert isinstance(encoded, Encoded)
+    need_decompress()
     arrays: dict[str, Any] = {"image": encoded}
     for compression in ("bslz4", "none"):
         made = serializer("DectrisStreamV2Serializer", image="image", compression=compression)

@@ -149,9 +149,14 @@ class AckedEgress(_Egress):
             self._places = True
 
     def _messages(self, slots: list[Slot]) -> memoryview:
-        if not self._places or sum(slot.length for slot in slots) < len(slots) * _SMALLEST_PLACED:
+        if not self._places or all(slot.length < _SMALLEST_PLACED for slot in slots):
             return super()._messages(slots)
-        return memoryview(b"".join(to_message(Signal(placed=self._placed(slot))) for slot in slots))
+        return memoryview(b"".join(self._message(slot) for slot in slots))
+
+    def _message(self, slot: Slot) -> bytes | memoryview:
+        if slot.length < _SMALLEST_PLACED:
+            return self._relay.wire([slot])
+        return to_message(Signal(placed=self._placed(slot)))
 
     def _placed(self, slot: Slot) -> Placed:
         return Placed(offset_bytes=self._relay.offset(slot), size_bytes=slot.length)
