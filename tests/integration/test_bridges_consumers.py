@@ -322,8 +322,8 @@ def test_after_a_bridge_was_killed_another_misses_nothing(start_cache, start_bri
         worker.stop()
     seen = Counter(number for worker in workers for number in worker.ids)
     assert set(seen) == set(range(400))
-    # What it had in its hands, and what it had no time to acknowledge.
-    assert seen.total() - 400 <= 64
+    # What it had in its hands, or had no time to acknowledge, came again; the cache knows how much that was.
+    assert seen.total() - 400 <= cache.ended().counters.groups[0].redelivered_frame_count
 
 
 @pytest.mark.parametrize("memory", ["1", "12Mi"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Final
 
 from beamwire.mesh import telemetry
@@ -138,6 +138,9 @@ class AckedEgress(_Egress):
             self._link.set_pulse(config.heartbeat_interval)
             while not sink.confirmed and self._advance(sink):
                 pass
+        except OSError:
+            self._heed_rest(sink)
+            raise
         finally:
             self._relay.leave(sink)
 
@@ -179,6 +182,12 @@ class AckedEgress(_Egress):
         else:
             return False
         return True
+
+    def _heed_rest(self, sink: Sink) -> None:
+        """Take what the consumer said before its connection was lost: what it has done with need not come again."""
+        with suppress(OSError, ValueError, RefusedError):
+            while self._link.wait(0) and self._heed(sink):
+                pass
 
     def _heed(self, sink: Sink) -> bool:
         """Take what the consumer says; False if it left."""
