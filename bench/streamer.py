@@ -27,10 +27,11 @@ from beamwire.testing import xtc2
 from bench.data import Progress
 from bench.match import FailedError
 from bench.standings import Row, row
-from bench.streamer_match import MPIEXEC, measure, measure_to_cache, scratch
+from bench.streamer_match import MPIEXEC, measure, measure_to_cache, scratch, warm_up
 from bench.streamer_plain import ACCURACY, BATCH
 
 SHAPE: Final = (512, 1024)
+EVENT_BYTES: Final = 2 * SHAPE[0] * SHAPE[1]
 _EVENTS, _QUICK_EVENTS = 2000, 1000
 _RUNS, _QUICK_RUNS = 3, 1
 _CORES: Final = 2
@@ -215,6 +216,7 @@ def _interleave(group: Group, runs: int, progress: Progress) -> dict[str, list[f
     for _ in range(runs):
         for name in tuple(rates):
             case = f"{name}, {group.source}, ranks: {group.ranks}"
+            warm_up(group.events * EVENT_BYTES)
             try:
                 rates[name].append(contestants[name]())
             except FailedError as error:

@@ -68,6 +68,15 @@ def scratch() -> str | None:
     return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > _ROOM else None
 
 
+def warm_up(size: int) -> None:
+    """Touch as much memory as the files of a contestant take.
+
+    A virtual machine may have to be given it first, and whoever comes first would pay for that.
+    """
+    with tempfile.TemporaryFile(dir=scratch()) as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
 def take(job: Job, place: Path, ranks: int) -> list[Took]:
     """What each rank did with a job, whose file goes to `place`; FailedError if one fails or events are missing."""
     path = place / "job.json"
