@@ -37,7 +37,9 @@ def plans(scale: float) -> list[Plan]:
     return [
         Plan("small", round(1e6 * scale), 256, faults, {"capacity_bytes": 8 * MEGABYTE, "capacity_frames": 4096}),
         Plan("large", round(1e4 * scale), MEGABYTE, faults, {"capacity_bytes": 64 * MEGABYTE}),
-        Plan("bare", round(1e5 * scale), 16384, flips, {"transport": "tcp", "capacity_bytes": 16 * MEGABYTE}),
+        Plan(
+            "bare", round(1e5 * scale), 16384, flips, {"transport": "tcp", "capacity_bytes": 16 * MEGABYTE}, until=0.5
+        ),
     ]
 
 

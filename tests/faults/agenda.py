@@ -15,9 +15,8 @@ from beamwire.testing.facility import Facility
 from beamwire.testing.proxy import BOTH, Proxy, Way
 from tests.faults.parts import Cache, Peer
 
-# Faults fall into this part of the stream, so that there is something to break.
+# Faults do not begin before this part of the stream, so that there is something to break.
 _BEGIN: Final = 0.02
-_END: Final = 0.93
 _SHORT_CUT: Final = (0.2, 1.0)
 # Longer than it takes to notice, and than the cache waits for a consumer to come back.
 _LONG_CUT: Final = (4.5, 5.0)
@@ -65,10 +64,10 @@ class Agenda:
             "rotate": self._rotate,
         }
 
-    def schedule(self, faults: dict[str, int]) -> None:
-        """So many of each kind, anywhere in the stream."""
+    def schedule(self, faults: dict[str, int], until: float) -> None:
+        """So many of each kind, anywhere in this part of the stream."""
         for kind, count in faults.items():
-            self._plan += [(self._random.uniform(_BEGIN, _END), kind) for _ in range(count)]
+            self._plan += [(self._random.uniform(_BEGIN, until), kind) for _ in range(count)]
         self._plan.sort(reverse=True)
 
     def go_on(self, progress: float) -> None:

@@ -32,13 +32,17 @@ _STALL: Final = 60.0
 
 @dataclass(frozen=True)
 class Plan:
-    """A stream of so many frames of about so many bytes, and how often which fault comes."""
+    """A stream of so many frames of about so many bytes, and how often which fault comes in which part of it.
+
+    Frames that are lost to flipped bits are never finished with, so that less than all of it may pass.
+    """
 
     name: str
     frames: int
     size: int
     faults: dict[str, int]
     options: dict[str, Any] = field(default_factory=dict)
+    until: float = 0.93
 
     @property
     def shares(self) -> list[int]:
@@ -140,7 +144,7 @@ def _parts(plan: Plan, seed: int, directory: Path) -> Iterator[_Parts]:
             proxies=proxies,
             facility=facility,
         )
-        agenda.schedule(plan.faults)
+        agenda.schedule(plan.faults, plan.until)
         yield _Parts(cache, producers, shared, steady, proxies, agenda)
 
 

@@ -100,6 +100,25 @@ def deliver_all(peer: Peer, frames: list[bytes]) -> None:
     peer.finish()
 
 
+@pytest.mark.parametrize("length", [2**55, 2**36 + 1, 2**63])
+def test_a_length_that_came_broken_costs_the_connection_and_nothing_else(cache, user, length):
+    def first(peer: Peer) -> None:
+        peer.welcome()
+        peer.describe()
+        peer.deliver(data_frame(1))
+        peer.link.send(memoryview(length.to_bytes(8, "big") + data_frame(2)[8:]))
+        # The consumer has gone away when this ends.
+        with suppress(OSError, ValueError):
+            while peer.receive() is not None:
+                pass
+
+    playing = cache.play(first, lambda peer: deliver_all(peer, [data_frame(n) for n in range(2, 6)]))
+    with Consumer(cache.connect, user) as stream:
+        assert numbers_of(list(stream)) == [1, 2, 3, 4, 5]
+    playing.result(WAIT)
+    assert stream.counters.reconnects == 1
+
+
 def test_a_consumer_gets_header_frames_and_end(cache, user):
     def script(peer: Peer) -> Hello:
         deliver_all(peer, [data_frame(n) for n in range(1, 101)])

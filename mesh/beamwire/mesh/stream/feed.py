@@ -271,9 +271,13 @@ class Feed:
         return True
 
     def _place(self, length: int) -> memoryview:
+        # Without TLS a length may arrive broken, and what follows it cannot be told apart: the connection is lost.
         if length > LARGEST_MESSAGE:
-            raise corrupt(f"it claims to have {length} bytes")
-        return self._pool.acquire(length).data[:length]
+            raise ValueError(f"a message claims to have {length} bytes")
+        try:
+            return self._pool.acquire(length).data[:length]
+        except MemoryError as error:
+            raise ValueError(f"there is no memory for a message of {length} bytes") from error
 
     def _take(self, link: Link, message: memoryview) -> None:
         try:
