@@ -37,23 +37,17 @@ _REFUSAL_SECONDS = 2.0
 _CANCEL_SECONDS = 20.0
 # After a transfer has failed, how long its consumers may wait for END.
 _LAST_WORD_SECONDS = 3.0
-# What a consumer can see of a failure whose cause is elsewhere.
-_SYMPTOMS = frozenset(
-    {
-        Reason.STREAM_TRUNCATED,
-        Reason.SERVICE_UNAVAILABLE,
-        Reason.TIMED_OUT,
-        Reason.PRODUCER_FAILED,
-        Reason.CACHE_FAILED,
-        Reason.CANCELLED,
-        Reason.LEASE_EXPIRED,
-        Reason.ROLE_NOT_ALLOWED,
-        Reason.NOT_OWNER,
-        Reason.TICKET_INVALID,
-        Reason.TICKET_EXPIRED,
-    }
-)
 _REFUSALS = frozenset({Reason.ROLE_NOT_ALLOWED, Reason.NOT_OWNER, Reason.TICKET_INVALID, Reason.TICKET_EXPIRED})
+# What a consumer can see of a failure whose cause is elsewhere.
+_SYMPTOMS = _REFUSALS | {
+    Reason.STREAM_TRUNCATED,
+    Reason.SERVICE_UNAVAILABLE,
+    Reason.TIMED_OUT,
+    Reason.PRODUCER_FAILED,
+    Reason.CACHE_FAILED,
+    Reason.CANCELLED,
+    Reason.LEASE_EXPIRED,
+}
 _OTHER_WAY = 'if only the facility\'s own port can be reached from here, read through it: via="grpc", or --via grpc'
 _NOT_OURS = frozenset({Reason.NOT_OWNER, Reason.ROLE_NOT_ALLOWED, Reason.RESOURCE_NOT_FOUND})
 
