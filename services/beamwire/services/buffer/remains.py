@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from beamwire.common.v1 import account_pb2
 from beamwire.mesh import shim, telemetry
 from beamwire.mesh.rpc.convert import from_losses
 from beamwire.mesh.stream.frame import parse_header
@@ -105,7 +104,7 @@ def _read(directory: Path, seen: Counters) -> CacheStatus | None:
         sent_event_count=words[at.SENT_EVENTS],
         sent_bytes=words[at.SENT_BYTES],
         delivered_event_count=words[at.DELIVERED_EVENTS],
-        losses=_losses(words, at.LOSSES),
+        losses=ledger.losses(at.LOSSES),
         producers=producers,
         consumers=seen.consumers,
         refused_peer_count=seen.refused_peer_count,
@@ -174,18 +173,8 @@ def _groups(ledger: Ledger, config: CacheConfig, facts: Facts) -> Iterator[Group
             acknowledged_event_count=words[record + at.GROUP_EVENTS],
             acknowledged_bytes=words[record + at.GROUP_BYTES],
             redelivered_frame_count=words[record + at.GROUP_REDELIVERED],
-            losses=_losses(words, record + at.GROUP_LOSSES),
+            losses=ledger.losses(record + at.GROUP_LOSSES),
         )
-
-
-def _losses(words: memoryview, begin: int) -> dict[str, int]:
-    return {
-        account_pb2.LossCause.Name(account_pb2.LossCause.ValueType(cause)).removeprefix("LOSS_CAUSE_"): words[
-            begin + cause
-        ]
-        for cause in range(1, at.CAUSES)
-        if words[begin + cause]
-    }
 
 
 def last_words(directory: Path) -> list[str]:

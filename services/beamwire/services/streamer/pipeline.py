@@ -140,6 +140,8 @@ class Pipeline:
             yield
             self._check_account()
             self._handlers.end(account_pb2.END_CAUSE_DONE)
+            for name, count in self._handlers.dropped.items():
+                say(f"rank {self._share.rank}: {name} did not keep up and lost {count} events")
         except CancelledError:
             self._end_badly(account_pb2.END_CAUSE_CANCELLED, "the streamer was told to end")
             raise

@@ -11,6 +11,8 @@ import struct
 from functools import cache
 from typing import Final
 
+from beamwire.common.v1 import account_pb2
+
 MAGIC: Final = int.from_bytes(b"BWRING01", "little")
 PAGE: Final = 4096
 _WORD: Final = 8
@@ -83,6 +85,15 @@ class Ledger:
         for place in range(_REDO, _REDO + 2 * count, 2):
             self.words[self.words[place]] = self.words[place + 1]
         self.words[_REDO_COUNT] = 0
+
+    def losses(self, begin: int) -> dict[str, int]:
+        """The events lost by each cause, of the words that begin there."""
+        name = account_pb2.LossCause.Name
+        return {
+            name(account_pb2.LossCause.ValueType(cause)).removeprefix("LOSS_CAUSE_"): self.words[begin + cause]
+            for cause in range(1, CAUSES)
+            if self.words[begin + cause]
+        }
 
     def copy(self) -> bytes:
         """All of it as it is now."""

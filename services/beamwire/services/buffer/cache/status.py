@@ -32,7 +32,7 @@ def to_counters(holdings: Holdings, intake: Intake, outlet: Outlet, refused: tup
         delivered_event_count=words[at.DELIVERED_EVENTS],
         held_frame_count=sum(slot.frames for slot in held),
         held_bytes=sum(slot.length for slot in held),
-        losses=_losses(words, at.LOSSES),
+        losses=ledger.losses(at.LOSSES),
         producers=producers,
         consumers=outlet.roll.records(outlet.sinks, {group.name for group in outlet.groups}),
         refused_peer_count=refused[0],
@@ -108,14 +108,5 @@ def _group(group: Group, holdings: Holdings) -> GroupStatus:
         pending_frame_count=sum(slot.frames for slot in wanted) - flying,
         in_flight_frame_count=flying,
         redelivered_frame_count=words[record + at.GROUP_REDELIVERED],
-        losses=_losses(words, record + at.GROUP_LOSSES),
+        losses=holdings.ledger.losses(record + at.GROUP_LOSSES),
     )
-
-
-def _losses(words: memoryview, begin: int) -> dict[str, int]:
-    names = account_pb2.LossCause.Name
-    return {
-        names(account_pb2.LossCause.ValueType(cause)).removeprefix("LOSS_CAUSE_"): words[begin + cause]
-        for cause in range(1, at.CAUSES)
-        if words[begin + cause]
-    }

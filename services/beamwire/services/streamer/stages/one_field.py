@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
@@ -29,7 +30,7 @@ class FieldParameters(ComponentParameters):
         return self.output or self.field
 
 
-class OneField:
+class OneField(ABC):
     """Makes arrays of one dense array; drops no event.
 
     A stage says in `made` what it makes and fills that in `make`. What it hands out is memory that it uses again.
@@ -55,13 +56,13 @@ class OneField:
         """None: it keeps every event."""
         return 0
 
+    @abstractmethod
     def made(self, spec: FieldSpec) -> Sequence[FieldSpec]:
         """What it makes of such an array."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make(self, values: Array, made: Sequence[Array], event_ids: EventIds) -> None:
         """Fills what it makes. `values` is contiguous and must not be changed; the first axis counts the events."""
-        raise NotImplementedError
 
     def fields(self, fields: Sequence[FieldSpec]) -> Sequence[FieldSpec]:
         """What comes out; runs once on zeros, so that kernels are compiled before the first event."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Annotated
 
@@ -19,7 +20,7 @@ Every = Annotated[int, Field(ge=1)]
 """How many events lie between two rows."""
 
 
-class RunningResult:
+class RunningResult(ABC):
     """Adds ragged arrays that have one row in every `every`-th event and in the last one of the process, and none in
     the others; drops no event.
 
@@ -38,17 +39,17 @@ class RunningResult:
         """None: it keeps every event."""
         return 0
 
+    @abstractmethod
     def made(self, fields: Sequence[FieldSpec]) -> Sequence[FieldSpec]:
         """The arrays of a row. Raises BeamwireError INVALID_FIELD if the fields do not fit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add(self, batch: Batch, events: slice) -> None:
         """Takes these events of a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def row(self) -> Sequence[Array]:
         """The result so far, one array for each that is made; not to be changed later."""
-        raise NotImplementedError
 
     def fields(self, fields: Sequence[FieldSpec]) -> Sequence[FieldSpec]:
         """Adds the ragged arrays."""
