@@ -1,4 +1,7 @@
-"""Calls per second of each service over mutual TLS, beside a bare gRPC server with the same certificates."""
+"""Calls per second of each service over mutual TLS, beside a bare gRPC server with the same certificates.
+
+And what it costs to know at each call who calls and whether they may, beside the time that this may take.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 from beamwire.buffer.v1 import buffer_service_pb2, buffer_service_pb2_grpc
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
@@ -21,12 +26,17 @@ from beamwire.client.request import parse_request
 from beamwire.job.v1 import job_service_pb2, job_service_pb2_grpc
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.enrollment import JoinToken, enroll
+from beamwire.mesh.policy import FILE_NAME, PolicyFile
+from beamwire.mesh.rpc.access import Gate, admit
 from beamwire.mesh.rpc.channel import connect
 from beamwire.request.v1 import request_service_pb2, request_service_pb2_grpc
 
 BIN = Path(sys.executable).parent
 RUNS, SECONDS, IN_FLIGHT = 3, 1.5, 16
 GOAL = 0.7
+# What identity and access may cost at each call, in seconds.
+CHECK_BUDGET = 10e-6
+CHECKS = 20_000
 START_TIMEOUT = 30.0
 
 Call = Callable[[], Awaitable[object]]
@@ -38,7 +48,8 @@ def run() -> list[dict[str, Any]]:
         directory = Path(scratch) / "facility"
         member = directory / "members" / "service" / "facility"
         with _facility(directory) as address, _bare_server(member) as bare_address:
-            return asyncio.run(_measure(directory, address, bare_address))
+            rows = asyncio.run(_measure(directory, address, bare_address))
+        return [*rows, _check_row(directory)]
 
 
 @contextmanager
@@ -144,6 +155,40 @@ async def _row(name: str, call: Call, baseline: Call) -> dict[str, Any]:
         "goal": GOAL,
         "runs": RUNS,
     }
+
+
+def _check_row(directory: Path) -> dict[str, Any]:
+    """How many calls a second could be checked, once the caller is known, if nothing else were to be done."""
+    user = Credentials.load(directory / "user")
+    service = Credentials.load(directory / "members" / "service" / "facility")
+    gate = Gate(service, PolicyFile(directory / FILE_NAME, service.identity.trust_domain))
+    leaf, *rest = x509.load_pem_x509_certificates(user.chain_pem)
+    pem = serialization.Encoding.PEM
+    context = {
+        "x509_pem_cert": [leaf.public_bytes(pem)],
+        "x509_pem_cert_chain": [b"".join(certificate.public_bytes(pem) for certificate in (leaf, *rest))],
+    }
+    rates = [_checks_per_second(gate, context) for _ in range(RUNS)]
+    median, budget = statistics.median(rates), 1 / CHECK_BUDGET
+    return {
+        "case": "identity and access of one call, warm",
+        "ours": round(median),
+        "unit": "checks/s",
+        "baseline": f"{CHECK_BUDGET * 1e6:g} µs each",
+        "baseline_value": round(budget),
+        "ratio": round(median / budget, 2),
+        "goal": 1.0,
+        "runs": RUNS,
+    }
+
+
+def _checks_per_second(gate: Gate, context: dict[str, list[bytes]]) -> float:
+    method = "/beamwire.request.v1.RequestService/GetTransfer"
+    admit(method, gate.identify(context))
+    begin = time.perf_counter()
+    for _ in range(CHECKS):
+        admit(method, gate.identify(context))
+    return CHECKS / (time.perf_counter() - begin)
 
 
 async def _rate(call: Call) -> float:

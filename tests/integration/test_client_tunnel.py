@@ -409,6 +409,22 @@ async def test_a_refusal_is_passed_on_and_is_the_reason(world: World) -> None:
     assert (error.reason, error.message) == (Reason.TICKET_INVALID, "not this one")
 
 
+async def test_the_end_of_the_services_own_certificate_is_not_the_callers(world: World) -> None:
+    """The cache ends connections with the certificate that they began with; the service has a newer one."""
+
+    async def script(peer: Peer) -> None:
+        reason = Reason.CERTIFICATE_EXPIRED.value
+        await peer.say(Signal(refusal=Refusal(reason=reason, message="over")))  # type: ignore[arg-type]
+
+    world.caches.scripts.append(script)
+    await world.buffer(await world.caches.listen())
+    caller = Caller(world.stub())
+    assert (await caller.signal()).refusal.retry is True
+    error = await caller.end()
+    assert error is not None
+    assert error.reason is Reason.SERVICE_UNAVAILABLE
+
+
 @pytest.mark.parametrize("where", ["between frames", "inside a frame", "after an END that was not acknowledged"])
 async def test_a_cache_that_is_lost_is_unavailable(world: World, where: str) -> None:
     data = {"between frames": b"", "inside a frame": frame(2**20)[: 700 * 1024]}.get(where, frame(0, end=True))

@@ -34,6 +34,9 @@ class Enrolment:
         self.authority = facility.authority
         self.spent = False
         self.requests: list[pb.EnrollMemberRequest] = []
+        self.roots_pem = facility.roots_pem
+        self.bundle = ""
+        self.silent = False
 
     async def EnrollMember(self, request: pb.EnrollMemberRequest, context: object) -> pb.Certificate:  # noqa: N802
         self.requests.append(request)
@@ -43,6 +46,11 @@ class Enrolment:
         identity = self.facility.id("user/alice")
         issued = self.authority.issue(request.csr_pem.encode(), identity, [], timedelta(hours=1))
         return pb.Certificate(chain_pem=issued.chain_pem.decode())
+
+    async def GetTrustBundle(self, request: pb.GetTrustBundleRequest, context: object) -> pb.TrustBundle:  # noqa: N802
+        if self.silent:
+            raise BeamwireError(Reason.SERVICE_UNAVAILABLE, "nobody is here")
+        return pb.TrustBundle(name=self.bundle or request.name, roots_pem=self.roots_pem.decode(), sequence=3)
 
     def __getattr__(self, name: str) -> Any:
         """The methods that no test waits for."""
@@ -88,7 +96,7 @@ async def test_a_token_becomes_credentials(token: JoinToken, facility: Facility,
         "address": "127.0.0.1:7400",
         "enroll_address": token.enroll_address,
     }
-    assert sorted(p.name for p in directory.iterdir()) == ["bundle.pem", "chain.pem", "key.pem", "member.json"]
+    assert sorted(p.name for p in directory.iterdir()) == ["bundle.pem", "chain.pem", "key.pem", "member.json", "trust"]
     assert stat.S_IMODE((directory / "key.pem").stat().st_mode) == 0o600
 
 
@@ -97,6 +105,26 @@ async def test_the_key_stays_at_home(token: JoinToken, enrolment: Enrolment, tmp
     (request,) = enrolment.requests
     assert "PRIVATE KEY" not in str(request)
     assert "BEGIN CERTIFICATE REQUEST" in request.csr_pem
+
+
+async def test_a_member_learns_the_next_root_at_once(token: JoinToken, enrolment: Enrolment, tmp_path: Path) -> None:
+    """Otherwise the authority that is announced would cut off who enrolled meanwhile."""
+    enrolment.roots_pem += Authority.create("facility.test").roots_pem
+    credentials = await asyncio.to_thread(enroll, token, tmp_path / "alice")
+    assert credentials.trust.own.roots_pem == enrolment.roots_pem
+    assert credentials.trust.own.sequence == 3
+    assert (tmp_path / "alice" / "bundle.pem").read_bytes() == enrolment.roots_pem
+    credentials.check()
+
+
+@pytest.mark.parametrize(("bundle", "silent"), [("trustBundles/b.test", False), ("", True)], ids=["other", "silent"])
+async def test_without_a_bundle_the_root_in_the_token_counts(
+    token: JoinToken, enrolment: Enrolment, tmp_path: Path, bundle: str, silent: bool
+) -> None:
+    enrolment.bundle, enrolment.silent = bundle, silent
+    credentials = await asyncio.to_thread(enroll, token, tmp_path / "alice")
+    assert credentials.trust.own.roots_pem == token.roots_pem
+    assert list(credentials.trust) == ["facility.test"]
 
 
 async def test_a_token_is_spent_once(token: JoinToken, tmp_path: Path) -> None:

@@ -14,15 +14,16 @@ from google.protobuf.duration_pb2 import Duration
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-from beamwire.mesh.authority import Authority
 from beamwire.mesh.credentials import Credentials, new_key_and_csr
 from beamwire.mesh.database import Database
 from beamwire.mesh.enrollment import JoinToken, enroll
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.generations import Generations
 from beamwire.mesh.identity import Role, SpiffeId, spiffe_id_of
+from beamwire.mesh.policy import Policy
 from beamwire.mesh.rpc.channel import connect
-from beamwire.mesh.store import Store
-from beamwire.services.certificate.domain import CertificateRecord, Lifetimes, Registrar, TokenRecord
+from beamwire.services.certificate.domain import Lifetimes
+from beamwire.services.certificate.office import Office
 
 DAY = timedelta(days=1)
 
@@ -121,7 +122,7 @@ async def test_a_user_sees_their_own_certificates_only(live_facility):
             await stub.CreateJoinToken(pb.CreateJoinTokenRequest(identity="spiffe://facility.test/user/x"))
         assert refused.value.reason is Reason.ROLE_NOT_ALLOWED
         bundle = await stub.GetTrustBundle(pb.GetTrustBundleRequest(name="trustBundles/facility.test"))
-        assert bundle.roots_pem.encode() == (live_facility.directory / "authority" / "root.pem").read_bytes()
+        assert bundle.roots_pem.encode() == (live_facility.directory / "authority" / "1" / "root.pem").read_bytes()
         with pytest.raises(BeamwireError) as refused:
             await stub.GetTrustBundle(pb.GetTrustBundleRequest(name="trustBundles/elsewhere.test"))
         assert refused.value.reason is Reason.RESOURCE_NOT_FOUND
@@ -147,10 +148,17 @@ async def clocked(tmp_path: Path):
     """A registrar whose clock is moved by hand."""
     database = await Database.open(tmp_path / "certificate.sqlite")
     now = [datetime.now(UTC)]
-    authority = Authority.create("facility.test", clock=lambda: now[0])
-    lifetimes = Lifetimes(dict.fromkeys(Role, 10 * DAY))
-    tokens, ledger = Store(database, TokenRecord), Store(database, CertificateRecord)
-    yield Registrar(authority, tokens, ledger, lifetimes, clock=lambda: now[0]), now
+    generations = Generations.create(tmp_path / "authority", "facility.test", clock=lambda: now[0])
+    office = await Office.open(
+        database,
+        generations,
+        Policy("facility.test"),
+        Lifetimes(dict.fromkeys(Role, 10 * DAY)),
+        address="127.0.0.1:1",
+        enroll_address="127.0.0.1:2",
+        clock=lambda: now[0],
+    )
+    yield office.registrar, now
     await database.close()
 
 

@@ -276,7 +276,7 @@ async def test_a_stranger_is_refused(live_facility, tmp_path):
 
 
 async def test_channels_without_a_certificate_are_refused(live_facility):
-    roots = (live_facility.directory / "authority" / "root.pem").read_bytes()
+    roots = (live_facility.directory / "authority" / "1" / "root.pem").read_bytes()
     async with grpc.aio.secure_channel(live_facility.address, grpc.ssl_channel_credentials(roots)) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await pb_grpc.JobServiceStub(channel).ListJobs(pb.ListJobsRequest(), timeout=5)

@@ -106,6 +106,7 @@ def test_a_length_that_came_broken_costs_the_connection_and_nothing_else(cache, 
         peer.welcome()
         peer.describe()
         peer.deliver(data_frame(1))
+        peer.acknowledged_up_to(1)
         peer.link.send(memoryview(length.to_bytes(8, "big") + data_frame(2)[8:]))
         # The consumer has gone away when this ends.
         with suppress(OSError, ValueError):

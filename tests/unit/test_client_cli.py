@@ -55,8 +55,8 @@ def token_for(tmp_path: Path, domain: str = "facility.test") -> str:
 
 def test_the_commands_are_these() -> None:
     assert COMMANDS == [
-        "bench", "bridge", "cancel", "completion", "describe", "enroll", "facilities", "get", "list", "logs", "pull",
-        "push", "receipt", "watch", "whoami",
+        "bench", "bridge", "can", "cancel", "cert", "completion", "describe", "enroll", "facilities", "get", "list", "logs",
+        "pull", "push", "receipt", "start", "token", "trust", "watch", "whoami",
     ]  # fmt: skip
 
 

@@ -143,7 +143,7 @@ def test_a_transfer_is_taken_as_it_is_and_copied() -> None:
     ("changes", "field", "words"),
     [
         ({"even_source": 1}, "even_source", "did you mean 'event_source'?"),
-        ({"zzzz": 1}, "zzzz", "known keys: buffer, data_handlers"),
+        ({"zzzz": 1}, "zzzz", "known keys: buffer, consumer_jobs, data_handlers"),
         ({"lclstreamer": {}}, "lclstreamer", "older layout"),
         ({"event_source": None}, "event_source", "is missing"),
         ({"event_source": "Psana2EventSource"}, "event_source", "mapping with a `type`, not text"),

@@ -20,6 +20,7 @@ from beamwire.mesh.authority import Authority, IssuedCertificate
 from beamwire.mesh.credentials import new_key_and_csr
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity import SpiffeId, Verifier, spiffe_id_of
+from beamwire.mesh.trust import Trust
 
 DOMAIN = "facility.test"
 ALICE = SpiffeId(DOMAIN, "user/alice")
@@ -46,7 +47,7 @@ def authority(clock: MovableClock) -> Authority:
 
 @pytest.fixture
 def verifier(authority: Authority, clock: MovableClock) -> Verifier:
-    return Verifier(DOMAIN, authority.roots_pem, clock=clock)
+    return Verifier(Trust.of(DOMAIN, authority.roots_pem), clock=clock)
 
 
 def issue(
@@ -68,8 +69,8 @@ def forge(
     parent: x509.Certificate | None = None,
 ) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
     """A certificate that our own issuing authority signs although it never should."""
-    signer = signer or authority._issuing.key
-    parent = parent or authority._issuing.certificate
+    signer = signer or authority._key
+    parent = parent or authority.issuing
     public_key: Any = parent.public_key()
     key = ec.generate_private_key(ec.SECP256R1())
     start = start or authority._clock() - timedelta(minutes=5)
@@ -153,14 +154,14 @@ def test_expired_and_early_certificates_are_refused_at_first_sight(
 ) -> None:
     past, _ = forge(authority, names=[ALICE.uri], start=clock.now - 3 * HOUR)
     future, _ = forge(authority, names=[ALICE.uri], start=clock.now + HOUR)
-    issuing = [authority._issuing.certificate]
+    issuing = [authority.issuing]
     assert refusal(verifier, past, issuing) == (Reason.CERTIFICATE_EXPIRED, "time")
     assert refusal(verifier, future, issuing) == (Reason.CERTIFICATE_INVALID, "time")
 
 
 def test_a_forged_certificate_without_a_flaw_would_pass(authority: Authority, verifier: Verifier) -> None:
     leaf, _ = forge(authority, names=[ALICE.uri])
-    assert verifier.verify(leaf, [authority._issuing.certificate]) == ALICE
+    assert verifier.verify(leaf, [authority.issuing]) == ALICE
 
 
 def test_a_foreign_authority_cannot_vouch_for_our_members(verifier: Verifier, clock: MovableClock) -> None:
@@ -172,7 +173,7 @@ def test_a_foreign_authority_cannot_vouch_for_our_members(verifier: Verifier, cl
 
 def test_our_issuing_authority_cannot_vouch_for_other_domains(authority: Authority, verifier: Verifier) -> None:
     leaf, _ = forge(authority, names=[SpiffeId("elsewhere.test", "user/alice").uri])
-    assert refusal(verifier, leaf, [authority._issuing.certificate]) == (Reason.CERTIFICATE_INVALID, "domain")
+    assert refusal(verifier, leaf, [authority.issuing]) == (Reason.CERTIFICATE_INVALID, "domain")
 
 
 @pytest.mark.parametrize(
@@ -193,23 +194,23 @@ def test_flawed_names_are_refused(
     authority: Authority, verifier: Verifier, names: list[x509.GeneralName], check: str
 ) -> None:
     leaf, _ = forge(authority, names=names)
-    assert refusal(verifier, leaf, [authority._issuing.certificate]) == (Reason.CERTIFICATE_INVALID, check)
+    assert refusal(verifier, leaf, [authority.issuing]) == (Reason.CERTIFICATE_INVALID, check)
 
 
 def test_a_certificate_that_may_sign_others_is_no_member(authority: Authority, verifier: Verifier) -> None:
     leaf, _ = forge(authority, names=[ALICE.uri], ca=True)
-    assert refusal(verifier, leaf, [authority._issuing.certificate]) == (Reason.CERTIFICATE_INVALID, "chain")
+    assert refusal(verifier, leaf, [authority.issuing]) == (Reason.CERTIFICATE_INVALID, "chain")
 
 
 def test_a_member_cannot_sign_another(authority: Authority, verifier: Verifier) -> None:
     alice, key = forge(authority, names=[ALICE.uri])
     operator, _ = forge(authority, names=[SpiffeId(DOMAIN, "operator/root").uri], signer=key, parent=alice)
-    assert refusal(verifier, operator, [alice, authority._issuing.certificate]) == (Reason.CERTIFICATE_INVALID, "chain")
+    assert refusal(verifier, operator, [alice, authority.issuing]) == (Reason.CERTIFICATE_INVALID, "chain")
 
 
 def test_a_certificate_for_another_use_is_refused(authority: Authority, verifier: Verifier) -> None:
     leaf, _ = forge(authority, names=[ALICE.uri], usage=ExtendedKeyUsageOID.CODE_SIGNING)
-    assert refusal(verifier, leaf, [authority._issuing.certificate]) == (Reason.CERTIFICATE_INVALID, "chain")
+    assert refusal(verifier, leaf, [authority.issuing]) == (Reason.CERTIFICATE_INVALID, "usage")
 
 
 def test_a_chain_without_its_middle_is_refused(authority: Authority, verifier: Verifier) -> None:
@@ -219,7 +220,7 @@ def test_a_chain_without_its_middle_is_refused(authority: Authority, verifier: V
 
 def test_a_forged_signature_is_refused(authority: Authority, verifier: Verifier) -> None:
     leaf, _ = forge(authority, names=[ALICE.uri], signer=ec.generate_private_key(ec.SECP256R1()))
-    assert refusal(verifier, leaf, [authority._issuing.certificate]) == (Reason.CERTIFICATE_INVALID, "chain")
+    assert refusal(verifier, leaf, [authority.issuing]) == (Reason.CERTIFICATE_INVALID, "chain")
 
 
 def request_of(key: Any, algorithm: Any = hashes.SHA256) -> bytes:
@@ -309,9 +310,19 @@ def test_the_files_of_an_authority_are_private_and_never_replaced(authority: Aut
 def test_broken_files_of_an_authority_are_named(authority: Authority, tmp_path: Path) -> None:
     directory = tmp_path / "authority"
     authority.save(directory)
-    (directory / "root.pem").write_bytes((directory / "issuing.pem").read_bytes())
-    with pytest.raises(BeamwireError, match=r"root\.pem does not belong to root-key\.pem"):
+    (directory / "root.pem").write_bytes(Authority.create(DOMAIN).roots_pem)
+    with pytest.raises(BeamwireError, match=r"issuing\.pem was not signed by root\.pem"):
         Authority.load(directory)
-    (directory / "root-key.pem").write_bytes(b"nothing")
-    with pytest.raises(BeamwireError, match=r"root-key\.pem cannot be read"):
+    authority.save_certificates(directory)
+    (directory / "issuing-key.pem").write_bytes((directory / "root-key.pem").read_bytes())
+    with pytest.raises(BeamwireError, match=r"issuing\.pem does not belong to issuing-key\.pem"):
         Authority.load(directory)
+    (directory / "issuing-key.pem").write_bytes(b"nothing")
+    with pytest.raises(BeamwireError, match=r"issuing-key\.pem cannot be read"):
+        Authority.load(directory)
+
+
+def test_the_key_of_the_root_may_be_taken_away(authority: Authority, clock: MovableClock, tmp_path: Path) -> None:
+    authority.save(tmp_path / "authority")
+    (tmp_path / "authority" / "root-key.pem").unlink()
+    issue(Authority.load(tmp_path / "authority", clock=clock))

@@ -13,6 +13,7 @@ import pytest
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.failure import Failure
+from beamwire.mesh.policy import Policy
 from beamwire.mesh.store import Store
 from beamwire.mesh.stream.ticket import check
 from beamwire.mesh.tasks import TaskRunner
@@ -338,7 +339,9 @@ async def test_a_buffer_that_was_failing_when_the_service_stopped_fails_when_it_
         raise AssertionError(f"a cache was started for {identity}")
 
     async with TaskRunner() as runner:
-        buffers = Buffers(store, tmp_path / "buffers", "facility.test", Placement(), mint, runner)
+        buffers = Buffers(
+            store, tmp_path / "buffers", "facility.test", Placement(), mint, runner, Policy("facility.test")
+        )
         await buffers.resume()
         async with aclosing(store.watch("buffers/b")) as versions:
             failed = await anext(version async for version in versions if version.state == "FAILED")

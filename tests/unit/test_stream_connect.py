@@ -18,6 +18,10 @@ from beamwire.mesh.stream.connect import ConnectString, spell
             "beamwire://10.0.0.1:7,node-2.lab:65535/buffers/my-buffer?epoch=4294967295&transport=tcp",
             ConnectString((("10.0.0.1", 7), ("node-2.lab", 65535)), "my-buffer", 2**32 - 1, "tcp"),
         ),
+        (
+            "beamwire://h:7/buffers/b1?epoch=1&facility=lcls.example&ticket=bwt1.a.b",
+            ConnectString((("h", 7),), "b1", 1, ticket="bwt1.a.b", facility="lcls.example"),
+        ),
         ("beamwire://[::1]:7/buffers/b?epoch=0", ConnectString((("::1", 7),), "b", 0)),
         (
             "beamwire://localhost/buffers/b?epoch=1&transport=ipc&path=/a/data.sock&path=/b%20%2B%26/%C3%BC",
@@ -54,6 +58,8 @@ def test_the_default_transport_may_be_spelt_out():
         ("beamwire://h:7/buffers/b1?epoch=-1", "it needs epoch"),
         ("beamwire://h:7/buffers/b1?epoch=4294967296", "it needs epoch"),
         ("beamwire://h:7/buffers/b1?epoch=1&tikcet=x", "'tikcet' is no option"),
+        ("beamwire://h:7/buffers/b1?epoch=1&facility=LCLS.example", "'LCLS.example' is no trust domain"),
+        ("beamwire://h:7/buffers/b1?epoch=1&facility=", "'' is no trust domain"),
         ("beamwire://h:7/buffers/b1?epoch=1&transport=ipc&path=/a", "beamwire://localhost"),
         ("beamwire://localhost/buffers/b1?epoch=1&transport=ipc", "beamwire://localhost"),
         ("beamwire://localhost/buffers/b1?epoch=1&transport=ipc&path=a", "'a' is no absolute path"),

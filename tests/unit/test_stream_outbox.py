@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import numpy as np
 import pytest
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream.bundle import frames
-from beamwire.mesh.stream.frame import decode
+from beamwire.mesh.stream.frame import Value, decode
 from beamwire.mesh.stream.outbox import Outbox, closed
 from beamwire.stream.v1.frame_pb2 import FRAME_KIND_BUNDLE, FRAME_KIND_DATA, FRAME_KIND_END, FrameHeader, StreamEnd
 
@@ -124,6 +125,53 @@ def test_memory_is_used_again():
         del message
         outbox.acknowledge(sequence)
     assert len(places) <= 2
+
+
+def test_lasting_arrays_are_sent_from_where_they_lie():
+    outbox = Outbox(WINDOW)
+    values = np.arange(2 * 300_000, dtype=np.uint16).reshape(2, 300_000)
+    arrays: dict[str, Value] = {"x": values, "odd": np.zeros((2, 3), np.uint8), "y": values[:, ::2]}
+    for sequence in (1, 2):
+        header = FrameHeader(epoch=1, sequence=sequence, kind=FRAME_KIND_DATA, event_count=2, event_ids=[7, 8])
+        outbox.put(header, arrays, lasting=True)
+    parts = outbox.take()
+    assert any(np.shares_memory(np.frombuffer(part, np.uint8), values) for part in parts)
+    message = b"".join(parts)
+    assert outbox.message_bytes == 2 * len(message)
+    assert int.from_bytes(message[:8], "big") == len(message) - 8
+    frame = decode(memoryview(message)[8:])
+    for name, array in arrays.items():
+        assert isinstance(array, np.ndarray)
+        np.testing.assert_array_equal(frame.arrays[name], array)
+    assert b"".join(outbox.take())[8:] != message[8:]
+    outbox.rewind(0)
+    assert b"".join(outbox.take()) == message
+
+
+def test_lasting_memory_is_given_back_when_it_is_acknowledged():
+    outbox = Outbox(WINDOW)
+    values = np.zeros((1, 200_000), np.uint8)
+    gone = weakref.ref(values)
+    header = FrameHeader(epoch=1, sequence=1, kind=FRAME_KIND_DATA, event_count=1, event_ids=[1])
+    outbox.put(header, {"x": values}, lasting=True)
+    del values
+    parts = outbox.take()
+    assert gone() is not None
+    del parts
+    outbox.acknowledge(1)
+    assert gone() is None
+
+
+def test_small_lasting_arrays_are_bundled():
+    outbox = Outbox(WINDOW)
+    values = np.zeros((1, 100), np.uint8)
+    for sequence in (1, 2):
+        header = FrameHeader(epoch=1, sequence=sequence, kind=FRAME_KIND_DATA, event_count=1, event_ids=[1])
+        outbox.put(header, {"x": values}, lasting=True)
+    values[:] = 1
+    (message,) = outbox.take()
+    frame = decode(message[8:])
+    assert [member.arrays["x"].max() for member in frames(frame.header, frame.payload)] == [0, 0]
 
 
 def test_a_failure_is_told_to_all_who_come():

@@ -59,6 +59,21 @@ def test_a_draft_knows_its_size():
     assert set(decode(memory).arrays) == {"x", "y"}
 
 
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {},
+        {"x": np.zeros((2, 0))},
+        {"x": np.arange(6, dtype=">i4").reshape(2, 3), "y": np.zeros(2, "S3"), "z": np.array(["a", "bc"])},
+        {"x": np.asfortranarray(np.arange(8).reshape(2, 4)), "y": np.arange(8).reshape(2, 4)[:, ::2]},
+        {"x": Ragged(np.arange(5.0), np.array([0, 2, 5])), "y": np.arange(2)},
+    ],
+)
+def test_a_message_in_parts_is_the_same(arrays):
+    whole = FrameWriter().encode(header(), arrays)
+    assert b"".join(draft(header(), arrays).parts()) == bytes(whole)
+
+
 def test_a_message_may_be_opaque_and_longer_than_any_piece():
     data = np.random.default_rng(0).integers(0, 256, 3_000_001, np.uint8)
     head = header()

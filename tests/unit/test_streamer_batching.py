@@ -64,12 +64,37 @@ def test_every_event_is_in_its_place_however_they_come(size: int, count: int) ->
     assert list(stage.flush()) == []
 
 
-def test_the_memory_of_a_batch_is_used_for_the_next() -> None:
-    stage = BatchProcessingPipeline(BatchProcessingPipeline.Parameters(batch_size=5))
+def large(event: int) -> Batch:
+    """An event whose arrays are large enough for the pool."""
+    values = np.full(50_000, event)
+    ragged = Ragged(values[: 30_000 + event], np.array([0, 30_000 + event]))
+    return Batch(np.array([event], dtype=np.uint64), {"image": values[np.newaxis], "rows": ragged})
+
+
+def test_the_memory_of_a_batch_is_used_again_when_nobody_has_it() -> None:
+    stage = BatchProcessingPipeline(BatchProcessingPipeline.Parameters(batch_size=2))
     places = set[int]()
-    for batch in pushed(5):
-        for out in stage.push(batch):
+    for event in range(20):
+        for out in stage.push(large(event)):
             images = out.arrays["image"]
+            assert out.lasting
             assert not isinstance(images, Ragged)
             places.add(images.ctypes.data)
+            del out, images
     assert len(places) == 1
+
+
+def test_a_batch_that_somebody_has_stays_as_it_is() -> None:
+    stage = BatchProcessingPipeline(BatchProcessingPipeline.Parameters(batch_size=2))
+    held = [out for event in range(11) for out in stage.push(large(event))]
+    held += stage.flush()
+    events = [(batch, place) for batch in held for place in range(len(batch.event_ids))]
+    assert [batch.event_ids[place] for batch, place in events] == list(range(11))
+    for event, (batch, place) in enumerate(events):
+        images, ragged = batch.arrays["image"], batch.arrays["rows"]
+        assert isinstance(ragged, Ragged)
+        assert not isinstance(images, Ragged)
+        assert (images[place] == event).all()
+        begin, end = ragged.row_offsets[place : place + 2]
+        assert end - begin == 30_000 + event
+        assert (ragged.values[begin:end] == event).all()

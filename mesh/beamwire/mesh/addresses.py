@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from beamwire.mesh.errors import invalid_field
+
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]")
+_PORT: Final = re.compile(r"[0-9]{1,5}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,7 @@ class Addresses:
 def check_address(address: str) -> str:
     """Return an address if it is one; INVALID_FIELD if not."""
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
-        raise invalid_field("address", f"{address!r} is not host:port, as in 127.0.0.1:7443")
+    # Nothing that gRPC takes for a scheme: an address can come from another facility.
+    if not _HOST.fullmatch(host) or not _PORT.fullmatch(port) or not 1 <= int(port) <= 65535:
+        raise invalid_field("address", f"{address[:300]!r} is not host:port, as in 127.0.0.1:7443")
     return address

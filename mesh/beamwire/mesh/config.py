@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -70,9 +70,23 @@ def load(cls: type[C], path: Path | None) -> C:
         _file.reset(token)
 
 
-def _check_syntax(path: Path) -> None:
+S = TypeVar("S", bound=Section)
+
+
+def read(model: type[S], path: Path) -> S:
+    """What one TOML file says, which the environment does not touch; INVALID_FIELD with a message as that of `load`."""
+    document = _check_syntax(path)
     try:
-        tomllib.loads(path.read_text())
+        return model.model_validate(document)
+    except ValidationError as error:
+        violations = [_violation(model, details) for details in error.errors()]
+        lines = [f"{path}: {v.field}: {v.description}" for v in violations]
+        raise BeamwireError(Reason.INVALID_FIELD, "\n".join(lines), violations=violations) from None
+
+
+def _check_syntax(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, f"cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
@@ -100,6 +114,8 @@ def _violation(cls: type[BaseModel], details: ErrorDetails) -> FieldViolation:
         return FieldViolation(key, "unknown key" + (f"; did you mean {near[0]}?" if near else ""))
     if details["type"] == "missing":
         return FieldViolation(key, "is required and missing")
+    if details["type"] == "value_error":  # our own words, which say it all
+        return FieldViolation(key, details["msg"].removeprefix("Value error, "))
     return FieldViolation(key, f"{details['msg']}, not {details['input']!r}")
 
 

@@ -1,17 +1,15 @@
-"""A member's own files: key, chain and bundle in one directory, and the TLS settings made of them."""
+"""A member's own files: key, chain, bundle and whom it believes besides, and the TLS settings made of them."""
 
 from __future__ import annotations
 
-import _ssl
 import fcntl
 import logging
 import os
 import shutil
 import ssl
-import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,8 +22,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from beamwire.mesh import tls
+from beamwire.mesh import trust as trust_files
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity import Clock, SpiffeId, Verifier, spiffe_id_of, utcnow
+from beamwire.mesh.trust import DomainTrust, Trust
 
 if TYPE_CHECKING:
     import grpc
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 KEY_FILE: Final = "key.pem"
 CHAIN_FILE: Final = "chain.pem"
 BUNDLE_FILE: Final = "bundle.pem"
+TRUST_DIRECTORY: Final = "trust"
+# Which facility the member enrolled in, and where that is called.
+MEMBER_FILE: Final = "member.json"
 PRIVATE: Final = 0o600
 PUBLIC: Final = 0o644
 _FILES: Final = (KEY_FILE, CHAIN_FILE, BUNDLE_FILE)
@@ -99,10 +103,12 @@ class _State:
             with _locked(directory):
                 _finish_save(directory)
                 key, chain, bundle = ((directory / name).read_bytes() for name in _FILES)
-            leaf = x509.load_pem_x509_certificates(chain)[0]
+                leaf = x509.load_pem_x509_certificates(chain)[0]
+                identity = spiffe_id_of(leaf)
+                own = DomainTrust(identity.trust_domain, bundle)
+                trust = trust_files.load(directory / TRUST_DIRECTORY, own)
             private_key = _parse_key(key)
-            identity = spiffe_id_of(leaf)
-            verifier = Verifier(identity.trust_domain, bundle, clock=clock)
+            verifier = Verifier(trust, clock=clock)
         except FileNotFoundError as error:
             raise BeamwireError(
                 Reason.CERTIFICATE_INVALID, f"{error.filename} is missing: there are no credentials; enrol first"
@@ -121,8 +127,20 @@ class _State:
         import grpc
 
         return grpc.ssl_server_certificate_configuration(
-            [(self.key_pem, self.chain_pem)], root_certificates=self.bundle_pem
+            [(self.key_pem, self.chain_pem)], root_certificates=self.verifier.trust.handshake_roots_pem
         )
+
+    def roots_of(self, trust_domain: str) -> bytes:
+        """The roots that vouch for the servers of a domain, of which those of no other are part."""
+        domain = self.verifier.trust.get(trust_domain or self.identity.trust_domain)
+        if domain is None:
+            raise BeamwireError(
+                Reason.CERTIFICATE_INVALID,
+                f"the trust domain {trust_domain} is not believed here; an operator can introduce it "
+                "(`beamwire trust accept`)",
+                metadata={"check": "domain"},
+            )
+        return domain.roots_pem
 
 
 @contextmanager
@@ -159,8 +177,12 @@ class Credentials:
         self._state = state
         self._clock = clock
         self._lock = threading.Lock()
-        self._paths = [str(directory / name) for name in _FILES]
+        own = f"{TRUST_DIRECTORY}/{state.identity.trust_domain}{trust_files.SUFFIX}"
+        self._paths = [str(directory / name) for name in (*_FILES, TRUST_DIRECTORY, own)]
         self._stamp = self._read_stamp()
+        self._listeners: list[Callable[[], None]] = []
+        self.problem = ""
+        """Why what is on disk is not used, and the last good state is; empty if it is used."""
 
     @classmethod
     def load(cls, directory: Path, *, clock: Clock = utcnow) -> Credentials:
@@ -169,16 +191,21 @@ class Credentials:
 
     @classmethod
     def save(
-        cls, directory: Path, key_pem: bytes, chain_pem: bytes, roots_pem: bytes, *, clock: Clock = utcnow
+        cls, directory: Path, key_pem: bytes, chain_pem: bytes, roots_pem: bytes | None, *, clock: Clock = utcnow
     ) -> Credentials:
-        """Write the three files so that a crash leaves either the old ones or the new ones, never a mixture."""
+        """Write the three files so that a crash leaves either the old ones or the new ones, never a mixture.
+
+        Without roots, those that are there stay, also if they are changed meanwhile.
+        """
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
         try:
             write_file(staging / KEY_FILE, key_pem, PRIVATE)
             write_file(staging / CHAIN_FILE, chain_pem, PUBLIC)
-            write_file(staging / BUNDLE_FILE, roots_pem, PUBLIC)
+            write_file(staging / BUNDLE_FILE, roots_pem or (directory / BUNDLE_FILE).read_bytes(), PUBLIC)
             _State.read(staging, clock)
+            if roots_pem is None:
+                (staging / BUNDLE_FILE).unlink()
             with _locked(directory):
                 _finish_save(directory)
                 staging.rename(directory / _PENDING)
@@ -199,13 +226,60 @@ class Credentials:
 
     @property
     def verifier(self) -> Verifier:
-        """Decides about the certificates of others."""
+        """Decides about the certificates of others; another object after each change of the files."""
         return self._state.verifier
+
+    @property
+    def trust(self) -> Trust:
+        """Whom this member believes, as it now is on disk."""
+        return self._fresh().verifier.trust
+
+    def save_trust(self, trust: Trust) -> None:
+        """Believe this from now on. The roots of the own domain go into the bundle, where others look for them."""
+        self.change_trust(lambda _: trust)
+
+    def change_trust(self, change: Callable[[Trust], Trust]) -> Trust:
+        """Believe from now on what is made of what is believed, which nobody else changes meanwhile."""
+        with _locked(self.directory):
+            _finish_save(self.directory)
+            before = self._kept_trust()
+            trust = change(before)
+            if trust.own.trust_domain != self.identity.trust_domain:
+                raise ValueError(f"{self.identity} cannot be told to be of {trust.own.trust_domain}")
+            if trust != before:
+                trust_files.save(self.directory / TRUST_DIRECTORY, trust)
+            if trust.own.roots_pem != before.own.roots_pem:
+                trust_files.replace_file(self.directory / BUNDLE_FILE, trust.own.roots_pem.decode(), PUBLIC)
+        if trust != before:
+            with self._lock:
+                # In any case: two changes can be too close together for the clock of a file system.
+                self.reload()
+        return trust
+
+    def _kept_trust(self) -> Trust:
+        """What is believed as it is on disk; the last good state if that cannot be read."""
+        try:
+            own = DomainTrust(self.identity.trust_domain, (self.directory / BUNDLE_FILE).read_bytes())
+            return trust_files.load(self.directory / TRUST_DIRECTORY, own)
+        except (OSError, BeamwireError):
+            return self._state.verifier.trust
+
+    def listen(self, listener: Callable[[], None]) -> Callable[[], None]:
+        """Have somebody called after every change, in the thread that noticed it; returns what ends that.
+
+        A change by another process is noticed when the credentials are next used. The listener must not use them.
+        """
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
 
     @property
     def chain_pem(self) -> bytes:
         """The certificate chain as it now is on disk; the same object until it changes."""
         return self._fresh().chain_pem
+
+    def roots_of(self, trust_domain: str = "") -> bytes:
+        """The roots (PEM) of a domain, its own if none is named; CERTIFICATE_INVALID if it is not believed."""
+        return self._fresh().roots_of(trust_domain)
 
     def check(self) -> None:
         """Raise CERTIFICATE_INVALID or CERTIFICATE_EXPIRED if this member's own facility would refuse it."""
@@ -218,19 +292,33 @@ class Credentials:
         try:
             self._state = _State.read(self.directory, self._clock)
         except BeamwireError as error:
-            _log.warning("credentials kept as they were: %s", error)
+            if error.message != self.problem:
+                _log.warning("credentials kept as they were: %s", error)
+            self.problem = error.message
             return False
         finally:
             self._stamp = stamp
+        self.problem = ""
+        for listener in list(self._listeners):
+            listener()
         return True
 
-    def channel_credentials(self) -> grpc.ChannelCredentials:
-        """What a gRPC client shows and believes. A channel keeps it for its life."""
+    def refresh(self) -> None:
+        """Look whether the files were changed, and take them if they can be used."""
+        self._fresh()
+
+    def channel_credentials(self, trust_domain: str = "") -> grpc.ChannelCredentials:
+        """What a gRPC client shows to a server of a trust domain (its own if none is named), and what it believes.
+
+        A channel keeps it for its life. CERTIFICATE_INVALID if the domain is not believed.
+        """
         import grpc
 
         state = self._fresh()
         return grpc.ssl_channel_credentials(
-            root_certificates=state.bundle_pem, private_key=state.key_pem, certificate_chain=state.chain_pem
+            root_certificates=state.roots_of(trust_domain),
+            private_key=state.key_pem,
+            certificate_chain=state.chain_pem,
         )
 
     def server_credentials(self, *, require_client: bool = True) -> grpc.ServerCredentials:
@@ -257,34 +345,28 @@ class Credentials:
             served.server_configuration(), renewed, require_client_authentication=require_client
         )
 
-    def client_context(self) -> ssl.SSLContext:
-        """TLS settings to dial the data plane with: this member's certificate, the server's name checked."""
-        return self._context(ssl.PROTOCOL_TLS_CLIENT)
+    def client_context(self, trust_domain: str = "") -> ssl.SSLContext:
+        """TLS settings to dial the data plane of a trust domain with (its own if none is named).
+
+        They show this member's certificate and check the server's name. CERTIFICATE_INVALID if the domain is not
+        believed.
+        """
+        state = self._fresh()
+        return tls.context(ssl.PROTOCOL_TLS_CLIENT, state.key_pem + state.chain_pem, state.roots_of(trust_domain))
 
     def server_context(self) -> ssl.SSLContext:
         """TLS settings to listen with on the data plane: a client certificate is required, no session is resumed."""
-        context = self._context(ssl.PROTOCOL_TLS_SERVER)
+        state = self._fresh()
+        roots_pem = state.verifier.trust.handshake_roots_pem
+        context = tls.context(ssl.PROTOCOL_TLS_SERVER, state.key_pem + state.chain_pem, roots_pem)
         context.verify_mode = ssl.CERT_REQUIRED
         context.num_tickets = 0
         context.options |= ssl.OP_NO_TICKET
         return context
 
-    def _context(self, protocol: ssl._SSLMethod) -> ssl.SSLContext:
-        state = self._fresh()
-        context = ssl.SSLContext(protocol)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_verify_locations(cadata=state.bundle_pem.decode())
-        with _memory_file(state.key_pem + state.chain_pem) as path:
-            context.load_cert_chain(path)
-        return context
-
     def peer_identity(self, connection: ssl.SSLSocket | ssl.SSLObject) -> SpiffeId:
-        """Who is at the other end of a TLS connection; BeamwireError CERTIFICATE_INVALID or _EXPIRED if it fails."""
-        chain = [x509.load_der_x509_certificate(der) for der in _peer_chain(connection)]
-        if not chain:
-            raise BeamwireError(
-                Reason.CERTIFICATE_INVALID, "the peer showed no certificate", metadata={"check": "chain"}
-            )
+        """Who is at the other end of a TLS connection; what `Verifier.verify` raises if that is not proven."""
+        chain = tls.peer_chain(connection)
         return self.verifier.verify(chain[0], chain[1:])
 
     def _fresh(self) -> _State:
@@ -303,22 +385,3 @@ def _stamp(path: str) -> tuple[int, int]:
     except OSError:
         return 0, 0
     return status.st_mtime_ns, status.st_ino
-
-
-def _peer_chain(connection: ssl.SSLSocket | ssl.SSLObject) -> list[bytes]:
-    if sys.version_info >= (3, 13):
-        return connection.get_unverified_chain()
-    # Before 3.13 the chain that the peer sent is only known to the object underneath.
-    inner = connection._sslobj  # type: ignore[union-attr]
-    return [certificate.public_bytes(_ssl.ENCODING_DER) for certificate in inner.get_unverified_chain() or ()]
-
-
-@contextmanager
-def _memory_file(data: bytes) -> Iterator[str]:
-    # OpenSSL's Python face reads certificates from files only, and the files on disk may not be the last good state.
-    descriptor = os.memfd_create("credentials", os.MFD_CLOEXEC)
-    try:
-        os.write(descriptor, data)
-        yield f"/proc/self/fd/{descriptor}"
-    finally:
-        os.close(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import logging
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +16,16 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
-from beamwire.mesh.credentials import PUBLIC, Credentials, new_key_and_csr, write_file
+from beamwire.mesh.credentials import MEMBER_FILE, PUBLIC, Credentials, new_key_and_csr, write_file
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity import Verifier, services_name
+from beamwire.mesh.membership import read_bundle
 from beamwire.mesh.rpc.status import error_from_rpc
+from beamwire.mesh.trust import Trust
 
-MEMBER_FILE: Final = "member.json"
 _PREFIX: Final = "bwj1"
+
+_log = logging.getLogger(__name__)
 
 
 def _encode(data: bytes) -> str:
@@ -90,12 +94,35 @@ def enroll(token: JoinToken, directory: Path, *, timeout: float = 30) -> Credent
             certificate = stub.EnrollMember(request, timeout=timeout)
         except grpc.RpcError as error:
             raise error_from_rpc(error, address=token.enroll_address) from error
+        trust = _read_trust(token, stub, timeout)
     chain_pem = certificate.chain_pem.encode()
     chain = x509.load_pem_x509_certificates(chain_pem)
-    Verifier(token.trust_domain, token.roots_pem).verify(chain[0], chain[1:])
-    credentials = Credentials.save(directory, key_pem, chain_pem, token.roots_pem)
+    Verifier(Trust.of(token.trust_domain, token.roots_pem)).verify(chain[0], chain[1:])
+    credentials = Credentials.save(directory, key_pem, chain_pem, trust.own.roots_pem)
+    credentials.save_trust(trust)
     _save_member(token, directory)
     return credentials
+
+
+def _read_trust(token: JoinToken, stub: certificate_service_pb2_grpc.CertificateServiceStub, timeout: float) -> Trust:
+    """What the facility says of itself: also the root that is to sign next, by which its services will soon be known.
+
+    It is asked where the root in the token vouches for the answer. The token is spent, so if there is none that root
+    has to do until the facility can be asked again.
+    """
+    request = certificate_service_pb2.GetTrustBundleRequest(name=f"trustBundles/{token.trust_domain}")
+    try:
+        own = read_bundle(stub.GetTrustBundle(request, timeout=timeout))
+    except grpc.RpcError as error:
+        problem = error_from_rpc(error, address=token.enroll_address).message
+    except BeamwireError as error:
+        problem = error.message
+    else:
+        if own.trust_domain == token.trust_domain:
+            return Trust(own)
+        problem = f"it is of {own.trust_domain[:100]!r}"
+    _log.warning("the trust bundle of %s could not be read: %s", token.trust_domain, problem)
+    return Trust.of(token.trust_domain, token.roots_pem)
 
 
 def _save_member(token: JoinToken, directory: Path) -> None:

@@ -7,19 +7,27 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Final
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import verification
 
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.revocation import RevocationList
+from beamwire.mesh.trust import DomainTrust, Trust
 
 _TRUST_DOMAIN = re.compile(r"[a-z0-9._-]{1,255}")
 _SEGMENT = re.compile(r"[A-Za-z0-9._-]+")
 _SCHEME: Final = "spiffe://"
 _MAX_LENGTH: Final = 2048
 _CACHE_SIZE: Final = 4096
+# The only ones that gRPC and the data plane both take; the authority issues no others.
+_CURVES: Final = frozenset({"secp256r1", "secp384r1"})
+# So long before its issue a certificate begins, for members whose clocks are slow.
+BACKDATE: Final = timedelta(minutes=5)
 
 Clock = Callable[[], datetime]
 
@@ -30,13 +38,26 @@ def utcnow() -> datetime:
 
 
 class Role(enum.StrEnum):
-    """The kind of member: the first segment of the path of its SPIFFE id."""
+    """The kind of member: the first segment of the path of its SPIFFE id.
+
+    PARTNER is a service of another facility, which no path says of itself.
+    """
 
     USER = "user"
     SERVICE = "service"
     JOB = "job"
     CACHE = "cache"
     OPERATOR = "operator"
+    PARTNER = "partner"
+
+
+# The roles that a facility gives to its own members.
+OWN_ROLES: Final = tuple(role for role in Role if role is not Role.PARTNER)
+
+
+def is_trust_domain(text: str) -> bool:
+    """Whether a text can be the name of a trust domain."""
+    return _TRUST_DOMAIN.fullmatch(text) is not None
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -48,7 +69,7 @@ class SpiffeId:
 
     def __post_init__(self) -> None:
         segments = self.path.split("/")
-        if not _TRUST_DOMAIN.fullmatch(self.trust_domain):
+        if not is_trust_domain(self.trust_domain):
             raise invalid_field("identity", f"{self.trust_domain[:100]!r} is not a trust domain")
         if any(not _SEGMENT.fullmatch(s) or s in {".", ".."} for s in segments):
             raise invalid_field("identity", f"{self.path[:100]!r} is not the path of a SPIFFE id")
@@ -70,16 +91,21 @@ class SpiffeId:
     def role(self) -> Role:
         """The kind of member; BeamwireError INVALID_FIELD if the path begins with no known role."""
         first = self.path.partition("/")[0]
-        try:
-            return Role(first)
-        except ValueError:
-            known = ", ".join(Role)
-            raise invalid_field("identity", f"{self}: {first!r} is no role; the roles are {known}") from None
+        if first not in OWN_ROLES:
+            known = ", ".join(OWN_ROLES)
+            raise invalid_field("identity", f"{self}: {first!r} is no role; the roles are {known}")
+        return Role(first)
 
     @property
     def uri(self) -> x509.UniformResourceIdentifier:
         """The id as it stands in a certificate."""
         return x509.UniformResourceIdentifier(str(self))
+
+
+@lru_cache(maxsize=1024)
+def parse_id(text: str) -> SpiffeId:
+    """The id that a text spells, as `SpiffeId.parse`, for texts that come again and again."""
+    return SpiffeId.parse(text)
 
 
 def _refuse(check: str, message: str, reason: Reason = Reason.CERTIFICATE_INVALID) -> BeamwireError:
@@ -117,22 +143,31 @@ class _Verified:
 
 
 class Verifier:
-    """Decides whether a certificate proves an identity in one trust domain, by the roots of that domain alone.
+    """Decides whether a certificate proves an identity, by the roots and revocations of the identity's own domain.
 
-    Good verdicts are cached; the time is checked at every call. Safe to share between threads.
+    Good verdicts are cached; the time is checked at every call. Safe to share between threads. It is of one state of
+    trust: who is told of another one makes a new verifier.
     """
 
-    def __init__(self, trust_domain: str, roots_pem: bytes, *, clock: Clock = utcnow) -> None:
-        self.trust_domain = trust_domain
+    def __init__(self, trust: Trust, *, clock: Clock = utcnow) -> None:
+        self.trust = trust
         self._clock = clock
-        self._store = verification.Store(x509.load_pem_x509_certificates(roots_pem))
+        self._stores = {
+            name: verification.Store(x509.load_pem_x509_certificates(domain.roots_pem))
+            for name, domain in trust.items()
+        }
         self._verified: OrderedDict[x509.Certificate, _Verified] = OrderedDict()
+
+    @property
+    def trust_domain(self) -> str:
+        """The domain of the member itself."""
+        return self.trust.own.trust_domain
 
     def verify(self, leaf: x509.Certificate, intermediates: Sequence[x509.Certificate]) -> SpiffeId:
         """The identity that the certificate proves.
 
-        Raises CERTIFICATE_INVALID or CERTIFICATE_EXPIRED; `metadata["check"]` says which check failed: name, domain,
-        time or chain.
+        Raises CERTIFICATE_INVALID, CERTIFICATE_EXPIRED or CERTIFICATE_REVOKED; `metadata["check"]` says which check
+        failed: name, domain, usage, chain, time or revocation.
         """
         now = self._clock()
         known = self._verified.get(leaf)
@@ -146,22 +181,67 @@ class Verifier:
 
     def _verify(self, leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], now: datetime) -> _Verified:
         identity = spiffe_id_of(leaf)
-        if identity.trust_domain != self.trust_domain:
-            raise _refuse("domain", f"{identity} is no member of the trust domain {self.trust_domain}")
+        domain = self._domain_of(identity)
+        if domain is self.trust.own:
+            _check_role(identity)
+        _check_key(identity, leaf)
         _check_time(_Verified(identity, leaf.not_valid_before_utc, leaf.not_valid_after_utc), now)
-        verifier = verification.PolicyBuilder().store(self._store).time(now).build_client_verifier()
+        store = self._stores[domain.trust_domain]
+        verifier = verification.PolicyBuilder().store(store).time(now).build_client_verifier()
         try:
             chain = verifier.verify(leaf, list(intermediates)).chain
         except verification.VerificationError as error:
             raise _refuse(
-                "chain",
-                f"the certificate of {identity} does not lead to a root of {self.trust_domain} ({error}); "
-                "enrol again at this facility",
+                "usage" if _is_usage(error) else "chain",
+                f"the certificate of {identity} does not lead to a root of {domain.trust_domain} ({error}); "
+                "enrol again at that facility",
             ) from error
+        for certificate in chain:
+            _check_revocation(identity, certificate, domain.revoked)
         return _Verified(
             identity,
             max(c.not_valid_before_utc for c in chain),
             min(c.not_valid_after_utc for c in chain),
+        )
+
+    def _domain_of(self, identity: SpiffeId) -> DomainTrust:
+        domain = self.trust.get(identity.trust_domain)
+        if domain is None:
+            raise _refuse(
+                "domain",
+                f"{identity} is of the trust domain {identity.trust_domain}, which is not believed here; "
+                f"believed: {', '.join(self.trust)}",
+            )
+        return domain
+
+
+def _is_usage(error: verification.VerificationError) -> bool:
+    # The library has words for this, and no type.
+    return "EKU" in str(error) or "keyUsage" in str(error)
+
+
+def _check_role(identity: SpiffeId) -> None:
+    try:
+        identity.role  # noqa: B018 - no member of this facility is without one
+    except BeamwireError as error:
+        raise _refuse("name", str(error)) from error
+
+
+def _check_key(identity: SpiffeId, leaf: x509.Certificate) -> None:
+    # The verifier of the library looks at the keys of authorities only.
+    key = leaf.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or key.curve.name not in _CURVES:
+        raise _refuse("usage", f"the key of {identity} is neither P-256 nor P-384; enrol again with one that is")
+
+
+def _check_revocation(identity: SpiffeId, certificate: x509.Certificate, revoked: RevocationList) -> None:
+    found = revoked.revocations.get(certificate.serial_number)
+    if found is not None:
+        raise _refuse(
+            "revocation",
+            f"the certificate {certificate.serial_number:x} of {identity} was revoked "
+            f"{found.time:%Y-%m-%d %H:%M:%S} UTC; ask an operator of {identity.trust_domain}",
+            Reason.CERTIFICATE_REVOKED,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
@@ -17,41 +18,56 @@ from beamwire.buffer.v1 import buffer_service_pb2_grpc
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
 from beamwire.job.v1 import job_service_pb2_grpc
 from beamwire.mesh import telemetry
-from beamwire.mesh.authority import Authority
+from beamwire.mesh.biscuits import TokenChecker, TokenKey
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.idempotency import Idempotency
+from beamwire.mesh.membership import Membership
 from beamwire.mesh.pages import Pager
+from beamwire.mesh.policy import PolicyFile
+from beamwire.mesh.rpc.access import Gate
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.rpc.convert import to_duration
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
+from beamwire.mesh.trust import Trust
 from beamwire.request.v1 import request_service_pb2_grpc
 from beamwire.services.buffer.domain import Buffers
 from beamwire.services.buffer.model import BufferRecord
 from beamwire.services.buffer.placement import Placement
 from beamwire.services.buffer.service import BufferService
-from beamwire.services.certificate.domain import CertificateRecord, Lifetimes, Registrar, TokenRecord
-from beamwire.services.certificate.service import CertificateService
+from beamwire.services.certificate.access import AccessAdviser
+from beamwire.services.certificate.delegation import DelegationRecord, Delegations
+from beamwire.services.certificate.federation import Federation
+from beamwire.services.certificate.office import Office
+from beamwire.services.certificate.rates import Rates
+from beamwire.services.certificate.service import CertificateService, Desks
 from beamwire.services.config import SERVICE_NAMES, FacilitySettings, Layout, ServiceName
-from beamwire.services.facility import TOGETHER, renew_services
+from beamwire.services.facility import TOGETHER, open_office, renew_services
 from beamwire.services.job.backend import LocalBackend
 from beamwire.services.job.domain import Jobs, Surroundings
 from beamwire.services.job.model import JobRecord
 from beamwire.services.job.service import JobService
 from beamwire.services.request.clients import BufferClient, JobClient
+from beamwire.services.request.datasets import Datasets
 from beamwire.services.request.domain import Limits, Transfers
 from beamwire.services.request.model import TransferRecord
+from beamwire.services.request.placing import ConsumerClient
 from beamwire.services.request.preflight import StreamerCheck
 from beamwire.services.request.service import RequestService
 
 TOKEN_TTL = timedelta(minutes=10)
 # How long a job or a buffer waits for a Certificate service that is away.
 MINT_PATIENCE = 300.0
-RENEWAL_PERIOD = 600.0
 STOP_GRACE = 2.0
+# Seconds, at most.
+LOOK_AFTER_PERIOD = 600.0
+# A process that serves renews at 45 to 55 % of a certificate's life; what is not renewed at 60 % has nobody who does.
+LATE = 0.2
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -63,13 +79,20 @@ class _Parts:
     runner: TaskRunner
     stack: AsyncExitStack
     pager: Pager
+    policy: PolicyFile
     services: list[Service] = field(default_factory=list)
     idempotency: dict[str, Idempotency] = field(default_factory=dict)
     resume: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
     start: dict[str, Callable[[], Coroutine[Any, Any, None]]] = field(default_factory=dict)
+    members: dict[str, Credentials] = field(default_factory=dict)
+    # Who wants to know whom to believe, now and after each change.
+    believers: list[Callable[[Trust], None]] = field(default_factory=list)
 
     def credentials(self, name: str) -> Credentials:
-        return Credentials.load(self.layout.member(f"service/{name}"))
+        """Return the credentials of a service, which all of this process share and its membership renews."""
+        if name not in self.members:
+            self.members[name] = Credentials.load(self.layout.member(f"service/{name}"))
+        return self.members[name]
 
     def channel(self, caller: ServiceName, callee: ServiceName) -> grpc.aio.Channel:
         """Return a channel from one service to another, with the caller's own identity."""
@@ -115,16 +138,35 @@ def _unreachable(error: BaseException) -> bool:
 
 
 async def _add_certificate(parts: _Parts) -> None:
+    layout, settings, credentials = parts.layout, parts.settings, parts.credentials("certificate")
     database = await parts.database("certificate")
-    authority = Authority.load(parts.layout.authority)
-    ledger = Store(database, CertificateRecord)
-    lifetimes = Lifetimes(parts.settings.certificates.by_role())
-    registrar = Registrar(authority, Store(database, TokenRecord), ledger, lifetimes)
-    await renew_services(parts.layout, registrar, parts.settings)
-    parts.start["renewal"] = partial(_renew, parts, registrar)
-    service = CertificateService(
-        registrar, ledger, parts.pager, parts.settings.addresses(), parts.settings.enroll_address
+    office = await open_office(layout, settings, database, parts.policy)
+    renewal = partial(renew_services, layout, office.registrar, settings)
+    office.rotation.renew = renewal
+    await renewal()
+    # What was published while the services were away counts from their first call on.
+    for name in (*SERVICE_NAMES, TOGETHER.removeprefix("service/")):
+        parts.credentials(name).save_trust(office.board.trust)
+    rates = Rates(settings.certificates.renewals_per_minute, settings.certificates.failed_enrollments_per_minute)
+    federation = Federation(office.board, lambda: office.rotation.authority, office.audit, credentials)
+    tokens = Store(database, DelegationRecord)
+    key = TokenKey.open(layout.token_key)
+    desks = Desks(
+        registrar=office.registrar,
+        rotation=office.rotation,
+        board=office.board,
+        audit=office.audit,
+        rates=rates,
+        policy=parts.policy,
+        federation=federation,
+        access=AccessAdviser(parts.policy, credentials),
+        delegations=await Delegations.open(key, tokens, office.board, parts.policy, office.audit),
     )
+    service = CertificateService(
+        desks, office.certificates, office.audit_records, parts.pager, settings.addresses(), settings.enroll_address
+    )
+    parts.start["authority"] = partial(_look_after, parts, office)
+    parts.start["federation"] = federation.follow
     add = certificate_service_pb2_grpc.add_CertificateServiceServicer_to_server
     parts.add("CertificateService", add, service, database)
 
@@ -146,10 +188,14 @@ async def _add_buffer(parts: _Parts) -> None:
         otlp_endpoint=parts.settings.telemetry.otlp_endpoint,
     )
     mint = Minter(parts.channel("buffer", "certificate"))
-    buffers = Buffers(store, parts.layout.buffers, parts.settings.trust_domain, placement, mint, parts.runner)
+    buffers = Buffers(
+        store, parts.layout.buffers, parts.settings.trust_domain, placement, mint, parts.runner, parts.policy
+    )
     service = BufferService(buffers, store, parts.pager, data.ticket_lifetime, parts.credentials("buffer"))
     parts.add("BufferService", buffer_service_pb2_grpc.add_BufferServiceServicer_to_server, service, database)
     parts.resume.append(buffers.resume)
+    parts.believers.append(buffers.believe)
+    parts.start["trust of caches"] = buffers.spread_trust
 
 
 async def _add_job(parts: _Parts) -> None:
@@ -157,8 +203,8 @@ async def _add_job(parts: _Parts) -> None:
     store = Store(database, JobRecord)
     surroundings = Surroundings(_trace_dir(parts), parts.settings.telemetry.otlp_endpoint)
     mint = Minter(parts.channel("job", "certificate"))
-    jobs = Jobs(store, parts.layout.jobs, {"local": LocalBackend()}, mint, parts.runner, surroundings)
-    service = JobService(jobs, store, parts.pager, parts.settings.trust_domain)
+    jobs = Jobs(store, parts.layout.jobs, {"local": LocalBackend()}, mint, parts.runner, surroundings, parts.policy)
+    service = JobService(jobs, store, parts.pager, parts.settings.trust_domain, parts.settings.limits.processes)
     parts.add("JobService", job_service_pb2_grpc.add_JobServiceServicer_to_server, service, database)
     parts.resume.append(jobs.resume)
 
@@ -174,17 +220,37 @@ async def _add_request(parts: _Parts) -> None:
         StreamerCheck(),
         parts.runner,
         Limits(limits.active_transfers, limits.processes, limits.lease),
+        Datasets([parts.layout.directory]),
+        parts.policy,
+        ConsumerClient(parts.credentials("request"), parts.settings.addresses().of("job"), parts.stack),
     )
-    service = RequestService(transfers, store, parts.pager)
+    service = RequestService(transfers, store, parts.pager, parts.settings.trust_domain)
     parts.add("RequestService", request_service_pb2_grpc.add_RequestServiceServicer_to_server, service, database)
     parts.resume.append(transfers.resume)
 
 
-async def _renew(parts: _Parts, registrar: Registrar) -> None:
-    """Renew the services' certificates in time; each process reads its own again by itself."""
+async def _look_after(parts: _Parts, office: Office) -> None:
+    """Do now and then what the authority has to do of itself, and renew what no process keeps renewed."""
+    period = min(LOOK_AFTER_PERIOD, parts.settings.certificates.service.total_seconds() / 20)
     while True:
-        await asyncio.sleep(min(RENEWAL_PERIOD, parts.settings.certificates.service.total_seconds() / 20))
-        await renew_services(parts.layout, registrar, parts.settings)
+        await asyncio.sleep(period)
+        try:
+            await office.look_after()
+            await renew_services(parts.layout, office.registrar, parts.settings, late=LATE)
+        except (BeamwireError, OSError):
+            # A full disk, say: what was signed before is good for a while, and it is tried again before.
+            _log.exception("the authority could not be looked after; it is tried again")
+
+
+def _join(parts: _Parts, identity: str) -> Membership:
+    """Return what keeps all services of this process members; the one that serves is the first to know."""
+    parts.credentials(identity)
+    members = sorted(parts.members.items(), key=lambda member: member[0] != identity)
+    membership = Membership([credentials for _, credentials in members], parts.settings.addresses().of("certificate"))
+    for believer in parts.believers:
+        membership.on_trust(believer)
+        believer(members[0][1].trust)
+    return membership
 
 
 def _trace_dir(parts: _Parts) -> str:
@@ -235,7 +301,9 @@ async def serve(
     async with AsyncExitStack() as stack:
         stack.callback(setup.shutdown)
         runner = TaskRunner()
-        parts = _Parts(layout, settings, runner, stack, Pager(layout.page_key.read_bytes()))
+        # Before anything is opened: a policy that cannot be read must not be served by.
+        policy = PolicyFile(layout.policy, settings.trust_domain)
+        parts = _Parts(layout, settings, runner, stack, Pager(layout.page_key.read_bytes()), policy)
         for name, add in _ADD.items():
             if name in names:
                 await add(parts)
@@ -247,11 +315,19 @@ async def serve(
         for resume in parts.resume:
             await resume()
         credentials = parts.credentials(identity.removeprefix("service/"))
-        server = Server(credentials, address=address, services=parts.services, idempotency=parts.idempotency)
+        server = Server(
+            credentials,
+            address=address,
+            services=parts.services,
+            idempotency=parts.idempotency,
+            gate=Gate(credentials, policy, TokenChecker(lambda: credentials.verifier.trust)),
+        )
         await server.start()
         stack.push_async_callback(server.stop, STOP_GRACE)
         if "certificate" in names:
             await _listen_for_members(parts, credentials)
+        # Not before calls are answered: the Certificate service may be this process.
+        runner.start("membership", _join(parts, identity.removeprefix("service/")).run)
         ready(address)
         await runner.run_until_signal()
         stopping()

@@ -12,10 +12,11 @@ from typing import Literal, get_args
 
 from pydantic import Field, ValidationError, field_validator
 
+from beamwire.mesh import policy
 from beamwire.mesh.addresses import Addresses, check_address
 from beamwire.mesh.config import Section, Settings, load
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
-from beamwire.mesh.identity import Role
+from beamwire.mesh.identity import OWN_ROLES, Role
 
 ServiceName = Literal["certificate", "buffer", "job", "request"]
 SERVICE_NAMES: tuple[ServiceName, ...] = get_args(ServiceName)
@@ -61,18 +62,29 @@ class Data(Section):
     )
 
 
-class Certificates(Section):
-    """How long certificates live."""
+class Authority(Section):
+    """Who holds the keys of the authority."""
 
-    service: timedelta = timedelta(days=90)
-    operator: timedelta = timedelta(days=90)
-    user: timedelta = timedelta(days=30)
-    job: timedelta = timedelta(days=8)
-    cache: timedelta = timedelta(days=8)
+    key_holder: str = Field(default="files", description="`files`, or the name of a plug-in of the group beamwire.keys")
+    passphrase_file: str = Field(
+        default="", description="the file with the passphrase of the keys; empty: they are not encrypted"
+    )
+
+
+class Certificates(Section):
+    """How long certificates live where the policy does not say, and how often they may be asked for."""
+
+    service: timedelta = Field(default=timedelta(hours=1), gt=timedelta(0))
+    operator: timedelta = Field(default=timedelta(days=30), gt=timedelta(0))
+    user: timedelta = Field(default=timedelta(days=7), gt=timedelta(0))
+    job: timedelta = Field(default=timedelta(days=1), gt=timedelta(0))
+    cache: timedelta = Field(default=timedelta(days=1), gt=timedelta(0))
+    renewals_per_minute: int = Field(default=120, gt=0, description="of one identity")
+    failed_enrollments_per_minute: int = Field(default=30, gt=0, description="from one address")
 
     def by_role(self) -> dict[Role, timedelta]:
         """Return the lifetimes by role."""
-        return {role: getattr(self, role.value) for role in Role}
+        return {role: getattr(self, role.value) for role in OWN_ROLES}
 
 
 class Limits(Section):
@@ -101,6 +113,7 @@ class FacilitySettings(Settings):
     )
     services: ServiceAddresses = ServiceAddresses()
     data: Data = Data()
+    authority: Authority = Authority()
     certificates: Certificates = Certificates()
     limits: Limits = Limits()
     telemetry: Telemetry = Telemetry()
@@ -122,7 +135,9 @@ class Layout:
     def __init__(self, directory: Path) -> None:
         self.directory = directory.absolute()
         self.file = self.directory / FILE_NAME
+        self.policy = self.directory / policy.FILE_NAME
         self.authority = self.directory / "authority"
+        self.token_key = self.authority / "token-key.pem"
         self.state = self.directory / "state"
         self.jobs = self.state / "jobs"
         self.buffers = self.state / "buffers"

@@ -7,14 +7,24 @@ import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from beamwire.buffer.v1 import buffer_service_pb2 as buffer_pb2
 from beamwire.buffer.v1.buffer_service_pb2_grpc import BufferServiceStub
+from beamwire.certificate.v1 import certificate_service_pb2 as certificate_pb2
+from beamwire.certificate.v1.certificate_service_pb2_grpc import CertificateServiceStub
+from beamwire.client.abroad import learn_trust
 from beamwire.client.aiostream import AsyncStream
-from beamwire.client.config import choose_facility, config_directory
+from beamwire.client.config import (
+    EnrolledFacility,
+    choose_among,
+    choose_facility,
+    config_directory,
+    job_membership,
+)
 from beamwire.client.request import ParsedRequest, Request, parse_request
 from beamwire.client.session import Reading, Via
 from beamwire.client.source import Source
@@ -22,12 +32,17 @@ from beamwire.client.transfers import full_name, has_ended
 from beamwire.common.v1.account_pb2 import EndCause
 from beamwire.job.v1 import job_service_pb2 as job_pb2
 from beamwire.job.v1.job_service_pb2_grpc import JobServiceStub
-from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.credentials import MEMBER_FILE
+from beamwire.mesh.delegation import check_text
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.membership import keep_member
 from beamwire.mesh.names import new_id
+from beamwire.mesh.renewal import certificate_address
 from beamwire.mesh.rpc.channel import connect as open_channel
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import PREFETCH_BYTES
 from beamwire.mesh.stream.ticket import Ticket, TicketSource
+from beamwire.mesh.trust import Trust
 from beamwire.request.v1 import request_service_pb2 as request_pb2
 from beamwire.request.v1.request_service_pb2_grpc import RequestServiceStub
 
@@ -35,16 +50,22 @@ if TYPE_CHECKING:
     import grpc
 
     from beamwire.buffer.v1.buffer_service_pb2_grpc import BufferServiceAsyncStub
+    from beamwire.certificate.v1.certificate_service_pb2_grpc import CertificateServiceAsyncStub
     from beamwire.job.v1.job_service_pb2_grpc import JobServiceAsyncStub
     from beamwire.request.v1.request_service_pb2_grpc import RequestServiceAsyncStub
     from beamwire.stream.v1.link_pb2 import LinkRole
 
 _CREATE_SECONDS = 60.0
+# What people ask about themselves they can also do without.
+_ASK_SECONDS = 3.0
 _RECONNECT_SECONDS = 30.0
+# Sessions that are over before need not look after their membership.
+_MEMBERSHIP_DELAY = 10.0
 _TICKET_SECONDS = 60.0
 # A ticket that this facility cannot renew is not asked for again and again.
 _NOT_OURS_SECONDS = 86400.0
 _RECONNECT_PAUSE = 0.5
+_PASSING = frozenset({Reason.SERVICE_UNAVAILABLE, Reason.DRAINING})
 _BUFFER_ENDED = frozenset({buffer_pb2.Buffer.STATE_ENDED, buffer_pb2.Buffer.STATE_FAILED})
 
 
@@ -57,12 +78,24 @@ R = TypeVar("R", bound=_Versioned)
 
 
 class AsyncClient:
-    """A member's way to the services of its facility. Use it with `async with`; every error is a BeamwireError."""
+    """A member's way to the services of its facility. Use it with `async with`; every error is a BeamwireError.
 
-    def __init__(self, facility: str | None = None, *, config_dir: Path | None = None) -> None:
-        self.facility = choose_facility(config_directory(config_dir), facility)
+    With a delegation `token` every call is made with the rights that it hands over, and with no other.
+    """
+
+    def __init__(
+        self,
+        facility: str | None = None,
+        *,
+        config_dir: Path | None = None,
+        home: str | None = None,
+        token: str = "",
+    ) -> None:
+        self.facility = find_facility(facility, config_dir=config_dir, home=home)
         self.credentials = self.facility.credentials()
+        self._token = check_text(token) if token else ""
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._membership: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -74,6 +107,10 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connections; streams must have been left before."""
+        if self._membership is not None:
+            self._membership.cancel()
+            await asyncio.wait([self._membership])
+            self._membership = None
         while self._channels:
             _, channel = self._channels.popitem()
             await channel.close()
@@ -197,6 +234,7 @@ class AsyncClient:
         """
         if connect.transport == "tcp" or connect.delivery == "push":
             return None
+        self._check_facility(connect)
         loop = asyncio.get_running_loop()
 
         def issue() -> Ticket:
@@ -208,6 +246,16 @@ class AsyncClient:
                 raise BeamwireError(Reason.TIMED_OUT, "the event loop of the client does not run") from None
 
         return issue
+
+    def _check_facility(self, connect: ConnectString) -> None:
+        called = self.facility.trust_domain
+        if connect.facility in ("", called) or connect.ticket:
+            return
+        raise invalid_field(
+            "connect_string",
+            f"buffers/{connect.buffer} is of {connect.facility}, and this client calls {called}; use "
+            f"connect({connect.facility!r}), or --facility {connect.facility}",
+        )
 
     async def _ticket(self, connect: ConnectString, role: LinkRole.ValueType) -> Ticket:
         try:
@@ -223,6 +271,50 @@ class AsyncClient:
         return await self.buffers.RevokeAccess(
             buffer_pb2.RevokeAccessRequest(name=full_name("buffers", name), identity=identity, request_id=_request_id())
         )
+
+    async def create_token(
+        self, holder: str, resource: str = "", *, read_only: bool = False, ttl: timedelta | None = None
+    ) -> certificate_pb2.DelegationToken:
+        """Hand a part of one's rights over to the SPIFFE id `holder`, for an hour unless `ttl` says otherwise.
+
+        They are about one transfer, by its name or id, or with no resource about all that is one's own.
+        """
+        request = certificate_pb2.CreateDelegationTokenRequest(
+            holder=holder, resource=full_name("transfers", resource) if resource else "", read_only=read_only
+        )
+        if ttl is not None:
+            request.ttl.FromTimedelta(ttl)
+        return await self._certificates.CreateDelegationToken(request)
+
+    async def revoke_token(self, revocation_id: str) -> None:
+        """End a token, and all that were narrowed from it, by the revocation id of its first block."""
+        await self._certificates.RevokeDelegationToken(
+            certificate_pb2.RevokeDelegationTokenRequest(revocation_id=revocation_id, request_id=_request_id())
+        )
+
+    async def token_root(self) -> bytes:
+        """Return the public key that the facility's tokens are checked with: narrowing one takes it."""
+        known = self.credentials.trust.get(self.facility.trust_domain)
+        if known is not None and known.token_root:
+            return known.token_root
+        name = f"trustBundles/{self.facility.trust_domain}"
+        bundle = await self._certificates.GetTrustBundle(certificate_pb2.GetTrustBundleRequest(name=name))
+        return bundle.token_root
+
+    async def who_am_i(self) -> certificate_pb2.WhoAmIResponse:
+        """Ask the facility who the caller is there: its role, the rule of the policy, the datasets that it may read."""
+        return await self._certificates.WhoAmI(certificate_pb2.WhoAmIRequest(), timeout=_ASK_SECONDS)
+
+    async def check_access(
+        self, method: str = "", dataset: str = "", identity: str = ""
+    ) -> certificate_pb2.CheckAccessResponse:
+        """Ask whether a method, a dataset or both would be allowed, to the caller or, for operators, to anybody."""
+        request = certificate_pb2.CheckAccessRequest(method=method, dataset=dataset, identity=identity)
+        return await self._certificates.CheckAccess(request)
+
+    async def get_job(self, name: str) -> job_pb2.Job:
+        """Read a job, by `jobs/<id>` or `<id>`."""
+        return await self._jobs.GetJob(job_pb2.GetJobRequest(name=full_name("jobs", name)))
 
     async def list_jobs(self, filter: str = "", *, page_size: int = 0) -> AsyncIterator[job_pb2.Job]:  # noqa: A002
         """Yield the caller's jobs, newest first, page by page."""
@@ -248,16 +340,42 @@ class AsyncClient:
     ) -> AsyncIterator[job_pb2.TailLogsResponse]:
         """Yield what a job printed, from the start or the last bytes on; with `follow`, until it has ended."""
         request = job_pb2.TailLogsRequest(name=full_name("jobs", name), follow=follow, last_bytes=last_bytes)
-        async for piece in self._jobs.TailLogs(request):
-            yield piece
+        seen: dict[int, int] = {}
+        give_up: float | None = None
+        while True:
+            try:
+                async for piece in self._jobs.TailLogs(request):
+                    give_up = None
+                    fresh = _unseen(piece, seen)
+                    if fresh is not None:
+                        yield fresh
+            except BeamwireError as error:
+                give_up = give_up or time.monotonic() + _RECONNECT_SECONDS
+                if not follow or error.reason not in _PASSING or time.monotonic() > give_up:
+                    raise
+            else:
+                return
+            await asyncio.sleep(_RECONNECT_PAUSE)
+            if seen:
+                # From the begin: what was seen is left out.
+                request.last_bytes = 0
 
     def _channel(self, service: str) -> grpc.aio.Channel:
         # Made on first use: a channel belongs to the event loop that is running.
         address = self.facility.addresses.of(service)
         if address not in self._channels:
             _refuse_after_fork()
-            self._channels[address] = open_channel(address, self.credentials)
+            self._stay_a_member()
+            domain = self.facility.trust_domain
+            self._channels[address] = open_channel(address, self.credentials, trust_domain=domain, token=self._token)
         return self._channels[address]
+
+    def _stay_a_member(self) -> None:
+        """Renew in time, and follow whom to believe, for sessions that last."""
+        if self._membership is None and (self.credentials.directory / MEMBER_FILE).exists():
+            address = certificate_address(self.credentials.directory)
+            work = keep_member(self.credentials, address, _MEMBERSHIP_DELAY)
+            self._membership = asyncio.get_running_loop().create_task(work, name="membership")
 
     @property
     def _requests(self) -> RequestServiceAsyncStub:
@@ -269,8 +387,29 @@ class AsyncClient:
         return BufferServiceStub(self._channel("buffer"))
 
     @property
+    def _certificates(self) -> CertificateServiceAsyncStub:
+        return CertificateServiceStub(self._channel("certificate"))
+
+    @property
     def _jobs(self) -> JobServiceAsyncStub:
         return JobServiceStub(self._channel("job"))
+
+
+def find_facility(
+    facility: str | None = None, *, config_dir: Path | None = None, home: str | None = None
+) -> EnrolledFacility:
+    """Return the facility that a client calls.
+
+    Only one that is not enrolled may have to be asked for: at the facility that this person is a member of, once.
+    """
+
+    def learn(at: EnrolledFacility) -> Trust:
+        _refuse_after_fork()
+        return learn_trust(at.credentials(), at.addresses.of("certificate"))
+
+    if config_dir is None and (member := job_membership()) is not None:
+        return choose_among([member], str(member.directory), facility, home, learn=learn)
+    return choose_facility(config_directory(config_dir), facility, home, learn=learn)
 
 
 # Which process made a channel: this one, or one that it was forked from.
@@ -307,12 +446,24 @@ async def _watch(call: Callable[[str], AsyncIterator[R]], ended: Callable[[R], b
                 if ended(resource):
                     return
         except BeamwireError as error:
-            if error.reason not in (Reason.SERVICE_UNAVAILABLE, Reason.DRAINING):
+            if error.reason not in _PASSING:
                 raise
             give_up = give_up or time.monotonic() + _RECONNECT_SECONDS
             if time.monotonic() > give_up:
                 raise
         await asyncio.sleep(_RECONNECT_PAUSE)
+
+
+def _unseen(piece: job_pb2.TailLogsResponse, seen: dict[int, int]) -> job_pb2.TailLogsResponse | None:
+    """What of a piece of a log begins where the last one of its stream ended; None if all of it was seen."""
+    begin, known = piece.offset_bytes, seen.get(piece.stream, 0)
+    end = begin + len(piece.data)
+    if begin < known:
+        if end <= known:
+            return None
+        piece = job_pb2.TailLogsResponse(stream=piece.stream, offset_bytes=known, data=piece.data[known - begin :])
+    seen[piece.stream] = end
+    return piece
 
 
 def _request_id() -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from beamwire.buffer.v1.buffer_service_pb2 import Buffer, BufferSpec
+from beamwire.certificate.v1.certificate_service_pb2 import CheckAccessResponse, DelegationToken, WhoAmIResponse
 from beamwire.client.aio import AsyncClient
 from beamwire.client.config import EnrolledFacility
 from beamwire.client.portal import Portal
@@ -28,20 +30,37 @@ if TYPE_CHECKING:
     from beamwire.stream.v1.link_pb2 import LinkRole
 
 
-def connect(facility: str | None = None, *, config_dir: Path | None = None) -> Client:
+def connect(
+    facility: str | None = None, *, config_dir: Path | None = None, home: str | None = None, token: str = ""
+) -> Client:
     """Return a client of a facility that this person is enrolled in: the one named, or the only one.
 
+    Another facility can be named too, if one that this person is enrolled in believes it: it is called as a member of
+    that one, of `home` if there are several.
+
+    With a delegation `token` that somebody gave to this person, every call is made with the rights that it hands over,
+    and with no other.
+
+    In a program that a facility runs as a job, with `enroll`, it is the job that is the member.
+
     Raises BeamwireError CERTIFICATE_INVALID if there is none, INVALID_FIELD if there are several and none is named.
-    Nothing is sent before the first call.
+    Nothing is sent before the first call, unless to enrol a job, or to ask where another facility is.
     """
-    return Client(facility, config_dir=config_dir)
+    return Client(facility, config_dir=config_dir, home=home, token=token)
 
 
 class Client:
     """A member's way to the services of its facility. Every error is a BeamwireError; safe to share between threads."""
 
-    def __init__(self, facility: str | None = None, *, config_dir: Path | None = None) -> None:
-        self._client = AsyncClient(facility, config_dir=config_dir)
+    def __init__(
+        self,
+        facility: str | None = None,
+        *,
+        config_dir: Path | None = None,
+        home: str | None = None,
+        token: str = "",
+    ) -> None:
+        self._client = AsyncClient(facility, config_dir=config_dir, home=home, token=token)
         self._portal = Portal()
         self._close = weakref.finalize(self, _close, self._portal, self._client)
 
@@ -153,6 +172,35 @@ class Client:
     def revoke_access(self, name: str, identity: str) -> Buffer:
         """Take a member's right to use a buffer; its connections are cut within a second."""
         return self._portal.call(self._client.revoke_access(name, identity))
+
+    def create_token(
+        self, holder: str, resource: str = "", *, read_only: bool = False, ttl: timedelta | None = None
+    ) -> DelegationToken:
+        """Hand a part of one's rights over to the SPIFFE id `holder`, for an hour unless `ttl` says otherwise.
+
+        They are about one transfer, by its name or id, or with no resource about all that is one's own.
+        """
+        return self._portal.call(self._client.create_token(holder, resource, read_only=read_only, ttl=ttl))
+
+    def revoke_token(self, revocation_id: str) -> None:
+        """End a token, and all that were narrowed from it, by the revocation id of its first block."""
+        self._portal.call(self._client.revoke_token(revocation_id))
+
+    def token_root(self) -> bytes:
+        """Return the public key that the facility's tokens are checked with: narrowing one takes it."""
+        return self._portal.call(self._client.token_root())
+
+    def who_am_i(self) -> WhoAmIResponse:
+        """Ask the facility who the caller is there: its role, the rule of the policy, the datasets that it may read."""
+        return self._portal.call(self._client.who_am_i())
+
+    def check_access(self, method: str = "", dataset: str = "", identity: str = "") -> CheckAccessResponse:
+        """Ask whether a method, a dataset or both would be allowed, to the caller or, for operators, to anybody."""
+        return self._portal.call(self._client.check_access(method, dataset, identity))
+
+    def get_job(self, name: str) -> Job:
+        """Read a job, by `jobs/<id>` or `<id>`."""
+        return self._portal.call(self._client.get_job(name))
 
     def list_jobs(self, filter: str = "", *, page_size: int = 0) -> Iterator[Job]:  # noqa: A002
         """Yield the caller's jobs, newest first."""

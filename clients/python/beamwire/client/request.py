@@ -30,7 +30,7 @@ _STREAM_KEYS = (
     "data_handlers",
     "max_events",
 )
-_OWN_KEYS = ("processes", "buffer", "lease", "labels")
+_OWN_KEYS = ("processes", "buffer", "lease", "labels", "consumer_jobs")
 _KEYS = frozenset(_STREAM_KEYS + _OWN_KEYS)
 _BUFFER_KEYS = frozenset(
     {
@@ -45,6 +45,9 @@ _BUFFER_KEYS = frozenset(
         "retain_bytes",
         "shard_count",
     }
+)
+_JOB_KEYS = frozenset(
+    {"facility", "executable", "arguments", "environment", "processes", "mpi", "duration", "display_name"}
 )
 _HANDLER_KEYS = frozenset({"type", "write_directory", "file_prefix", "file_suffix"})
 _OLD_LAYOUT = "this is the older layout of LCLStreamer; move what is under it to the top level, each with its `type`"
@@ -112,7 +115,8 @@ class _Conversion:
         transfer = request_pb2.Transfer(
             config=self._config(content),
             process_count=self._count("processes", content.get("processes"), _INT32_MAX, least=1),
-            labels=self._labels(content.get("labels")),
+            labels=self._words_by_name("labels", content.get("labels")),
+            consumer_jobs=self._consumer_jobs(content.get("consumer_jobs")),
         )
         if content.get("buffer") is not None:
             transfer.buffer_spec.CopyFrom(self._buffer(content["buffer"]))
@@ -270,15 +274,45 @@ class _Conversion:
             length.FromNanoseconds(round(seconds * 1e9))
         return length
 
-    def _labels(self, value: object) -> dict[str, str]:
+    def _consumer_jobs(self, value: object) -> list[request_pb2.ConsumerJob]:
+        if value is None:
+            return []
+        if not isinstance(value, list | tuple):
+            self._problems.add("consumer_jobs", f"must be a list of programs to run, not {_kind(value)}")
+            return []
+        return [self._consumer_job(f"consumer_jobs[{index}]", item) for index, item in enumerate(value)]
+
+    def _consumer_job(self, path: str, value: object) -> request_pb2.ConsumerJob:
+        consumer = request_pb2.ConsumerJob()
+        if not isinstance(value, Mapping):
+            self._problems.add(path, f"must be a mapping with an `executable`, not {_kind(value)}")
+            return consumer
+        for key in value:
+            if key not in _JOB_KEYS:
+                self._problems.unknown_key(f"{path}.{key}", str(key), _JOB_KEYS)
+        consumer.trust_domain = self._text(f"{path}.facility", value.get("facility"))
+        spec = consumer.spec
+        spec.executable = self._text(f"{path}.executable", value.get("executable"))
+        if not spec.executable:
+            self._problems.add(f"{path}.executable", "is missing; it names the program")
+        spec.arguments.extend(self._words(f"{path}.arguments", value.get("arguments"), "words"))
+        spec.environment.update(self._words_by_name(f"{path}.environment", value.get("environment")))
+        spec.display_name = self._text(f"{path}.display_name", value.get("display_name"))
+        spec.mpi = self._flag(f"{path}.mpi", value.get("mpi"))
+        spec.resources.process_count = self._count(f"{path}.processes", value.get("processes"), _INT32_MAX, least=1)
+        if value.get("duration") is not None:
+            spec.resources.duration.CopyFrom(self._length(f"{path}.duration", value["duration"]))
+        return consumer
+
+    def _words_by_name(self, path: str, value: object) -> dict[str, str]:
         if value is None:
             return {}
         if not isinstance(value, Mapping):
-            self._problems.add("labels", f"must be a mapping of words, not {_kind(value)}")
+            self._problems.add(path, f"must be a mapping of words, not {_kind(value)}")
             return {}
         for name, word in value.items():
             if isinstance(word, Mapping | list | tuple) or word is None:
-                self._problems.add(f"labels.{name}", f"must be a word, not {_kind(word)}")
+                self._problems.add(f"{path}.{name}", f"must be a word, not {_kind(word)}")
         return {str(name): _word(word) for name, word in value.items()}
 
     def _text(self, path: str, value: object) -> str:

@@ -6,7 +6,8 @@ import inspect
 import logging
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing, nullcontext
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
 import grpc
@@ -16,9 +17,10 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 
 from beamwire.mesh import telemetry
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.delegation import METADATA_KEY
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.rpc import access, fields
+from beamwire.mesh.rpc.live import LiveCalls
 from beamwire.mesh.rpc.status import CODES, DETAILS_KEY, to_status
 
 if TYPE_CHECKING:  # its database stays out of programs that only call
@@ -37,16 +39,16 @@ StreamHandler = Callable[[Any, Any], Any]
 class Chain(grpc.aio.ServerInterceptor):
     """Wraps the handler of each method once, in everything that happens around a call.
 
-    `anonymous` is the enrolment listener: callers show no certificate, and reach only the methods that allow that.
+    `gate` says who calls. `anonymous` is the enrolment listener: callers show no certificate, and reach only the
+    methods that allow that.
     """
 
-    def __init__(
-        self, credentials: Credentials, idempotency: Mapping[str, Idempotency], *, anonymous: bool = False
-    ) -> None:
-        self._credentials = credentials
+    def __init__(self, gate: access.Gate, idempotency: Mapping[str, Idempotency], *, anonymous: bool = False) -> None:
+        self._gate = gate
         self._idempotency = idempotency
         self._anonymous = anonymous
         self._wrapped: dict[str, Handler] = {}
+        self.live = LiveCalls()
 
     async def intercept_service(
         self,
@@ -81,8 +83,7 @@ class Chain(grpc.aio.ServerInterceptor):
 
         async def call(request: Message, context: Context) -> Any:
             try:
-                with _span(method, context), _Faults(method):
-                    self._admit(method, context)
+                with _span(method, context), _Faults(method), self._admitted(method, context):
                     fields.apply(request)
                     return await handler(request, context)
             except BeamwireError as error:
@@ -96,8 +97,7 @@ class Chain(grpc.aio.ServerInterceptor):
         # without closing it, and the span would end in a foreign context, at some other time.
         async def call(request: Message | AsyncIterator[Message], context: Context) -> None:
             try:
-                with _span(method, context), _Faults(method):
-                    self._admit(method, context)
+                with _span(method, context), _Faults(method), self._admitted(method, context):
                     if isinstance(request, Message):
                         fields.apply(request)
                     await _write(handler(request, context), context)
@@ -108,13 +108,19 @@ class Chain(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _admit(self, method: str, context: Context) -> None:
+    def _admitted(self, method: str, context: Context) -> AbstractContextManager[None]:
+        """Let the caller in, or refuse; to be entered as long as the call lasts."""
         if self._anonymous:
-            caller = access.ANONYMOUS
-        else:
-            caller = access.identify(context.auth_context(), self._credentials.verifier)
+            trace.get_current_span().set_attribute(telemetry.ATTR_CALLER, str(access.ANONYMOUS))
+            access.admit(method, access.ANONYMOUS)
+            return nullcontext()
+        connection, token = context.auth_context(), _token(context)
+        caller = self._gate.identify(connection, token)
         trace.get_current_span().set_attribute(telemetry.ATTR_CALLER, str(caller))
         access.admit(method, caller)
+        return self.live.entered(
+            lambda: copy_context().run(access.admit, method, self._gate.identify(connection, token))
+        )
 
     def _idempotent(self, method: str, handler: UnaryHandler) -> UnaryHandler:
         descriptor = access.find_method(method)
@@ -151,13 +157,18 @@ def _check_uuid(request_id: str) -> None:
         raise invalid_field("request_id", f"must be a UUID such as {uuid.uuid4()}")
 
 
+def _token(context: Context) -> str:
+    return _metadata(context, METADATA_KEY) or ""
+
+
+def _metadata(context: Context, key: str) -> str | None:
+    return next((v for k, v in context.invocation_metadata() or () if k == key and isinstance(v, str)), None)
+
+
 def _span(method: str, context: Context) -> Any:
-    parent = next(
-        (v for k, v in context.invocation_metadata() or () if k == "traceparent" and isinstance(v, str)), None
-    )
     return telemetry.span(
         telemetry.SPAN_RPC_SERVER,
-        parent=parent,
+        parent=_metadata(context, "traceparent"),
         attributes={telemetry.ATTR_RPC_METHOD: method.removeprefix("/")},
         kind=SpanKind.SERVER,
     )

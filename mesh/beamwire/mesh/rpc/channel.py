@@ -11,12 +11,17 @@ import grpc
 
 from beamwire.mesh import telemetry
 from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.delegation import METADATA_KEY, check_text
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity import services_name
 from beamwire.mesh.rpc.status import error_from_rpc
 
 DEADLINE: Final = 15.0
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
+# What a server says when a live call's certificate is over, or its authority is.
+_OF_A_CERTIFICATE: Final = frozenset({Reason.CERTIFICATE_EXPIRED, Reason.CERTIFICATE_INVALID})
+
+_Explain = Callable[[grpc.RpcError, grpc.aio.Channel], BeamwireError]
 
 
 def service_config() -> dict[str, Any]:
@@ -42,12 +47,22 @@ def service_config() -> dict[str, Any]:
     }
 
 
-def connect(address: str, credentials: Credentials, *, server_name: str | None = None) -> grpc.aio.Channel:
-    """A channel to `host:port`, to a service of the caller's own facility unless `server_name` says what to expect.
+def connect(
+    address: str,
+    credentials: Credentials,
+    *,
+    trust_domain: str = "",
+    server_name: str | None = None,
+    token: str = "",
+) -> grpc.aio.Channel:
+    """A channel to `host:port`: to a service of a facility, the caller's own unless `trust_domain` names another.
+
+    The server is believed by the roots of that facility alone, and must have the name of a facility's services on its
+    certificate unless `server_name` says what to expect.
 
     Failed calls raise BeamwireError. Unary calls end after 15 s unless the call says otherwise; streams have no
     deadline, and end within 8 s of the connection's death. Calls made after a renewal of the credentials use the new
-    certificate.
+    certificate. With a delegation `token` every call is made with the rights that it hands over.
     """
     options: list[tuple[str, Any]] = [
         ("grpc.service_config", json.dumps(service_config())),
@@ -61,39 +76,49 @@ def connect(address: str, credentials: Credentials, *, server_name: str | None =
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ]
-    expected = server_name or services_name(credentials.identity.trust_domain)
+    expected = server_name or services_name(trust_domain or credentials.identity.trust_domain)
     options.append(("grpc.ssl_target_name_override", expected))
-    return _RenewingChannel(address, credentials, options)
+    metadata = ((METADATA_KEY, check_text(token)),) if token else ()
+    return _RenewingChannel(address, credentials, trust_domain, options, metadata)
 
 
 class _RenewingChannel(grpc.aio.Channel):
-    """A channel that is made anew when the credentials are: grpcio cannot change those of a live one.
+    """A channel that is made anew when the credentials are, or the roots: grpcio cannot change those of a live one.
 
     A call that runs keeps the channel it began on, which goes when the last of its calls has ended.
     """
 
-    def __init__(self, address: str, credentials: Credentials, options: list[tuple[str, Any]]) -> None:
+    def __init__(
+        self,
+        address: str,
+        credentials: Credentials,
+        trust_domain: str,
+        options: list[tuple[str, Any]],
+        metadata: tuple[tuple[str, str], ...],
+    ) -> None:
         self._address = address
         self._credentials = credentials
+        self._trust_domain = trust_domain
         self._options = options
-        self._chain_pem = b""
+        self._metadata = metadata
+        self._made_with: tuple[bytes, bytes] = (b"", b"")
         self._alive: WeakSet[grpc.aio.Channel] = WeakSet()
         self._newest = self._current()
 
     def _current(self) -> grpc.aio.Channel:
-        chain_pem = self._credentials.chain_pem
-        if chain_pem is not self._chain_pem:
-            security = self._credentials.channel_credentials()
+        shown = (self._credentials.chain_pem, self._credentials.roots_of(self._trust_domain))
+        if shown != self._made_with:
+            security = self._credentials.channel_credentials(self._trust_domain)
             self._newest = grpc.aio.secure_channel(self._address, security, self._options)
             self._alive.add(self._newest)
-            self._chain_pem = chain_pem
+            self._made_with = shown
         return self._newest
 
     def _callable(self, arity: str, deadline: float | None, *description: Any, **registered: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> _Call:
             if kwargs.get("timeout") is None:
                 kwargs["timeout"] = deadline
-            kwargs["metadata"] = (*(kwargs.get("metadata") or ()), *telemetry.inject().items())
+            kwargs["metadata"] = (*(kwargs.get("metadata") or ()), *self._metadata, *telemetry.inject().items())
             channel = self._current()
             return _Call(getattr(channel, arity)(*description, **registered)(*args, **kwargs), channel, self._explain)
 
@@ -111,17 +136,23 @@ class _RenewingChannel(grpc.aio.Channel):
     def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
         return self._callable("stream_stream", None, *args, **kwargs)
 
-    def _explain(self, error: grpc.RpcError) -> BeamwireError:
+    def _explain(self, error: grpc.RpcError, channel: grpc.aio.Channel) -> BeamwireError:
         """What a failed call means.
 
-        A server that refuses a certificate closes the connection without a word, so this member looks at its own.
+        A server that refuses a certificate closes the connection without a word, so this member looks at its own. One
+        that cuts a call whose connection began with a certificate before the present one is to be called again.
         """
         failure = error_from_rpc(error, address=self._address)
+        if failure.reason in _OF_A_CERTIFICATE and channel is not self._current():
+            story = f"the connection to {self._address} ended with its certificate, which was renewed; call again"
+            return BeamwireError(Reason.SERVICE_UNAVAILABLE, story)
         if failure.reason is Reason.SERVICE_UNAVAILABLE:
             try:
                 self._credentials.check()
             except BeamwireError as own:
                 return own
+            if self._trust_domain not in ("", self._credentials.identity.trust_domain):
+                return _perhaps_unbelieved(failure, self._trust_domain, self._credentials.identity.trust_domain)
         return failure
 
     async def close(self, grace: float | None = None) -> None:
@@ -144,13 +175,19 @@ class _RenewingChannel(grpc.aio.Channel):
         await self._current().channel_ready()
 
 
+def _perhaps_unbelieved(failure: BeamwireError, callee: str, own: str) -> BeamwireError:
+    """A failure to reach another facility, and what it may mean besides: that too closes connections without a word."""
+    story = f"{failure.message}, and that {callee} believes {own} (its operator sees that with `beamwire trust list`)"
+    return BeamwireError(failure.reason, story, metadata=failure.metadata, retry_after=failure.retry_after)
+
+
 class _Call:
     """A call of grpcio whose failure is a BeamwireError. It keeps its channel alive.
 
     Interceptors of grpcio could do this too; they make a task for each call and cost three times as much.
     """
 
-    def __init__(self, call: Any, channel: grpc.aio.Channel, explain: Callable[[grpc.RpcError], BeamwireError]) -> None:
+    def __init__(self, call: Any, channel: grpc.aio.Channel, explain: _Explain) -> None:
         self._call = call
         self._channel = channel
         self._explain = explain
@@ -162,13 +199,13 @@ class _Call:
         try:
             return (yield from self._call.__await__())
         except grpc.aio.AioRpcError as error:
-            raise self._explain(error) from error
+            raise self._explain(error, self._channel) from error
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         try:
             async for answer in self._call:
                 yield answer
         except grpc.aio.AioRpcError as error:
-            raise self._explain(error) from error
+            raise self._explain(error, self._channel) from error
         finally:
             self._call.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.rpc.access import Gate
 from beamwire.mesh.rpc.chain import Chain
 from beamwire.mesh.rpc.channel import MAX_MESSAGE_BYTES
 
@@ -47,7 +49,8 @@ class Service:
 class Server:
     """Serves services at one address (`host:port`, port 0 for any).
 
-    `anonymous` makes it an enrolment listener: no client certificate is asked for, only the methods that allow that are
+    `gate` says who calls: without one, whom the credentials believe, by the default policy. `anonymous` makes it an
+    enrolment listener: no client certificate is asked for, only the methods that allow that are
     served, and neither health nor reflection.
     """
 
@@ -58,19 +61,22 @@ class Server:
         address: str = "127.0.0.1:0",
         services: Sequence[Service],
         idempotency: Mapping[str, Idempotency] | None = None,
+        gate: Gate | None = None,
         anonymous: bool = False,
     ) -> None:
         self._credentials = credentials
         self._address = address
         self._services = services
         self._idempotency = dict(idempotency or {})
+        self._gate = gate or Gate(credentials)
         self._anonymous = anonymous
         self._server: grpc.aio.Server | None = None
+        self._watch: asyncio.Task[None] | None = None
         self._health = health_aio.HealthServicer()
 
     async def start(self) -> int:
         """Listen and serve; the port. BeamwireError LAUNCH_FAILED if the address cannot be had."""
-        chain = Chain(self._credentials, self._idempotency, anonymous=self._anonymous)
+        chain = Chain(self._gate, self._idempotency, anonymous=self._anonymous)
         server = grpc.aio.server(interceptors=[chain], options=_OPTIONS)
         for service in self._services:
             service.add(service.servicer, server)
@@ -79,6 +85,7 @@ class Server:
         port = self._listen(server)
         await server.start()
         self._server = server
+        self._watch = asyncio.create_task(chain.live.watch(self._credentials), name="live calls")
         return port
 
     def _listen(self, server: grpc.aio.Server) -> int:
@@ -107,4 +114,7 @@ class Server:
             return
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace)
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait([self._watch])
         self._server = None

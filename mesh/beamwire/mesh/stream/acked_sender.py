@@ -81,10 +81,10 @@ class AckedSender:
             self.abort()
             raise
 
-    def send(self, header: FrameHeader, payload: Payload) -> None:
-        """Keep a frame, and see to it that it is sent."""
+    def send(self, header: FrameHeader, payload: Payload, *, lasting: bool = False) -> None:
+        """Keep a frame, and see to it that it is sent; what is `lasting` is kept where it lies."""
         try:
-            self._outbox.put(header, payload)
+            self._outbox.put(header, payload, lasting=lasting)
             self._wake()
         except (BeamwireError, ValueError):
             raise
@@ -177,10 +177,11 @@ class AckedSender:
             messages = self._outbox.take()
             if messages:
                 self._link.send_all(messages)
+            self._dialer.check()
             ticket = tickets.renew(self._link.wake)
             if ticket is not None:
                 self._link.send_signal(Signal(renewal=Renewal(ticket=ticket)))
-            if self._link.wait(0.0 if messages else tickets.pause()):
+            if self._link.wait(0.0 if messages else self._dialer.pause()):
                 self._hear()
 
     def _hear(self) -> None:

@@ -8,6 +8,7 @@ from typing import Final, Literal, get_args
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from beamwire.mesh.errors import BeamwireError, invalid_field
+from beamwire.mesh.identity import is_trust_domain
 from beamwire.mesh.names import check_id
 
 Transport = Literal["tls+tcp", "tcp", "ipc"]
@@ -17,10 +18,13 @@ Place = tuple[str, int] | str
 DEFAULT_TRANSPORT: Final[Transport] = "tls+tcp"
 DEFAULT_DELIVERY: Final[Delivery] = "acked"
 _FIELD: Final = "connect_string"
-_SHAPE: Final = "beamwire://host:port[,host:port]/buffers/<id>?epoch=1[&transport=tcp][&delivery=push][&ticket=…]"
+_SHAPE: Final = (
+    "beamwire://host:port[,host:port]/buffers/<id>?epoch=1"
+    "[&transport=tcp][&delivery=push][&facility=<trust domain>][&ticket=…]"
+)
 _LOCAL_SHAPE: Final = "beamwire://localhost/buffers/<id>?epoch=1&transport=ipc&path=/…[&path=/…][&ticket=…]"
 _LOCALHOST: Final = "localhost"
-_OPTIONS: Final = ("epoch", "transport", "path", "delivery", "ticket")
+_OPTIONS: Final = ("epoch", "transport", "path", "delivery", "facility", "ticket")
 _TICKET: Final = re.compile(r"[A-Za-z0-9._~-]{0,2048}")
 _SECRET: Final = re.compile(r"(?i)(ticket[=:])[^&#'\"\s]*")
 _HOST: Final = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{1,5})")
@@ -31,7 +35,7 @@ _MAX_EPOCH: Final = 2**32 - 1
 class ConnectString:
     """Where a buffer is: `beamwire://host:port[,host:port…]/buffers/<id>?epoch=1[&transport=tcp][&delivery=push]`.
 
-    `hosts` are the listeners of its caches, `epoch` the life of its sequence numbers. With the transport `ipc` they
+    `facility` is the trust domain of its caches; empty for that of whoever dials. `hosts` are the listeners of its caches, `epoch` the life of its sequence numbers. With the transport `ipc` they
     listen on the Unix sockets `paths`: `beamwire://localhost/buffers/<id>?epoch=1&transport=ipc&path=/…[&path=/…]`.
     With a `ticket` in it the text is a secret: log `without_ticket()`.
     """
@@ -43,6 +47,7 @@ class ConnectString:
     delivery: Delivery = DEFAULT_DELIVERY
     ticket: str = field(default="", repr=False)
     paths: tuple[str, ...] = ()
+    facility: str = ""
 
     @classmethod
     def parse(cls, text: str) -> ConnectString:
@@ -76,6 +81,7 @@ class ConnectString:
             delivery,
             _parse_ticket(text, options),
             paths,
+            _parse_facility(text, options),
         )
 
     @property
@@ -94,6 +100,8 @@ class ConnectString:
             options["transport"] = self.transport
         if self.delivery != DEFAULT_DELIVERY:
             options["delivery"] = self.delivery
+        if self.facility:
+            options["facility"] = self.facility
         if self.ticket:
             options["ticket"] = self.ticket
         # A plus sign in a path would be read as a space.
@@ -155,6 +163,13 @@ def _parse_buffer(text: str, buffer: str) -> str:
         return check_id(_FIELD, buffer, reserved=True)
     except BeamwireError as error:
         raise _invalid(text, error.message) from None
+
+
+def _parse_facility(text: str, options: dict[str, str]) -> str:
+    facility = options.get("facility", "")
+    if "facility" in options and not is_trust_domain(facility):
+        raise _invalid(text, f"{facility[:80]!r} is no trust domain")
+    return facility
 
 
 def _parse_ticket(text: str, options: dict[str, str]) -> str:

@@ -13,6 +13,7 @@ from typing import Final
 
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity import SpiffeId
 from beamwire.mesh.stream.connect import ConnectString, Place, spell
 from beamwire.mesh.stream.local import peer_process, short
 from beamwire.mesh.stream.sockets import (
@@ -69,7 +70,7 @@ def dial(
         if credentials is None:
             connection: Connection = PlainConnection(sock)
         else:
-            connection = TlsConnection(_secure(sock, host, credentials, connect.buffer, opened))
+            connection = TlsConnection(_secure(sock, host, credentials, connect, opened))
     except BaseException:
         sock.close()
         raise
@@ -166,17 +167,17 @@ def _secure(
     sock: socket.socket,
     host: Place,
     credentials: Credentials,
-    buffer: str,
+    connect: ConnectString,
     opened: Callable[[socket.socket], None],
 ) -> ssl.SSLSocket:
     try:
-        secured = secure(credentials.client_context(), sock, server_hostname=host[0])
+        secured = secure(credentials.client_context(connect.facility), sock, server_hostname=host[0])
     except OSError as error:
         raise _refusal(host, error) from error
     try:
         opened(secured)
         secured.do_handshake()
-        _check_identity(secured, host, credentials, buffer)
+        _check_identity(secured, host, credentials, connect)
     except OSError as error:
         secured.close()
         raise _refusal(host, error) from error
@@ -186,11 +187,14 @@ def _secure(
     return secured
 
 
-def _check_identity(secured: ssl.SSLSocket, host: Place, credentials: Credentials, buffer: str) -> None:
+def _check_identity(secured: ssl.SSLSocket, host: Place, credentials: Credentials, connect: ConnectString) -> None:
+    """The peer must be the buffer's cache, of the buffer's own facility: no other one's word counts for it."""
     identity = credentials.peer_identity(secured)
-    if identity.path != f"cache/{buffer}":
+    expected = SpiffeId(connect.facility or credentials.identity.trust_domain, f"cache/{connect.buffer}")
+    if identity != expected:
         raise BeamwireError(
-            Reason.CERTIFICATE_INVALID, f"{_name(host)} is {identity} and not the cache of buffers/{buffer}"
+            Reason.CERTIFICATE_INVALID,
+            f"{_name(host)} is {identity} and not {expected}, the cache of buffers/{connect.buffer}",
         )
 
 

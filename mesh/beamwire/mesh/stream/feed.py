@@ -207,6 +207,8 @@ class Feed:
         while True:
             if account.urgent:
                 self._acknowledge(link)
+            if not self._leaving and not account.ended:
+                self._dialer.check()
             if link.wait(0.0):
                 if not self._hear(link):
                     return
@@ -238,7 +240,7 @@ class Feed:
 
     def _pause(self) -> float | None:
         if self._close_deadline is None:
-            return self._dialer.tickets.pause()
+            return self._dialer.pause()
         return max(self._close_deadline - time.monotonic(), 0.0)
 
     def _confirmed(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -31,9 +31,11 @@ _LEAST_ROOM: Final = ROOM_IN_FRONT + 2 * SMALL
 
 
 class Parcel(NamedTuple):
-    """A message with its length in front, the sequences of its frames, and the memory that it takes, in bytes."""
+    """The parts of a message with its length in front, their bytes, the sequences of its frames, and the memory
+    that it takes, in bytes."""
 
-    message: memoryview
+    parts: Sequence[memoryview]
+    size: int
     first: int
     last: int
     charge: int
@@ -83,20 +85,23 @@ class Outbox:
             self._blocked = False
             self._check()
 
-    def put(self, header: FrameHeader, payload: Payload) -> None:
-        """Encode a frame and keep it until it is acknowledged."""
+    def put(self, header: FrameHeader, payload: Payload, *, lasting: bool = False) -> None:
+        """Encode a frame and keep it until it is acknowledged. Large arrays that are `lasting` are not copied: nobody
+        changes them as long as somebody has them.
+        """
         if payload is not None and _size(payload) < SMALL and self._put_small(header, payload):
             return
         frame = draft(header, payload)
+        if lasting and frame.size >= SMALL:
+            self._keep(frame.parts(), frame.size, header.sequence)
+            return
         # The frame is aligned in memory, its length before it.
         start = align(MESSAGE_LENGTH.size)
         memory = self._room(align(start + frame.size))
         message = memory[start - MESSAGE_LENGTH.size : start + frame.size]
         MESSAGE_LENGTH.pack_into(message, 0, frame.size)
         frame.write(message[MESSAGE_LENGTH.size :])
-        with self._changed:
-            self._seal()
-            self._append(Parcel(message, header.sequence, header.sequence, len(memory)))
+        self._keep([message], len(memory), header.sequence)
 
     def put_last(self, header: FrameHeader) -> None:
         """Put END, for which there is always room."""
@@ -105,18 +110,18 @@ class Outbox:
         self.put(header, None)
 
     def take(self) -> list[memoryview]:
-        """The next messages to send, which from now on wait for their acknowledgement; empty if there are none."""
+        """The parts of the next messages to send, which from now on wait for their acknowledgement; empty if none."""
         with self._changed:
             if not self._waiting:
                 self._seal()
             self._idle = not self._waiting
             messages: list[memoryview] = []
             size = 0
-            while self._waiting and (not messages or size + len(self._waiting[0].message) <= _BATCH_BYTES):
+            while self._waiting and (not messages or size + self._waiting[0].size <= _BATCH_BYTES):
                 parcel = self._waiting.popleft()
                 self._sent.append(parcel)
-                messages.append(parcel.message)
-                size += len(parcel.message)
+                messages += parcel.parts
+                size += parcel.size
             self._waiting_bytes -= size
             # One who waits for room is not woken for each frame.
             if self._blocked and self._waiting_bytes <= _AHEAD // 2:
@@ -135,7 +140,7 @@ class Outbox:
             self._waiting.extendleft(reversed(self._sent))
             self._sent.clear()
             self._drop(self._waiting, sequence)
-            self._waiting_bytes = sum(len(parcel.message) for parcel in self._waiting)
+            self._waiting_bytes = sum(parcel.size for parcel in self._waiting)
             self._changed.notify_all()
 
     def wait_until_done(self, timeout: float) -> bool:
@@ -183,6 +188,12 @@ class Outbox:
             memory, self._slab = self._slab[:size], self._slab[size:]
             return memory
 
+    def _keep(self, parts: Sequence[memoryview], charge: int, sequence: int) -> None:
+        """Keep a message of one frame."""
+        with self._changed:
+            self._seal()
+            self._append(Parcel(parts, sum(map(len, parts)), sequence, sequence, charge))
+
     def _seal(self) -> None:
         """Nothing more goes into the open bundle; the rest of its memory is for the next one."""
         if self._bundle is None:
@@ -191,13 +202,13 @@ class Outbox:
         message = bundle.message()
         charge = align(ROOM_IN_FRONT + len(message))
         self._slab = self._slab[charge:]
-        self._append(Parcel(message, bundle.first_sequence, bundle.last_sequence, charge))
+        self._append(Parcel([message], len(message), bundle.first_sequence, bundle.last_sequence, charge))
 
     def _append(self, parcel: Parcel) -> None:
         self._waiting.append(parcel)
         self._charged += parcel.charge
-        self._waiting_bytes += len(parcel.message)
-        self.message_bytes += len(parcel.message)
+        self._waiting_bytes += parcel.size
+        self.message_bytes += parcel.size
 
     def _drop(self, parcels: deque[Parcel], sequence: int) -> None:
         while parcels and parcels[0].last <= sequence:

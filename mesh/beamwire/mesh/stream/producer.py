@@ -108,15 +108,17 @@ class Producer:
         self._epoch = self._sender.epoch
         self.counters.bytes = self._sender.message_bytes
 
-    def send(self, arrays: Mapping[str, Value], event_ids: npt.NDArray[np.uint64]) -> None:
+    def send(self, arrays: Mapping[str, Value], event_ids: npt.NDArray[np.uint64], *, lasting: bool = False) -> None:
         """Send a batch. The first axis of each array, and the row offsets of a ragged one, count the events.
 
         An array may be encoded already, see `codecs.Compression`; consumers get it decoded.
-        `event_ids` is uint64 of shape (events,). The arrays may be changed when this returns. BeamwireError
-        CACHE_FAILED if the connection is lost (for good), INVALID_FIELD if an array cannot be sent.
+        `event_ids` is uint64 of shape (events,). The arrays may be changed when this returns, unless they are
+        `lasting`: then an acknowledged producer does not copy them, and they must stay as they are as long as anybody
+        has them. BeamwireError CACHE_FAILED if the connection is lost (for good), INVALID_FIELD if an array cannot be
+        sent.
         """
         with self._lock:
-            self._send_data(self._data_header(event_ids), arrays, event_ids)
+            self._send_data(self._data_header(event_ids), arrays, event_ids, lasting=lasting)
 
     def send_opaque(
         self, data: bytes | bytearray | memoryview, media_type: str, event_ids: npt.NDArray[np.uint64]
@@ -194,14 +196,16 @@ class Producer:
         header: FrameHeader,
         payload: Mapping[str, Value] | memoryview,
         event_ids: npt.NDArray[np.uint64],
+        *,
+        lasting: bool = False,
     ) -> None:
         if telemetry.frame_sampled(self._sequence):
             attributes = {telemetry.ATTR_PRODUCER: self._producer, telemetry.ATTR_SEQUENCE: self._sequence}
             with telemetry.span(telemetry.SPAN_FRAME_SEND, attributes=attributes):
                 header.traceparent = telemetry.current_traceparent()
-                self._send(header, payload, event_ids)
+                self._send(header, payload, event_ids, lasting=lasting)
         else:
-            self._send(header, payload, event_ids)
+            self._send(header, payload, event_ids, lasting=lasting)
 
     def _check_open(self) -> None:
         if not self._sender.open:
@@ -212,10 +216,12 @@ class Producer:
         header: FrameHeader,
         payload: Mapping[str, Value] | memoryview,
         event_ids: npt.NDArray[np.uint64],
+        *,
+        lasting: bool,
     ) -> None:
         self._check_open()
         self._sender.wait_for_room()
-        self._sender.send(header, payload)
+        self._sender.send(header, payload, lasting=lasting)
         try:
             self._sequence += 1
             self._digest.update(event_ids.astype("<u8", copy=False).tobytes())

@@ -17,6 +17,7 @@ from beamwire.mesh.stream.endings import error_of, merge_ends
 from beamwire.mesh.stream.frame import corrupt, parse_header
 from beamwire.mesh.stream.inbox import ClosedError, Inbox
 from beamwire.mesh.stream.pool import BufferPool
+from beamwire.mesh.stream.shown import LOOK_PERIOD, Shown
 from beamwire.mesh.stream.sockets import PULL, Connection, interrupt
 from beamwire.stream.v1.frame_pb2 import (
     FRAME_KIND_BUNDLE,
@@ -41,6 +42,9 @@ class _Link:
         self.socket: socket.socket | None = None
         self.connection: Connection | None = None
         self.thread: threading.Thread | None = None
+        self.shown: Shown | None = None
+        # It asked the cache to end, so that another connection takes over.
+        self.leaving = False
 
     def interrupt(self) -> None:
         if self.socket is not None:
@@ -68,7 +72,8 @@ class _Ended:
 class PushReceiver:
     """Several connections to each host, each with a thread that reads `prefetch` frames ahead.
 
-    When the caller has taken the last frame, the END is confirmed to the cache.
+    When the caller has taken the last frame, the END is confirmed to the cache. When the member's certificate was
+    renewed, other connections take over: the cache ends each with the certificate that it began with.
     """
 
     def __init__(
@@ -98,6 +103,19 @@ class PushReceiver:
         for number, link in enumerate(self._links):
             link.thread = threading.Thread(target=self._run, args=(link,), name=f"consumer-{number}", daemon=True)
             link.thread.start()
+        self._keeper: threading.Thread | None = None
+        if connect.transport == "tls+tcp":
+            self._keeper = threading.Thread(target=self._keep, name="consumer-renewal", daemon=True)
+            self._keeper.start()
+
+    def _keep(self) -> None:
+        """See to it that the connections are of the present certificate."""
+        while not self._stop.wait(LOOK_PERIOD):
+            for link in self._links:
+                with self._lock:
+                    if link.connection is not None and link.shown is not None and link.shown.is_old:
+                        link.leaving = True
+                        link.connection.ask_for_end()
 
     @property
     def stream(self) -> StreamHeader:
@@ -165,12 +183,15 @@ class PushReceiver:
             link.join()
             if link.connection is not None:
                 link.connection.close()
+        if self._keeper is not None and self._keeper is not threading.current_thread():
+            self._keeper.join()
 
     def _run(self, link: _Link) -> None:
         try:
             try:
                 self._open(link)
-                self._receive(link)
+                while not self._receive(link):
+                    self._reopen(link)
             except BeamwireError as error:
                 self._fail(error)
             except ClosedError:
@@ -188,7 +209,17 @@ class PushReceiver:
         self._described.set()
         self._inbox.put(error)
 
+    def _reopen(self, link: _Link) -> None:
+        """Another connection, behind one of which everything was read."""
+        with self._lock:
+            assert link.connection is not None
+            link.connection.abort_on_close(False)
+            link.connection.close()
+            link.connection, link.leaving = None, False
+        self._open(link)
+
     def _open(self, link: _Link) -> None:
+        shown = Shown(self._connect, self._credentials)
         connection = dial(
             self._connect,
             link.host,
@@ -201,7 +232,7 @@ class PushReceiver:
         # Until END was confirmed, the cache must be able to tell our death from a good end.
         connection.abort_on_close(True)
         with self._lock:
-            link.connection = connection
+            link.connection, link.shown = connection, shown
             if self._stop.is_set():
                 raise ClosedError
 
@@ -211,7 +242,8 @@ class PushReceiver:
             if self._stop.is_set():
                 raise ClosedError
 
-    def _receive(self, link: _Link) -> None:
+    def _receive(self, link: _Link) -> bool:
+        """Whether END came; False if the connection ended because another one is to take over."""
         connection = link.connection
         assert connection is not None
         where = f"the cache at {link.host[0]}:{link.host[1]}"
@@ -220,13 +252,16 @@ class PushReceiver:
                 message = self._receive_message(connection)
             except OSError as error:
                 raise BeamwireError(Reason.STREAM_TRUNCATED, f"{where} broke the connection ({error})") from error
+            if message is None and link.leaving:
+                return False
             if message is None:
                 raise BeamwireError(Reason.STREAM_TRUNCATED, f"{where} closed the connection without END")
             end = self._take(message)
-            if end is not None:
+            # One that was asked to end cannot be told that all was taken; the next connection comes to its END too.
+            if end is not None and not link.leaving:
                 self._described.set()
                 self._inbox.put(_Ended(link, end))
-                return
+                return True
 
     def _receive_message(self, connection: Connection) -> memoryview | None:
         length = connection.receive_length()

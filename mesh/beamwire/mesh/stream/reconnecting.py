@@ -15,6 +15,7 @@ from beamwire.mesh.stream.connect import ConnectString, Place, spell
 from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.inbox import ClosedError
 from beamwire.mesh.stream.link import Link
+from beamwire.mesh.stream.shown import LOOK_PERIOD, Shown
 from beamwire.mesh.stream.sockets import PAIR, Connection, interrupt
 from beamwire.mesh.stream.ticket import TicketSource
 from beamwire.mesh.stream.tickets import TicketHolder
@@ -32,6 +33,8 @@ _LONG_LIFE: Final = 8.0
 _LEAST_PULSE: Final = 20
 _MOST_PULSE: Final = 60_000
 _TICKET_REASONS: Final = frozenset({Reason.TICKET_EXPIRED, Reason.TICKET_INVALID})
+# Refusals that a certificate which was renewed meanwhile puts right.
+_CERTIFICATE_REASONS: Final = frozenset({Reason.CERTIFICATE_EXPIRED, Reason.CERTIFICATE_INVALID})
 _PASSING_REASONS: Final = frozenset({Reason.CACHE_FAILED, Reason.TIMED_OUT, Reason.SERVICE_UNAVAILABLE})
 
 
@@ -87,6 +90,8 @@ class Dialer:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
+        self._shown = Shown(connect, credentials)
+        self._look_time = 0.0
         self._useless_since: float | None = None
         self._welcomed = time.monotonic()
         self._delay = _FIRST_DELAY
@@ -163,10 +168,26 @@ class Dialer:
         self._tell(story, True)
         return link, welcome
 
+    def check(self) -> None:
+        """LostError if this member's certificate was renewed: the connection would end with the one it began with."""
+        now = time.monotonic()
+        if now >= self._look_time:
+            self._look_time = now + LOOK_PERIOD
+            if self._shown.is_old:
+                raise LostError("the certificate was renewed")
+
+    def pause(self) -> float | None:
+        """In how many seconds `check` or a ticket wants to be called at the latest; None if never."""
+        rests = [] if not self._shown.matters else [max(self._look_time - time.monotonic(), 0.0)]
+        ticket = self.tickets.pause()
+        return min([*rests, *([] if ticket is None else [ticket])], default=None)
+
     def dismissed(self, refusal: Refusal) -> NoReturn:
         """The cache sends the peer away: LostError if it may come again, else BeamwireError."""
         error = self._error_of(refusal)
         renewable = error.reason in _TICKET_REASONS and self.tickets.refuse()
+        if error.reason in _CERTIFICATE_REASONS:
+            renewable = self._shown.is_old
         if renewable or refusal.retry:
             raise LostError(error.message)
         raise error
@@ -191,6 +212,8 @@ class Dialer:
         if self.stopped:
             raise ClosedError
         ticket = self.tickets.text()
+        self._shown = Shown(self._connect, self._credentials)
+        self._look_time = time.monotonic() + LOOK_PERIOD
         connection = self._way(
             self._connect,
             self._host,

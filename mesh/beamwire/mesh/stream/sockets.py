@@ -32,11 +32,13 @@ _SMALL: Final = 32 * 1024
 _AHEAD: Final = 64 * 1024
 # The kernel takes 1024 at once.
 _MOST_PARTS: Final = 1024
+# The receive buffer is left to the kernel, which fits it to the round trip.
+_TCP_CLOSE: Final = 7
+# How often the kernel is asked whether the peer's has everything, in seconds.
+_ACKNOWLEDGED_PERIOD: Final = 0.005
 _SEND_BUFFER: Final = 4 * 1024 * 1024
-_OPTIONS: Final = (
-    # The receive buffer is left to the kernel, which fits it to the round trip.
-    (socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER),
-)
+# One host has no round trip, and what waits in a small buffer is still in the processor's caches when it is read.
+_LOCAL_SEND_BUFFER: Final = 512 * 1024
 _TCP_OPTIONS: Final = (
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     # A peer whose host is gone is noticed after 25 seconds, however idle the stream.
@@ -251,6 +253,29 @@ class Connection(ABC):
         """End every call that waits in another thread, at once; the connection is of no more use."""
         interrupt(self._socket)
 
+    def ask_for_end(self) -> None:
+        """Have the peer end its stream of messages in good order; from any thread. Nothing can be sent afterwards."""
+        with suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_WR)
+
+    def hand_over(self, seconds: float) -> bool:
+        """End in good order because the peer asked for it; whether its host has everything, within so many seconds."""
+        deadline = time.monotonic() + seconds
+        self.set_timeout(seconds)
+        try:
+            self._say_end()
+            # Both sides have said so then. One that has not asked but closed answers with a reset.
+            while self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _TCP_CLOSE:
+                if time.monotonic() >= deadline:
+                    return False
+                time.sleep(_ACKNOWLEDGED_PERIOD)
+            return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+        except OSError:
+            return False
+
+    def _say_end(self) -> None:
+        socket.socket.shutdown(self._socket, socket.SHUT_WR)
+
     def drain(self, seconds: float) -> None:
         """Throw away what still comes until the peer closes, lest `close` take back what was sent.
 
@@ -331,9 +356,20 @@ def interrupt(sock: socket.socket) -> None:
 
 
 def tune(sock: socket.socket) -> None:
-    """Set what every socket of the data plane has."""
-    for level, option, value in _OPTIONS if sock.family == socket.AF_UNIX else _OPTIONS + _TCP_OPTIONS:
+    """Set what every connected socket of the data plane has."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LOCAL_SEND_BUFFER if _stays(sock) else _SEND_BUFFER)
+    for level, option, value in () if sock.family == socket.AF_UNIX else _TCP_OPTIONS:
         sock.setsockopt(level, option, value)
+
+
+def _stays(sock: socket.socket) -> bool:
+    """Whether what is sent stays on this host."""
+    if sock.family == socket.AF_UNIX:
+        return True
+    try:
+        return bool(sock.getsockname()[0] == sock.getpeername()[0])
+    except OSError:  # the peer has left, as who uses the connection will hear
+        return False
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -15,7 +15,8 @@ from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.stream.v1.link_pb2 import LinkRole, TicketClaims
 
 PREFIX: Final = "bwt1"
-LARGEST_TICKET: Final = 2048
+# Those for the holders of delegation tokens name each block of the token (128 digits), up to eight of them.
+LARGEST_TICKET: Final = 4096
 # Clocks of two machines differ a little; a ticket is used as soon as it is minted.
 EARLY_SECONDS: Final = 30.0
 

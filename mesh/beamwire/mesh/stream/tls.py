@@ -77,6 +77,12 @@ class TlsConnection(Connection):
             except ssl.SSLWantReadError:
                 self._wait(select.POLLIN)
 
+    def _say_end(self) -> None:
+        # It says so and then looks for the peer's word, which has closed without one.
+        with suppress(ssl.SSLError):
+            self._tls.unwrap()
+        super()._say_end()
+
     def leave(self) -> None:  # noqa: D102
         self.set_timeout(0)
         # It sends its close and then looks for that of the peer, which may come later, or behind other things.

@@ -87,6 +87,23 @@ class Draft(NamedTuple):
         finish(self.encoded, crc, target)
         return crc
 
+    def parts(self) -> list[memoryview]:
+        """The SP message of the frame, its 8-byte length in front, in parts: arrays that travel as they are stay where
+        they lie.
+        """
+        parts: list[memoryview] = []
+        crc, end = 0, 0
+        for segment, array in zip(self.layout.segments, self.arrays, strict=True):
+            for part in (memoryview(bytes(segment.begin - end)), _lying(array, segment)):
+                if len(part):
+                    crc = crc32c(part, crc)
+                    parts.append(part)
+            end = segment.end
+        front = memoryview(bytearray(MESSAGE_LENGTH.size + self.start))
+        MESSAGE_LENGTH.pack_into(front, 0, self.size)
+        finish(self.encoded, crc, front[MESSAGE_LENGTH.size :])
+        return [front, *parts]
+
 
 def draft(header: FrameHeader, payload: Mapping[str, Value] | memoryview | bytes | None = None) -> Draft:
     """A frame with these arrays, or with these bytes as its opaque payload.
@@ -134,23 +151,29 @@ class FrameWriter:
         Fills the header's arrays and checksum. The first axis of each array counts the events of the header.
         BeamwireError INVALID_FIELD says which array cannot be sent.
         """
-        return self._write(header, draft(header, arrays))
+        return self._encode(header, draft(header, arrays))
 
     def encode_opaque(self, header: FrameHeader, data: memoryview) -> memoryview:
         """The SP message of a frame whose payload are these bytes, as `encode`."""
-        return self._write(header, draft(header, data))
+        return self._encode(header, draft(header, data))
 
-    def _write(self, header: FrameHeader, frame: Draft) -> memoryview:
+    def write(self, frame: Draft) -> memoryview:
+        """The SP message of a frame, as `encode`."""
+        return self._write(frame)[0]
+
+    def _encode(self, header: FrameHeader, frame: Draft) -> memoryview:
+        message, header.payload_crc32c = self._write(frame)
+        header.MergeFromString(frame.layout.encoded)
+        return message
+
+    def _write(self, frame: Draft) -> tuple[memoryview, int]:
         # The frame is aligned in memory, its length before it.
         start = align(MESSAGE_LENGTH.size)
         if start + frame.size > len(self._memory):
             self._memory = self._pool.acquire(start + frame.size)
         message = self._memory.data[start - MESSAGE_LENGTH.size : start + frame.size]
         MESSAGE_LENGTH.pack_into(message, 0, frame.size)
-        crc = frame.write(message[MESSAGE_LENGTH.size :])
-        header.MergeFromString(frame.layout.encoded)
-        header.payload_crc32c = crc
-        return message
+        return message, frame.write(message[MESSAGE_LENGTH.size :])
 
 
 def _flatten(arrays: Mapping[str, Value], events: int) -> tuple[tuple[_Spec, ...], list[AnyArray], bool]:
@@ -231,6 +254,14 @@ def _check_rows(name: str, shape: tuple[int, ...], offsets: AnyArray, events: in
         raise invalid_field("arrays", f"{name!r} needs {events + 1} row offsets, not shape {offsets.shape}")
     if not shape or offsets[0] != 0 or offsets[-1] != shape[0] or np.any(offsets[1:] < offsets[:-1]):
         raise invalid_field("arrays", f"the row offsets of {name!r} do not divide its values")
+
+
+def _lying(array: AnyArray, segment: _Segment) -> memoryview:
+    """The bytes of an array as they travel, without a copy if they lie so."""
+    if not array.size:
+        return memoryview(b"")
+    travelling = array if segment.as_it_is else array.astype(segment.dtype)
+    return np.frombuffer(np.ascontiguousarray(travelling), np.uint8).data
 
 
 def _place(array: AnyArray, segment: _Segment, payload: checksum.Bytes, crc: int) -> int:

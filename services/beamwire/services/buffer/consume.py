@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 from beamwire.buffer.v1 import buffer_service_pb2 as pb
 from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.identity import SpiffeId
 from beamwire.mesh.names import parse_name
 from beamwire.mesh.rpc.access import Caller
 from beamwire.mesh.store import Store
@@ -44,6 +45,7 @@ _SIGNATURE: Final = b"\0SP\0"
 _LARGEST_END: Final = 64 * 1024
 # A ticket is renewed when so much of its life is over.
 _RENEW_AFTER: Final = 2 / 3
+_OF_THE_SERVICE: Final = frozenset({int(Reason.CERTIFICATE_EXPIRED), int(Reason.CERTIFICATE_INVALID)})
 _SAID_LATER: Final = ("acknowledgement", "rejection", "heartbeat")
 
 Requests = AsyncIterator[pb.ConsumeRequest]
@@ -99,7 +101,7 @@ class Consumptions:
 
     def _ticket(self, record: BufferRecord, caller: Caller) -> Ticket:
         # Bound to no certificate: the caches let this service alone come with such a one.
-        return tickets.issue(record, str(caller), LINK_ROLE_CONSUME, b"", self._ticket_lifetime)
+        return tickets.issue(record, caller, LINK_ROLE_CONSUME, b"", self._ticket_lifetime)
 
     async def _renew(self, name: str, caller: Caller, ticket: Ticket, relay: _Relay) -> BeamwireError | None:
         """Show the cache a newer ticket in time."""
@@ -228,6 +230,8 @@ class _Relay:
                     signal = await self._signal(length)
                     if signal.HasField("refusal"):
                         refusal = signal.refusal
+                        # It is about the certificate that this service came with, which is renewed.
+                        refusal.retry |= refusal.reason in _OF_THE_SERVICE
                     yield pb.ConsumeResponse(signal=signal)
                 elif magic == MAGIC:
                     async for piece in self._pieces(length):
@@ -352,10 +356,12 @@ def _check_identity(
     secured = writer.get_extra_info("ssl_object")
     assert isinstance(secured, ssl.SSLObject)
     identity = credentials.peer_identity(secured)
-    if identity.path != f"cache/{connect.buffer}":
+    # Its own facility's: what this service relays is never another one's.
+    expected = SpiffeId(credentials.identity.trust_domain, f"cache/{connect.buffer}")
+    if identity != expected:
         raise BeamwireError(
             Reason.CERTIFICATE_INVALID,
-            f"the cache at {spell(host)} is {identity} and not the cache of buffers/{connect.buffer}",
+            f"the cache at {spell(host)} is {identity} and not {expected}, the cache of buffers/{connect.buffer}",
         )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -165,6 +165,10 @@ class CacheControl:
     async def revoke(self, identity: str) -> CacheStatus:
         """Cut the connections of a SPIFFE id and let it in no more."""
         return _parse(await self._ask({"op": "revoke", "identity": identity}))
+
+    async def trust(self, domains: Sequence[str]) -> CacheStatus:
+        """Say whom to believe: all trust domains, each as `DomainTrust.to_json`."""
+        return _parse(await self._ask({"op": "trust", "domains": list(domains)}))
 
     async def stop(self) -> None:
         """Ask the process to end: at once after ENDED, else as SIGTERM does."""

@@ -13,8 +13,10 @@ from pathlib import Path
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.failure import Failure
+from beamwire.mesh.policy import PolicySource, check_quota
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
+from beamwire.mesh.trust import Trust
 from beamwire.services.buffer import supervisor
 from beamwire.services.buffer.driver import Driver, Minter
 from beamwire.services.buffer.model import BUFFER_STATES, BufferRecord, BufferSpec, BufferState, Seal, Shard
@@ -38,6 +40,7 @@ class Buffers:
         placement: where caches run.
         mint: mints a join token for a cache.
         runner: runs one task for each buffer that has not ended.
+        policy: says how much the members of another facility may have together.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Buffers:
         placement: Placement,
         mint: Minter,
         runner: TaskRunner,
+        policy: PolicySource,
     ) -> None:
         self._store = store
         self._directory = directory
@@ -55,8 +59,11 @@ class Buffers:
         self._placement = placement
         self._mint = mint
         self._runner = runner
+        self._policy = policy
         self._rings = Rings(directory)
         self._admission = asyncio.Lock()
+        self._trust: Trust | None = None
+        self._trust_changed = asyncio.Event()
 
     def check(self, spec: BufferSpec) -> None:
         """Raise BeamwireError naming what is wrong with a specification, or what this release does not do."""
@@ -111,6 +118,8 @@ class Buffers:
                 quota="active_buffers",
                 retry_after=10.0,
             )
+        owners = (record.owner for record in active if not record.transfer)
+        check_quota(self._policy.current, "active_buffers", owner, owners)
 
     async def seal(self, name: str, seal: Seal) -> BufferRecord:
         """Say that no more frames will come. The word is stored before it is passed on to the caches.
@@ -134,6 +143,27 @@ class Buffers:
         if record.state in (BufferState.READY, BufferState.DRAINING) and record.error is None:
             await self._driver(record.name).tell(record)
 
+    def believe(self, trust: Trust) -> None:
+        """From now on all caches shall believe this; `spread_trust` tells them."""
+        self._trust = trust
+        self._trust_changed.set()
+
+    async def spread_trust(self) -> None:
+        """Tell every cache whom to believe each time that it changes. Who begins later is told then."""
+        while True:
+            await self._trust_changed.wait()
+            self._trust_changed.clear()
+            records = await self._store.unfinished(BUFFER_STATES.terminal)
+            secured = [record for record in records if record.spec.transport == "TLS_TCP"]
+            await asyncio.gather(*(self._tell_trust(r.name, n) for r in secured for n in range(r.spec.shard_count)))
+
+    async def _tell_trust(self, name: str, number: int) -> None:
+        try:
+            await self._driver(name).tell_trust(number)
+        except BeamwireError as error:
+            # It is told when it answers again.
+            log.warning("cache %d of %s does not know whom to believe: %s", number, name, error)
+
     async def delete(self, name: str) -> None:
         """Stop the caches if they run, and forget the buffer."""
         # To the end even if the caller hangs up: between the lines the buffer has no driver.
@@ -150,7 +180,14 @@ class Buffers:
 
     def _driver(self, name: str) -> Driver:
         return Driver(
-            name, self._store, self.directory_of(name), self._trust_domain, self._placement, self._rings, self._mint
+            name,
+            self._store,
+            self.directory_of(name),
+            self._trust_domain,
+            self._placement,
+            self._rings,
+            self._mint,
+            lambda: self._trust,
         )
 
     async def _drive(self, name: str) -> None:

@@ -13,7 +13,8 @@ from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.processes import Process
 from beamwire.mesh.store import Store, utcnow
 from beamwire.mesh.stream.connect import ConnectString
-from beamwire.services.buffer.control import CacheControl, CacheStatus
+from beamwire.mesh.trust import Trust
+from beamwire.services.buffer.control import CONTROL_SOCKET, CacheControl, CacheStatus
 from beamwire.services.buffer.model import BUFFER_STATES, BufferRecord, BufferState, Shard
 from beamwire.services.buffer.placement import TRANSPORTS, Placement, Rings, write_configuration
 from beamwire.services.buffer.remains import final_status
@@ -44,6 +45,7 @@ class Driver:
         placement: where caches run.
         rings: where their frames are.
         mint: mints a join token for a cache.
+        trust: whom the caches shall believe, as it is now; None while nobody knows.
         now: the clock by which a cache that ran well for a while gets its restarts back.
     """
 
@@ -56,6 +58,7 @@ class Driver:
         placement: Placement,
         rings: Rings,
         mint: Minter,
+        trust: Callable[[], Trust | None] = lambda: None,
         now: Callable[[], datetime] = utcnow,
     ) -> None:
         self._name = name
@@ -66,6 +69,7 @@ class Driver:
         self._placement = placement
         self._rings = rings
         self._mint = mint
+        self._trust = trust
         self._now = now
         self._statuses: dict[int, CacheStatus] = {}
         self._buried: set[int] = set()
@@ -104,8 +108,27 @@ class Driver:
         async with await CacheControl.connect(self.directory_of(number), TELL_TIMEOUT) as control:
             await _tell(record, control)
 
+    async def tell_trust(self, number: int) -> None:
+        """Pass on to a cache whom to believe."""
+        if (self.directory_of(number) / CONTROL_SOCKET).exists():
+            async with await CacheControl.connect(self.directory_of(number), TELL_TIMEOUT) as control:
+                await self._tell_trust(control)
+
+    async def _tell_trust(self, control: CacheControl) -> None:
+        trust = self._trust()
+        if trust is None:
+            return
+        try:
+            await control.trust([domain.to_json() for domain in trust.values()])
+        except BeamwireError as error:
+            if error.reason is Reason.CACHE_FAILED:
+                raise
+            # A full disk, say. It goes on with what it believed before.
+            log.warning("a cache of %s was told whom to believe, and cannot: %s", self._name, error)
+
     async def connected(self, control: CacheControl) -> None:
         """Pass the stored words on to a cache: whoever said them may have found it dead."""
+        await self._tell_trust(control)
         await _tell(await self._store.require(self._name), control)
 
     async def prepare(self, number: int) -> None:
@@ -219,7 +242,7 @@ class Driver:
             "shards": shards,
             "state": _further(record, whole),
             "epoch": whole.epoch,
-            "connect_string": str(_connect_string(record, shards, whole.epoch)),
+            "connect_string": str(_connect_string(record, shards, whole.epoch, self._trust_domain)),
             "end_cause": whole.end_cause,
         }
         seen: dict[str, object] = {
@@ -247,7 +270,7 @@ def _further(record: BufferRecord, whole: CacheStatus) -> str:
     return state
 
 
-def _connect_string(record: BufferRecord, shards: tuple[Shard, ...], epoch: int) -> ConnectString:
+def _connect_string(record: BufferRecord, shards: tuple[Shard, ...], epoch: int, trust_domain: str) -> ConnectString:
     local = record.spec.transport == "IPC"
     addresses = [shard.address for shard in shards]
     places = [] if local else [address.rpartition(":") for address in addresses]
@@ -258,6 +281,8 @@ def _connect_string(record: BufferRecord, shards: tuple[Shard, ...], epoch: int)
         epoch=epoch,
         transport=TRANSPORTS[record.spec.transport],
         delivery="acked" if record.spec.acked else "push",
+        # Only TLS asks whose cache it is.
+        facility=trust_domain if record.spec.transport == "TLS_TCP" else "",
     )
 
 

@@ -112,7 +112,7 @@ class BufferService(pb_grpc.BufferServiceServicer):
             raise invalid_field("role", "is not one that this release knows; it is PRODUCE or CONSUME")
         caller = current_caller()
         record = tickets.admit(await self._store.get(request.name), request.name, caller, request.role)
-        ticket = tickets.issue(record, str(caller), request.role, caller.certificate_sha256, self._ticket_lifetime)
+        ticket = tickets.issue(record, caller, request.role, caller.certificate_sha256, self._ticket_lifetime)
         expire_time = datetime.fromtimestamp(ticket.expire_time, UTC)
         connect_string = ""
         if record.connect_string:

@@ -1,45 +1,33 @@
-"""The registrar: who may have a certificate, for which names and for how long, and the ledger of those issued."""
+"""The registrar: who may have a certificate, for which names and for how long, and whose certificates are ended."""
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
+from typing import Final, NoReturn
 
-from beamwire.mesh.authority import Authority, IssuedCertificate
+from cryptography import x509
+
+from beamwire.mesh.authority import Authority, IssuedCertificate, check_server_name, server_names_of
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.identity import Role, SpiffeId
-from beamwire.mesh.store import Record, Store
+from beamwire.mesh.generations import Generations
+from beamwire.mesh.identity import Clock, Role, SpiffeId, services_name, utcnow
+from beamwire.mesh.policy import FILE_NAME as POLICY_FILE
+from beamwire.mesh.policy import PolicySource
+from beamwire.mesh.store import Store
+from beamwire.services.certificate.audit import Action, Audit
+from beamwire.services.certificate.ledger import Ledger
+from beamwire.services.certificate.model import REVOKED, UNUSED, USED, CertificateRecord, TokenRecord, token_name
 
-MAX_TOKEN_TTL = timedelta(days=1)
-DEFAULT_TOKEN_TTL = timedelta(minutes=10)
-
-UNUSED = "UNUSED"
-USED = "USED"
-ISSUED = "ISSUED"
+MAX_TOKEN_TTL: Final = timedelta(days=1)
+DEFAULT_TOKEN_TTL: Final = timedelta(minutes=10)
+MAX_SERVER_NAMES: Final = 32
 
 # Whom a service may let in: the processes that it starts itself.
-GRANTED_BY_SERVICES = frozenset({Role.JOB, Role.CACHE})
-
-
-class TokenRecord(Record):
-    """A join token: the hash of its secret is its name, so that the store never holds the secret."""
-
-    server_names: tuple[str, ...] = ()
-    granted_by: str
-    expire_time: datetime
-
-
-class CertificateRecord(Record):
-    """An entry of the ledger; the owner is the identity on the certificate."""
-
-    server_names: tuple[str, ...] = ()
-    chain_pem: str
-    grant: str
-    granted_by: str
-    expire_time: datetime
+GRANTED_BY_SERVICES: Final = frozenset({Role.JOB, Role.CACHE})
 
 
 @dataclass(frozen=True)
@@ -53,43 +41,65 @@ class Lifetimes:
         return self.by_role[role]
 
 
-def token_name(secret: str) -> str:
-    """Return the name under which the token of a secret is stored."""
-    return f"joinTokens/{hashlib.sha256(secret.encode()).hexdigest()}"
+@dataclass(frozen=True)
+class _Grant:
+    """By what right a certificate is issued; `introduced_by` is the member of another facility that it goes back to."""
+
+    kind: str
+    by: str
+    introduced_by: str = ""
 
 
 class Registrar:
-    """Issues certificates of one trust domain against join tokens and against certificates that are being renewed."""
+    """Issues certificates of one trust domain, and ends them.
+
+    Args:
+        generations: the authorities of the domain, of which one signs.
+        ledger: what was issued, and who was revoked.
+        tokens: the join tokens.
+        policy: who gets which names and how long, and who may enrol by introduction.
+        lifetimes: how long where the policy does not say.
+        audit: where it is written down.
+        publish: called after whatever changes who is believed.
+    """
 
     def __init__(
         self,
-        authority: Authority,
+        generations: Generations,
+        ledger: Ledger,
         tokens: Store[TokenRecord],
-        ledger: Store[CertificateRecord],
+        policy: PolicySource,
         lifetimes: Lifetimes,
+        audit: Audit,
+        publish: Callable[[], Awaitable[None]],
         *,
-        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        clock: Clock = utcnow,
     ) -> None:
-        self._authority = authority
-        self._tokens = tokens
+        self._generations = generations
         self._ledger = ledger
+        self._tokens = tokens
+        self._policy = policy
         self._lifetimes = lifetimes
+        self._audit = audit
+        self._publish = publish
         self._clock = clock
+        # Between the look whether a member was revoked and the entry of its certificate, nobody may revoke it.
+        self._deciding = asyncio.Lock()
 
     @property
     def trust_domain(self) -> str:
         """The domain whose members are registered here."""
-        return self._authority.trust_domain
+        return self._generations.trust_domain
 
     @property
     def roots_pem(self) -> bytes:
-        """The root certificates of the domain."""
-        return self._authority.roots_pem
+        """The root certificates of the domain, that of the authority that signs first."""
+        return self._generations.roots_pem
 
     @property
     def root_der(self) -> bytes:
-        """The root certificate, as a join token carries it."""
-        return self._authority.root_der
+        """The root that vouches for what is issued now, as a join token carries it."""
+        return self._generations.authority.root_der
 
     async def create_token(
         self, identity: str, ttl: timedelta | None, server_names: Sequence[str], *, caller: SpiffeId
@@ -97,10 +107,11 @@ class Registrar:
         """Mint a one-time right to enrol as `identity`; returns its secret, which is not stored, and its record.
 
         Raises:
-            BeamwireError: INVALID_FIELD for an identity or lifetime that cannot be, ROLE_NOT_ALLOWED if the caller may
-                not let in a member of that role.
+            BeamwireError: INVALID_FIELD for an identity, name or lifetime that cannot be, ROLE_NOT_ALLOWED if the
+                caller may not let in a member of that role, POLICY_REFUSED for a name that the policy does not give
+                it, CERTIFICATE_REVOKED for a member that was revoked.
         """
-        member = self._identity(identity)
+        member = self._own_member(identity)
         if caller.role is Role.SERVICE and member.role not in GRANTED_BY_SERVICES:
             raise BeamwireError(
                 Reason.ROLE_NOT_ALLOWED, f"{caller} may mint tokens for jobs and caches only, not for {member}"
@@ -108,6 +119,8 @@ class Registrar:
         ttl = DEFAULT_TOKEN_TTL if ttl is None else ttl
         if not timedelta() < ttl <= MAX_TOKEN_TTL:
             raise invalid_field("ttl", "must be more than 0 and at most one day")
+        self._check_names(member, server_names)
+        await self._ledger.check_not_suspended(str(member))
         secret = secrets.token_urlsafe(24)
         now = self._clock()
         record = await self._tokens.insert(
@@ -119,8 +132,13 @@ class Registrar:
                 update_time=now,
                 server_names=tuple(server_names),
                 granted_by=str(caller),
+                grant="JOB_TOKEN" if caller.role is Role.SERVICE else "JOIN_TOKEN",
                 expire_time=now + ttl,
             )
+        )
+        names = f", names {', '.join(server_names)}" if server_names else ""
+        await self._audit.note(
+            str(caller), Action.TOKEN_CREATED, str(member), f"until {record.expire_time:%Y-%m-%d %H:%M:%S} UTC{names}"
         )
         return secret, record
 
@@ -128,7 +146,8 @@ class Registrar:
         """Issue a certificate against a join token, which is spent by it.
 
         Raises:
-            BeamwireError: INVALID_JOIN_TOKEN, or INVALID_FIELD for a signing request that cannot be honoured.
+            BeamwireError: INVALID_JOIN_TOKEN, INVALID_FIELD for a signing request that cannot be honoured,
+                CERTIFICATE_REVOKED for a member that was revoked.
         """
         token = await self._tokens.get(token_name(secret))
         if token is None:
@@ -136,53 +155,199 @@ class Registrar:
                 Reason.INVALID_JOIN_TOKEN, "this join token is unknown here; ask the operator for another"
             )
         if token.state != UNUSED:
-            raise BeamwireError(Reason.INVALID_JOIN_TOKEN, "this join token was used before; ask for another")
+            raise _spent()
         if self._clock() >= token.expire_time:
             raise BeamwireError(
                 Reason.INVALID_JOIN_TOKEN,
                 f"this join token expired at {token.expire_time.isoformat()}; ask for another",
             )
-        issued = self._issue(csr_pem, SpiffeId.parse(token.owner), token.server_names)
-        try:
-            await self._tokens.update(token.model_copy(update={"state": USED}))
-        except BeamwireError as error:
-            # Two calls with one token at the same moment: the revision lets only one of them pass.
+        member = SpiffeId.parse(token.owner)
+        self._check_names(member, token.server_names)
+        async with self._deciding:
+            await self._ledger.check_not_suspended(token.owner)
+            issued = self._issue(csr_pem, member, token.server_names)
+            try:
+                await self._tokens.update(token.model_copy(update={"state": USED}))
+            except BeamwireError as error:
+                # Two calls with one token at the same moment: the revision lets only one of them pass.
+                raise _spent() from error
+            record = await self._enter(issued, _Grant(token.grant, token.granted_by))
+        await self._note(Action.ENROLLED, str(member), record)
+        return record
+
+    async def enroll_introduced(self, csr_pem: bytes, *, caller: SpiffeId | None) -> CertificateRecord:
+        """Issue a certificate to a member of another facility, for the identity that the policy gives it here.
+
+        Raises:
+            BeamwireError: INVALID_JOIN_TOKEN for anybody else, POLICY_REFUSED if the policy gives it none, and what
+                `enroll` raises.
+        """
+        if caller is None or caller.trust_domain == self.trust_domain:
             raise BeamwireError(
-                Reason.INVALID_JOIN_TOKEN, "this join token was used before; ask for another"
-            ) from error
-        return await self._enter(issued, "JOIN_TOKEN", token.granted_by)
+                Reason.INVALID_JOIN_TOKEN,
+                "there is no join token in the call; ask the operator for one, or renew the certificate you have",
+            )
+        member = self._introduced(caller)
+        async with self._deciding:
+            await self._ledger.check_not_suspended(str(member))
+            issued = self._issue(csr_pem, member, ())
+            record = await self._enter(issued, _Grant("INTRODUCTION", str(caller), str(caller)))
+        await self._note(Action.ENROLLED, str(caller), record)
+        return record
 
-    async def renew(self, csr_pem: bytes, *, caller: SpiffeId, server_names: Sequence[str]) -> CertificateRecord:
-        """Issue a new certificate for the identity and names of the one that the caller presents."""
-        return await self._enter(self._issue(csr_pem, caller, server_names), "RENEWAL", str(caller))
+    async def renew(self, csr_pem: bytes, *, caller: SpiffeId, present_pem: bytes) -> CertificateRecord:
+        """Issue a new certificate for the identity and names of the one that the caller presents (PEM).
 
-    async def bootstrap(self, csr_pem: bytes, identity: SpiffeId, server_names: Sequence[str]) -> CertificateRecord:
-        """Issue a certificate for a member that is made together with the authority."""
-        return await self._enter(self._issue(csr_pem, identity, server_names), "BOOTSTRAP", str(identity))
+        Raises:
+            BeamwireError: CERTIFICATE_REVOKED for a member that was revoked, POLICY_REFUSED if the policy gives it
+                those names no more, or if it was introduced and is no more.
+        """
+        present = x509.load_pem_x509_certificate(present_pem)
+        own_name = services_name(self.trust_domain)
+        names = tuple(name for name in server_names_of(present) if name != own_name)
+        entry = await self._ledger.find(present.serial_number)
+        introduced_by = entry.introduced_by if entry else ""
+        try:
+            self._check_names(caller, names)
+            if introduced_by and self._introduced(SpiffeId.parse(introduced_by)) != caller:
+                self._refuse_introduction(introduced_by)
+            async with self._deciding:
+                await self._ledger.check_not_suspended(str(caller))
+                self._ledger.check_good(entry)
+                issued = self._issue(csr_pem, caller, names)
+                record = await self._enter(issued, _Grant("RENEWAL", str(caller), introduced_by))
+                await self._ledger.replace(present.serial_number)
+        except BeamwireError as error:
+            detail = f"{error.reason.name}: {error.message}"
+            await self._audit.note(str(caller), Action.RENEWAL_REFUSED, str(caller), detail)
+            raise
+        await self._note(Action.RENEWED, str(caller), record)
+        return record
 
-    def _identity(self, text: str) -> SpiffeId:
+    async def bootstrap(
+        self, csr_pem: bytes, identity: SpiffeId, server_names: Sequence[str], *, present_pem: bytes = b""
+    ) -> CertificateRecord:
+        """Issue a certificate for a member that the facility makes itself, in place of one that it has, if any."""
+        async with self._deciding:
+            await self._ledger.check_not_suspended(str(identity))
+            issued = self._issue(csr_pem, identity, server_names)
+            record = await self._enter(issued, _Grant("RENEWAL" if present_pem else "BOOTSTRAP", str(identity)))
+            if present_pem:
+                await self._ledger.replace(x509.load_pem_x509_certificate(present_pem).serial_number)
+        await self._note(Action.RENEWED if present_pem else Action.ENROLLED, str(identity), record)
+        return record
+
+    async def is_current(self, chain_pem: bytes) -> bool:
+        """Whether the authority that signs now has signed a certificate, and nobody has revoked it."""
+        chain = x509.load_pem_x509_certificates(chain_pem)
+        entry = await self._ledger.find(chain[0].serial_number)
+        return self._generations.authority.issuing in chain and (entry is None or entry.state != REVOKED)
+
+    async def revoke_member(self, identity: str, reason: str, *, caller: SpiffeId) -> list[CertificateRecord]:
+        """End all certificates of a member, and refuse it new ones; returns those that were good until now.
+
+        Raises:
+            BeamwireError: INVALID_FIELD for an identity of another facility, ILLEGAL_STATE for the caller's own.
+        """
+        member = str(self._own_member(identity))
+        if member == str(caller):
+            raise BeamwireError(
+                Reason.ILLEGAL_STATE, f"{member} cannot revoke itself as a whole; let another operator do it"
+            )
+        async with self._deciding:
+            await self._ledger.suspend(member, reason)
+            for token in await self._tokens.list(owner=member, equals={"state": UNUSED}, limit=1000):
+                await self._tokens.change(token.name, lambda _: {"state": USED})
+            ended = await self._ledger.end(await self._ledger.good(member), reason)
+        await self._publish()
+        await self._audit.note(str(caller), Action.REVOKED, member, _ended(ended, reason))
+        return ended
+
+    async def revoke_certificate(self, name: str, reason: str, *, caller: SpiffeId) -> list[CertificateRecord]:
+        """End one certificate; returns it if it was good until now. RESOURCE_NOT_FOUND if it was not issued here."""
+        async with self._deciding:
+            ended = await self._ledger.end([await self._ledger.require(name)], reason)
+        await self._publish()
+        await self._audit.note(str(caller), Action.REVOKED, name, _ended(ended, reason))
+        return ended
+
+    async def reinstate(self, identity: str, *, caller: SpiffeId) -> None:
+        """Let a member enrol again that was revoked; ILLEGAL_STATE if it was not."""
+        member = str(self._own_member(identity))
+        async with self._deciding:
+            await self._ledger.reinstate(member)
+        await self._audit.note(str(caller), Action.REINSTATED, member)
+
+    async def end_introduced(self, trust_domain: str, *, caller: SpiffeId) -> None:
+        """End the certificates of those who enrolled by the introduction of a facility that is believed no more."""
+        prefix = f"spiffe://{trust_domain}/"
+        async with self._deciding:
+            records = [r for r in await self._ledger.all_good() if r.introduced_by.startswith(prefix)]
+            ended = await self._ledger.end(records, f"{trust_domain} is believed no more")
+        if ended:
+            await self._publish()
+            await self._audit.note(str(caller), Action.REVOKED, trust_domain, _ended(ended, "introduced by it"))
+
+    def _own_member(self, text: str) -> SpiffeId:
         member = SpiffeId.parse(text)
         if member.trust_domain != self.trust_domain:
-            raise invalid_field("identity", f"is of another trust domain; this facility is {self.trust_domain}")
+            raise invalid_field(
+                "identity",
+                f"is of another trust domain; this facility is {self.trust_domain}. What members of others may do "
+                f"here, {POLICY_FILE} says",
+            )
         member.role  # noqa: B018 - raises for a path that names no role
         return member
 
-    def _issue(self, csr_pem: bytes, identity: SpiffeId, server_names: Sequence[str]) -> IssuedCertificate:
-        return self._authority.issue(csr_pem, identity, server_names, self._lifetimes.of(identity.role))
+    def _check_names(self, member: SpiffeId, server_names: Sequence[str]) -> None:
+        if len(server_names) > MAX_SERVER_NAMES:
+            raise invalid_field("server_names", f"there are {len(server_names)}; a member may have {MAX_SERVER_NAMES}")
+        rule = self._policy.current.certificate(member)
+        for name in server_names:
+            check_server_name(name)
+            if rule is not None and rule.server_names.all and not rule.server_names.matches(name):
+                raise BeamwireError(
+                    Reason.POLICY_REFUSED,
+                    f"the policy gives {member} no certificate for {name}; it may have: {rule.server_names}. "
+                    f"An operator can change that in {POLICY_FILE}",
+                    metadata={"check": "policy", "identity": str(member)},
+                )
 
-    async def _enter(self, issued: IssuedCertificate, grant: str, granted_by: str) -> CertificateRecord:
-        now = self._clock()
-        return await self._ledger.insert(
-            CertificateRecord(
-                name=f"certificates/{issued.serial_hex}",
-                owner=str(issued.identity),
-                state=ISSUED,
-                create_time=now,
-                update_time=now,
-                server_names=tuple(issued.server_names),
-                chain_pem=issued.chain_pem.decode(),
-                grant=grant,
-                granted_by=granted_by,
-                expire_time=issued.not_after,
-            )
+    def _introduced(self, foreign: SpiffeId) -> SpiffeId:
+        member = self._policy.current.introduced(foreign)
+        return member if member is not None else self._refuse_introduction(str(foreign))
+
+    def _refuse_introduction(self, foreign: str) -> NoReturn:
+        raise BeamwireError(
+            Reason.POLICY_REFUSED,
+            f"the policy here lets {foreign} enrol as nobody; an operator can add an [[introduction]] to "
+            f"{POLICY_FILE}, or mint a join token",
+            metadata={"check": "policy", "identity": foreign},
         )
+
+    def _issue(self, csr_pem: bytes, identity: SpiffeId, server_names: Sequence[str]) -> IssuedCertificate:
+        rule = self._policy.current.certificate(identity)
+        lifetime = (rule.lifetime if rule else None) or self._lifetimes.of(identity.role)
+        authority: Authority = self._generations.authority
+        return authority.issue(csr_pem, identity, server_names, lifetime)
+
+    async def _enter(self, issued: IssuedCertificate, grant: _Grant) -> CertificateRecord:
+        return await self._ledger.enter(
+            issued,
+            grant=grant.kind,
+            granted_by=grant.by,
+            introduced_by=grant.introduced_by,
+            generation=self._generations.state.generation,
+        )
+
+    async def _note(self, action: Action, actor: str, record: CertificateRecord) -> None:
+        detail = f"{record.name}, {record.grant} by {record.granted_by}, until {record.expire_time:%Y-%m-%d %H:%M} UTC"
+        await self._audit.note(actor, action, record.owner, detail)
+
+
+def _spent() -> BeamwireError:
+    return BeamwireError(Reason.INVALID_JOIN_TOKEN, "this join token was used before; ask for another")
+
+
+def _ended(records: Sequence[CertificateRecord], reason: str) -> str:
+    return f"{len(records)} certificates that were good" + (f": {reason}" if reason else "")

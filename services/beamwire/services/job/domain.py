@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import shutil
 from asyncio import timeout
@@ -13,6 +14,8 @@ from pathlib import Path
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.failure import Failure
+from beamwire.mesh.names import RESERVED
+from beamwire.mesh.policy import PolicySource, check_quota
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
 from beamwire.services.job.backend import Backend, Outcome, Run
@@ -54,6 +57,7 @@ class Jobs:
         mint: mints a join token for a job's identity.
         runner: runs one task for each job that has not ended.
         surroundings: what jobs are told of where traces go.
+        policy: says how many jobs the members of another facility may have together.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Jobs:
         mint: Minter,
         runner: TaskRunner,
         surroundings: Surroundings,
+        policy: PolicySource,
     ) -> None:
         self._store = store
         self._directory = directory
@@ -71,6 +76,8 @@ class Jobs:
         self._mint = mint
         self._runner = runner
         self._surroundings = surroundings
+        self._policy = policy
+        self._admission = asyncio.Lock()
 
     def check(self, spec: JobSpec) -> None:
         """Raise BeamwireError INVALID_FIELD naming what is wrong with a specification."""
@@ -103,9 +110,20 @@ class Jobs:
             identity=identity,
             traceparent=telemetry.current_traceparent(),
         )
-        record = await self._store.add(record, lambda r: (r.spec, r.owner))
+        async with self._admission:
+            if await self._store.get(name) is None:
+                await self._admit(record)
+            record = await self._store.add(record, lambda r: (r.spec, r.owner))
         self._keep(record)
         return record
+
+    async def _admit(self, record: JobRecord) -> None:
+        """Bound what another facility may have run, besides the streamers of transfers, which have their own."""
+        if _is_part(record):
+            return
+        active = await self._store.unfinished(JOB_STATES.terminal)
+        owners = (other.owner for other in active if not _is_part(other))
+        check_quota(self._policy.current, "active_jobs", record.owner, owners)
 
     async def resume(self) -> None:
         """Take up every job that had not ended when the service stopped."""
@@ -231,6 +249,10 @@ class Jobs:
             return {"state": state, "transitions": (*record.transitions, step), **changes}
 
         await self._store.change(name, changed)
+
+
+def _is_part(record: JobRecord) -> bool:
+    return record.name.startswith(f"jobs/{RESERVED}")
 
 
 def _ended(record: JobRecord) -> bool:

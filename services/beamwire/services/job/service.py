@@ -10,15 +10,16 @@ from pathlib import Path
 
 from beamwire.job.v1 import job_service_pb2 as pb
 from beamwire.job.v1 import job_service_pb2_grpc as pb_grpc
-from beamwire.mesh.errors import invalid_field
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.identity import Role, SpiffeId
 from beamwire.mesh.listing import list_page, visible
 from beamwire.mesh.names import check_id, new_id
 from beamwire.mesh.pages import Pager
-from beamwire.mesh.rpc.access import current_caller
+from beamwire.mesh.rpc.access import Caller, current_caller
 from beamwire.mesh.rpc.convert import from_duration, to_duration, to_timestamp
 from beamwire.mesh.rpc.status import to_status
 from beamwire.mesh.store import Store
+from beamwire.services.job import partners
 from beamwire.services.job.domain import Jobs
 from beamwire.services.job.model import JOB_STATES, JobRecord, JobSpec, JobState
 
@@ -32,23 +33,35 @@ LOG_FILES = {pb.LOG_STREAM_STDOUT: "stdout", pb.LOG_STREAM_STDERR: "stderr"}
 class JobService(pb_grpc.JobServiceServicer):
     """Answers for the jobs of one facility."""
 
-    def __init__(self, jobs: Jobs, store: Store[JobRecord], pager: Pager, trust_domain: str) -> None:
+    def __init__(
+        self, jobs: Jobs, store: Store[JobRecord], pager: Pager, trust_domain: str, partner_processes: int = 1
+    ) -> None:
         self._jobs = jobs
         self._store = store
         self._pager = pager
         self._trust_domain = trust_domain
+        self._partner_processes = partner_processes
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: object) -> pb.Job:
         """Store a job and start it."""
+        caller = current_caller()
         spec = _to_spec(request.job.spec)
+        if caller.role is Role.PARTNER:
+            self._check_partner(caller, spec, request.job.owner)
         chosen = request.job_id or new_id(request.request_id or None)
-        job_id = check_id("job_id", chosen, reserved=current_caller().role is Role.SERVICE)
+        job_id = check_id("job_id", chosen, reserved=caller.role is Role.SERVICE)
         identity = SpiffeId(self._trust_domain, f"{Role.JOB}/{job_id}")
         if request.validate_only:
             self._jobs.check(spec)
             return pb.Job(name=f"jobs/{job_id}", spec=request.job.spec, identity=str(identity))
-        owner = str(SpiffeId.parse(request.job.owner)) if request.job.owner else str(current_caller())
+        owner = str(SpiffeId.parse(request.job.owner)) if request.job.owner else str(caller)
         return _to_message(await self._jobs.create(f"jobs/{job_id}", owner, str(identity), spec))
+
+    def _check_partner(self, caller: Caller, spec: JobSpec, owner: str) -> None:
+        assert caller.grant is not None, "a service of another facility comes through the policy"
+        if owner not in ("", str(caller)):
+            raise BeamwireError(Reason.NOT_OWNER, f"{caller} may create jobs for itself only; leave the owner out")
+        partners.check(spec, str(caller), caller.grant, self._partner_processes)
 
     async def GetJob(self, request: pb.GetJobRequest, context: object) -> pb.Job:
         """Read one job."""

@@ -49,7 +49,7 @@ def _transient(error: BaseException) -> bool:
     return broken or error.reason in TRANSIENT
 
 
-async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+async def patiently(call: Callable[[], Awaitable[T]]) -> T:
     """Repeat a call until the service is there; the transfer's lease is what ends the waiting."""
     async for attempt in AsyncRetrying(
         retry=retry_if_exception(_transient), wait=wait_random_exponential(FIRST_PAUSE, max=LONGEST_PAUSE), reraise=True
@@ -76,7 +76,7 @@ async def _followed(open_stream: Callable[[str], AsyncIterable[T]], etag_of: Cal
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _request_id(name: str, action: str) -> str:
+def request_id(name: str, action: str) -> str:
     """Return the id of an action that a transfer takes once, however often it must be tried."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"beamwire:{name}:{action}"))
 
@@ -100,17 +100,18 @@ class BufferClient:
         await self._stub.CreateBuffer(request)
 
     async def create(self, record: TransferRecord) -> None:
-        """Create the transfer's buffer: its streamer may produce, its owner may consume."""
+        """Create the transfer's buffer: its streamer may produce, its owner and its consumer jobs may consume."""
         request = self._request(record)
-        await _patiently(lambda: self._stub.CreateBuffer(request))
+        await patiently(lambda: self._stub.CreateBuffer(request))
 
     def _request(self, record: TransferRecord) -> buffer_pb.CreateBufferRequest:
         buffer_id = record.buffer.removeprefix("buffers/")
         spec = json_format.ParseDict(record.buffer_options, buffer_pb.BufferSpec())
         del spec.producers[:]
         spec.producers.append(str(SpiffeId(self._trust_domain, f"{Role.JOB}/{record.job.removeprefix('jobs/')}")))
-        if record.owner not in spec.consumers:
-            spec.consumers.append(record.owner)
+        for identity in (record.owner, *(consumer.identity for consumer in record.consumer_jobs)):
+            if identity not in spec.consumers:
+                spec.consumers.append(identity)
         spec.producer_count = record.process_count
         # The transfer's own lease ends first: the saga, not the buffer, says that it expired.
         lease = to_duration(timedelta(seconds=record.lease + 60))
@@ -119,7 +120,7 @@ class BufferClient:
         return buffer_pb.CreateBufferRequest(
             buffer=buffer_pb.Buffer(spec=spec, owner=record.owner),
             buffer_id=buffer_id,
-            request_id=_request_id(record.name, "create-buffer"),
+            request_id=request_id(record.name, "create-buffer"),
         )
 
     async def watch(self, name: str) -> AsyncIterator[BufferView]:
@@ -135,7 +136,7 @@ class BufferClient:
         request = buffer_pb.SealBufferRequest(
             name=name, cause=account_pb2.EndCause.Value(f"END_CAUSE_{cause}"), detail=detail
         )
-        await _patiently(lambda: self._stub.SealBuffer(request))
+        await patiently(lambda: self._stub.SealBuffer(request))
 
 
 class JobClient:
@@ -163,9 +164,9 @@ class JobClient:
         request = job_pb.CreateJobRequest(
             job=job_pb.Job(spec=spec, owner=record.owner),
             job_id=record.job.removeprefix("jobs/"),
-            request_id=_request_id(record.name, "create-job"),
+            request_id=request_id(record.name, "create-job"),
         )
-        await _patiently(lambda: self._stub.CreateJob(request))
+        await patiently(lambda: self._stub.CreateJob(request))
 
     async def watch(self, name: str) -> AsyncIterator[JobView]:
         """Follow a job until it has ended."""
@@ -178,7 +179,7 @@ class JobClient:
 
     async def cancel(self, name: str) -> None:
         """End a job."""
-        await _patiently(lambda: self._stub.CancelJob(job_pb.CancelJobRequest(name=name)))
+        await patiently(lambda: self._stub.CancelJob(job_pb.CancelJobRequest(name=name)))
 
 
 def _plain(

@@ -16,10 +16,21 @@ from typing import Any, TypeVar
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.failure import Failure, as_error
+from beamwire.mesh.policy import PolicySource, check_quota
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner, to_the_end
+from beamwire.services.request.consumers import Consumers
+from beamwire.services.request.datasets import Datasets, Reader
 from beamwire.services.request.model import TRANSFER_STATES, TransferRecord, TransferState
-from beamwire.services.request.ports import BufferPort, BufferView, Fitness, JobPort, JobView, Preflight
+from beamwire.services.request.ports import (
+    BufferPort,
+    BufferView,
+    ConsumerPort,
+    Fitness,
+    JobPort,
+    JobView,
+    Preflight,
+)
 from beamwire.services.request.receipt import imbalances, in_words, receipt_of, unwanted_losses
 
 T = TypeVar("T")
@@ -52,6 +63,9 @@ class Transfers:
         preflight: checks requests against datasets.
         runner: runs one task for each transfer that has not ended.
         limits: what one owner may have.
+        datasets: decides who may read what.
+        consumers: the Job services of the facilities where consumers run.
+        policy: says how much the members of another facility may have together.
     """
 
     def __init__(
@@ -62,6 +76,9 @@ class Transfers:
         preflight: Preflight,
         runner: TaskRunner,
         limits: Limits,
+        datasets: Datasets,
+        policy: PolicySource,
+        consumers: ConsumerPort,
     ) -> None:
         self._store = store
         self._buffers = buffers
@@ -69,24 +86,28 @@ class Transfers:
         self._preflight = preflight
         self._runner = runner
         self._limits = limits
+        self._datasets = datasets
+        self._policy = policy
+        self._consumers = Consumers(store, consumers)
         self._admission = asyncio.Lock()
 
-    async def check(self, record: TransferRecord) -> Fitness:
-        """Return what the request would give; raise BeamwireError naming the field that is wrong."""
+    async def check(self, record: TransferRecord, reader: Reader) -> Fitness:
+        """Return what the request of a reader would give; raise BeamwireError naming the field that is wrong."""
         if not 1 <= record.process_count <= self._limits.processes:
             raise invalid_field("transfer.process_count", f"must be from 1 to {self._limits.processes}")
         if not 0 < record.lease <= self._limits.lease.total_seconds():
             raise invalid_field("transfer.lease", f"must be positive and at most {self._limits.lease}")
         await self._buffers.check(record)
-        return await self._preflight.check(record.config)
+        await self._consumers.check(record)
+        return await self._preflight.check(record.config, lambda found: self._datasets.check(found, reader))
 
-    async def create(self, record: TransferRecord) -> TransferRecord:
+    async def create(self, record: TransferRecord, reader: Reader) -> TransferRecord:
         """Check and store a transfer and begin to drive it; one of that name with the same contents is returned."""
         existing = await self._store.get(record.name)
         if existing is not None:
             return await self._store.add(record, _contents)
         await self._admit(record.owner)
-        fitness = await self.check(record)
+        fitness = await self.check(record, reader)
         found = {"expected_event_count": fitness.expected_event_count}
         async with self._admission:
             await self._admit(record.owner)
@@ -127,6 +148,7 @@ class Transfers:
                 quota="active_transfers",
                 retry_after=10.0,
             )
+        check_quota(self._policy.current, "active_transfers", owner, (r.owner for r in active))
 
     async def _drive(self, name: str) -> None:
         """Bring one transfer from the state it is in to its end."""
@@ -167,11 +189,12 @@ class Transfers:
         await self._follow(name)
 
     async def _provision(self, name: str) -> None:
-        """Buffer first and ready, then the streamer."""
+        """Buffer first and ready, then who consumes, then the streamer."""
         record = await self._store.require(name)
         # A cancelled creation may come about all the same: what ends the transfer must find it.
         await to_the_end(self._buffers.create(record), CREATE_PATIENCE)
         view = await self._ready(record.buffer)
+        await self._consumers.place(name, view.connect_string)
         await to_the_end(self._jobs.create(record, view.connect_string), CREATE_PATIENCE)
         streaming = {"connect_string": view.connect_string, "capacity_bytes": view.capacity_bytes}
         await self._store.change(name, lambda r: {**_to(r, TransferState.STREAMING), **streaming})
@@ -184,8 +207,24 @@ class Transfers:
         raise BeamwireError(Reason.CACHE_FAILED, f"{buffer} ended before it was ready")
 
     async def _follow(self, name: str) -> None:
-        """Follow buffer and job to their ends, and draw up the receipt."""
+        """Follow the stream and its consumer jobs to their ends, and draw up the receipt."""
         record = await self._store.require(name)
+        stream = asyncio.create_task(self._stream_end(record))
+        consumers = asyncio.create_task(self._consumers.follow(record))
+        try:
+            await asyncio.wait({stream, consumers}, return_when=asyncio.FIRST_EXCEPTION)
+            # If one has failed, the other may go on: that is the one to be heard first.
+            for task in (consumers, stream):
+                if task.done():
+                    task.result()
+            view = await stream
+        finally:
+            await _reap(stream, consumers)
+        await self._succeed(name, view)
+
+    async def _stream_end(self, record: TransferRecord) -> BufferView:
+        """Follow buffer and streamer to their good ends."""
+        name = record.name
         leaving_ready = asyncio.Event()
         buffer = asyncio.create_task(self._buffer_end(name, record.buffer, leaving_ready))
         job = asyncio.create_task(self._job_end(record.job))
@@ -206,7 +245,7 @@ class Transfers:
         finally:
             await _reap(buffer, job)
         _raise_if_failed(view)
-        await self._succeed(name, view)
+        return view
 
     async def _settle(self, leaving_ready: asyncio.Event, buffer: asyncio.Task[BufferView]) -> None:
         settled = asyncio.create_task(leaving_ready.wait())
@@ -253,9 +292,10 @@ class Transfers:
         """Tell the consumers, stop the streamer, wait for both to end, and keep the account."""
         record = await self._store.require(name)
         detail = error.message if error else "the transfer was cancelled"
-        view, _ = await asyncio.gather(
+        view, _, _ = await asyncio.gather(
             _ending(self._stop_buffer(record, cause, detail), record.buffer),
             _ending(self._stop_job(record), record.job),
+            self._consumers.end(record),
         )
         changes: dict[str, object] = {}
         if view:
@@ -295,7 +335,11 @@ async def _ending(stop: Coroutine[Any, Any, T], name: str) -> T | None:
 
 
 def _contents(record: TransferRecord) -> tuple[object, ...]:
-    return record.owner, record.config, record.buffer_options, record.process_count, record.lease, record.labels
+    consumers = [(consumer.trust_domain, consumer.spec) for consumer in record.consumer_jobs]
+    return (
+        *(record.owner, record.config, record.buffer_options, record.process_count, record.lease, record.labels),
+        consumers,
+    )
 
 
 def _ended(record: TransferRecord) -> bool:

@@ -139,6 +139,27 @@ class Receipt(BaseModel, frozen=True):
     stages: tuple[StageAccount, ...] = ()
 
 
+class ConsumerJob(BaseModel, frozen=True):
+    """A program that consumes a transfer. Its names are made up with the transfer, so that its buffer can know them.
+
+    `trust_domain` is empty for the own facility, and `facility` never. `spec` is the job's specification in protobuf's
+    JSON mapping. `asked` is stored before the facility is asked to run it, `placed` afterwards.
+    """
+
+    trust_domain: str
+    facility: str
+    spec: dict[str, JsonValue]
+    job: str
+    identity: str
+    asked: bool = False
+    placed: bool = False
+
+    @property
+    def executable(self) -> str:
+        """The program."""
+        return str(self.spec.get("executable", ""))
+
+
 class TransferRecord(Record):
     """What is stored of a transfer. `state` is a TransferState by value; `account` is stored when the state changes.
 
@@ -154,6 +175,7 @@ class TransferRecord(Record):
     labels: dict[str, str] = Field(default_factory=dict)
     buffer: str = ""
     job: str = ""
+    consumer_jobs: tuple[ConsumerJob, ...] = ()
     connect_string: str = ""
     expected_event_count: int = 0
     account: BufferAccount = BufferAccount()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from pydantic import JsonValue
 
 from beamwire.mesh.failure import Failure
-from beamwire.services.request.model import BufferAccount, TransferRecord
+from beamwire.services.request.datasets import Dataset
+from beamwire.services.request.model import BufferAccount, ConsumerJob, TransferRecord
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,36 @@ class JobPort(Protocol):
         ...
 
 
+class ConsumerPort(Protocol):
+    """The Job services of all facilities that are believed, as far as the consumers of a transfer need them.
+
+    INVALID_FIELD naming `trust_domain` if a facility is not believed. An unreachable service is waited out, but for
+    `check`.
+    """
+
+    async def check(self, record: TransferRecord, consumer: ConsumerJob) -> None:
+        """Raise BeamwireError if a facility would not run a job."""
+        ...
+
+    async def place(self, record: TransferRecord, consumer: ConsumerJob, connect_string: str) -> None:
+        """Create a job at its facility, or find it created."""
+        ...
+
+    def watch(self, consumer: ConsumerJob) -> AsyncIterator[JobView]:
+        """Follow a job until it has ended; RESOURCE_NOT_FOUND, or elsewhere NOT_OWNER, if there is none."""
+        ...
+
+    async def cancel(self, consumer: ConsumerJob) -> None:
+        """End a job; RESOURCE_NOT_FOUND, or elsewhere NOT_OWNER, if there is none."""
+        ...
+
+
 class Preflight(Protocol):
     """Checks a request against its dataset before anything is started for it."""
 
-    async def check(self, config: Mapping[str, JsonValue]) -> Fitness:
-        """Return what the dataset holds; INVALID_FIELD, DATASET_NOT_FOUND or UNSUPPORTED with the fields at fault."""
+    async def check(self, config: Mapping[str, JsonValue], allow: Callable[[Sequence[Dataset]], None]) -> Fitness:
+        """Return what the dataset holds; INVALID_FIELD, DATASET_NOT_FOUND or UNSUPPORTED with the fields at fault.
+
+        Before anything is opened, `allow` is told what would be read, and raises if that must not be.
+        """
         ...

@@ -22,7 +22,9 @@ from beamwire.mesh.rpc.status import to_status
 from beamwire.mesh.store import Store
 from beamwire.request.v1 import request_service_pb2 as pb
 from beamwire.request.v1 import request_service_pb2_grpc as pb_grpc
+from beamwire.services.request.datasets import Reader
 from beamwire.services.request.domain import Transfers
+from beamwire.services.request.jobs import from_consumer_job, to_consumer_jobs
 from beamwire.services.request.model import (
     TRANSFER_STATES,
     ConsumerAccount,
@@ -44,18 +46,19 @@ LONGEST_LEASE = timedelta(days=10_000)
 class RequestService(pb_grpc.RequestServiceServicer):
     """Answers for the transfers of one facility."""
 
-    def __init__(self, transfers: Transfers, store: Store[TransferRecord], pager: Pager) -> None:
+    def __init__(self, transfers: Transfers, store: Store[TransferRecord], pager: Pager, trust_domain: str) -> None:
         self._transfers = transfers
+        self._trust_domain = trust_domain
         self._store = store
         self._pager = pager
 
     async def CreateTransfer(self, request: pb.CreateTransferRequest, context: object) -> pb.Transfer:
         """Check, store and begin a transfer."""
-        record = _to_record(request)
+        record = _to_record(request, self._trust_domain)
         if request.validate_only:
-            fitness = await self._transfers.check(record)
+            fitness = await self._transfers.check(record, _reader())
             return _to_message(record.model_copy(update={"expected_event_count": fitness.expected_event_count}))
-        return _to_message(await self._transfers.create(record))
+        return _to_message(await self._transfers.create(record, _reader()))
 
     async def GetTransfer(self, request: pb.GetTransferRequest, context: object) -> pb.Transfer:
         """Read one transfer."""
@@ -84,7 +87,13 @@ class RequestService(pb_grpc.RequestServiceServicer):
         return _to_message(await self._transfers.cancel(request.name))
 
 
-def _to_record(request: pb.CreateTransferRequest) -> TransferRecord:
+def _reader() -> Reader:
+    caller = current_caller()
+    assert caller.grant is not None, "nobody makes a transfer without a certificate"
+    return Reader(caller.acts_for, caller.grant.rule, caller.grant.datasets)
+
+
+def _to_record(request: pb.CreateTransferRequest, trust_domain: str) -> TransferRecord:
     """Return the transfer that a request asks for, with the ids that its buffer and its job will have."""
     transfer = request.transfer
     transfer_id = check_id("transfer_id", request.transfer_id or new_id(request.request_id or None))
@@ -106,6 +115,7 @@ def _to_record(request: pb.CreateTransferRequest) -> TransferRecord:
         labels=dict(transfer.labels),
         buffer=f"buffers/{id_of_part(transfer_id)}",
         job=f"jobs/{id_of_part(transfer_id)}",
+        consumer_jobs=to_consumer_jobs(transfer.consumer_jobs, trust_domain),
         traceparent=traceparent,
         expire_time=now + lease,
     )
@@ -129,7 +139,10 @@ def _to_config(config: pb.StreamConfig) -> dict[str, JsonValue]:
 
 
 def _to_component(component: pb.Component) -> dict[str, JsonValue]:
-    return {"type": component.type, **_plain(component.parameters)}
+    parameters = _plain(component.parameters)
+    if "type" in parameters:
+        raise invalid_field("transfer.config", f"{component.type[:100]}: a parameter is called type, which names it")
+    return {"type": component.type, **parameters}
 
 
 def _plain(parameters: struct_pb2.Struct) -> dict[str, JsonValue]:
@@ -207,6 +220,7 @@ def _to_message(record: TransferRecord) -> pb.Transfer:
         state=pb.Transfer.State.Value(f"STATE_{record.state}"),
         buffer=record.buffer,
         job=record.job,
+        consumer_jobs=map(from_consumer_job, record.consumer_jobs),
         connect_string=record.connect_string,
         counters=pb.TransferCounters(
             expected_event_count=record.expected_event_count,

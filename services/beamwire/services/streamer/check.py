@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,6 +13,8 @@ from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 from beamwire.services.streamer import config as configuration
 from beamwire.services.streamer.components import Batch, FieldSpec, Serializer, SourceContext, Stage
 from beamwire.services.streamer.config import StreamerConfig
+from beamwire.services.streamer.datasets import datasets
+from beamwire.services.streamer.named import Dataset, open_files
 from beamwire.services.streamer.pipeline import flushed, prepare, through
 from beamwire.services.streamer.reading import Reader, Shaper
 
@@ -20,15 +22,23 @@ _SAMPLE_SECONDS: Final = 0.2
 _SAMPLE_EVENTS: Final = 16
 
 
-def check(data: Mapping[str, Any], num_events: int | None = None) -> dict[str, Any]:
+def check(
+    data: Mapping[str, Any],
+    num_events: int | None = None,
+    ask: Callable[[Sequence[Dataset]], None] | None = None,
+) -> dict[str, Any]:
     """What a run would send, learnt from its first events: fields behind the stages, sizes, the rate of one process.
 
     {"ok", "fields", "expected_event_count", "event_bytes", "sent_event_bytes", "events_per_second", "sent_bytes",
     "seconds"}: `event_bytes` is the size of the first complete event as it is read, `sent_event_bytes` what it takes as
     it is sent, `sent_bytes` and `seconds` that of all of them; 0 where it is unknown. Raises BeamwireError as the run
-    would: INVALID_FIELD, DATASET_NOT_FOUND, UNSUPPORTED.
+    would: INVALID_FIELD, DATASET_NOT_FOUND, UNSUPPORTED. Before anything is opened `ask` is told what would be read;
+    then "opened" are the files that were open in the end: one that is named may lead to others inside.
     """
     config = configuration.load(data)
+    before = open_files()
+    if ask is not None:
+        ask(datasets(config))
     limit = config.max_events if num_events is None else num_events
     reader = Reader(config, SourceContext(config.source_identifier, max_events=limit))
     try:
@@ -40,9 +50,11 @@ def check(data: Mapping[str, Any], num_events: int | None = None) -> dict[str, A
         stages, serializer, sent = prepare(config, fields)
         sample = _Sample()
         sample.take(reader, Shaper(fields, config.optional), stages, serializer)
+        opened = open_files() - before
     finally:
         reader.close()
     return {
+        **({"opened": sorted(opened)} if ask is not None else {}),
         "ok": True,
         "fields": [_described(spec) for spec in sent],
         "expected_event_count": expected,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from beamwire.services.streamer.named import Dataset
 
 REFUSED = 2
 
@@ -56,7 +59,13 @@ def run(config_file: str, num_events: int | None) -> None:
 @_config
 @_num_events
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def check(config_file: str, num_events: int | None, as_json: bool) -> None:
+@click.option(
+    "--ask",
+    is_flag=True,
+    help="For services: the configuration is one line of standard input; print a line that says which datasets would be"
+    " read, and open them when one more line comes.",
+)
+def check(config_file: str, num_events: int | None, as_json: bool, ask: bool) -> None:
     """Check the configuration and the dataset, read one event, send nothing."""
     from beamwire.mesh.errors import BeamwireError
     from beamwire.services.streamer.check import check as check_config
@@ -65,19 +74,30 @@ def check(config_file: str, num_events: int | None, as_json: bool) -> None:
     # Libraries that read data talk; what we print is read by programs.
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            result = check_config(_read(config_file), num_events)
+            data = _read(config_file, one_line=ask)
+            result = check_config(data, num_events, _ask if ask else None)
         except BeamwireError as error:
             result = refusal(error)
     click.echo(json.dumps(result) if as_json else _in_words(result))
     sys.exit(0 if result["ok"] else REFUSED)
 
 
-def _read(config_file: str) -> Mapping[str, Any]:
+def _ask(found: Sequence[Dataset]) -> None:
+    from beamwire.services.streamer.datasets import in_words
+
+    # What libraries print goes elsewhere.
+    assert sys.__stdout__ is not None
+    print(json.dumps(in_words(found)), file=sys.__stdout__, flush=True)
+    if not sys.stdin.readline():
+        sys.exit(REFUSED)
+
+
+def _read(config_file: str, *, one_line: bool = False) -> Mapping[str, Any]:
     from beamwire.mesh.errors import invalid_field
     from beamwire.services.streamer.config import parse_text
 
     if config_file == "-":
-        return parse_text(sys.stdin.read())
+        return parse_text(sys.stdin.readline() if one_line else sys.stdin.read())
     try:
         return parse_text(Path(config_file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -95,11 +95,13 @@ class Batch:
     """Several events.
 
     `arrays` has the events along the first axis; a ragged array holds the values of all events and their row offsets.
-    The arrays belong to the stage that made them and are good until it is called again.
+    The arrays belong to the stage that made them and are good until it is called again; if they are `lasting`, nobody
+    changes them as long as somebody has them.
     """
 
     event_ids: npt.NDArray[np.uint64]
     arrays: dict[str, Array | Ragged]
+    lasting: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,8 @@ class Message:
     """What a handler sends: `data` of a media type, or `arrays` if `data` is None.
 
     `event_ids` (n,) uint64 are the events in it; none where it belongs to the stream as a whole, as its start does.
-    `suffix` is that of a file which holds it.
+    `suffix` is that of a file which holds it. If the arrays are `lasting`, nobody changes them as long as somebody has
+    them.
     """
 
     event_ids: npt.NDArray[np.uint64]
@@ -115,6 +118,7 @@ class Message:
     data: bytes | memoryview | None = None
     media_type: str = ""
     suffix: str = "frame"
+    lasting: bool = False
 
     @property
     def size(self) -> int:

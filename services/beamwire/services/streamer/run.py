@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from beamwire.mesh import telemetry
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.credentials import MEMBER_FILE, Credentials
 from beamwire.mesh.enrollment import JoinToken, enroll
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.renewal import certificate_address
 from beamwire.services.streamer import config as configuration
 from beamwire.services.streamer.config import StreamerConfig
 from beamwire.services.streamer.parallel import Ranks
@@ -20,6 +22,8 @@ from beamwire.services.streamer.pipeline import Account, Pipeline, one_line, say
 from beamwire.services.streamer.stopping import CancelledError, Stop
 
 FAILED = 1
+# Most jobs are over before their membership has to be looked after, in seconds.
+MEMBERSHIP_DELAY = 10.0
 
 # Errors of the one who asked, who is helped by the sentence and not by where in our code it arose.
 _PLAIN = (
@@ -82,7 +86,9 @@ def _stream(
         config = replace(config, max_events=num_events)
     if not config.data_handlers:
         raise invalid_field("config.data_handlers", "is empty: nothing would become of the events")
-    account = Pipeline(config, ranks, stop, _credentials(ranks, environment)).run()
+    credentials = _credentials(ranks, environment)
+    with _kept(ranks.share.rank, environment):
+        account = Pipeline(config, ranks, stop, credentials).run()
     _report(ranks.gather(account), ranks, config)
     return account
 
@@ -98,13 +104,28 @@ def _report(accounts: list[Account], ranks: Ranks, config: StreamerConfig) -> No
 
 def _credentials(ranks: Ranks, environment: Mapping[str, str]) -> Callable[[], Credentials]:
     """Enrols with the join token, if there is one, for all ranks; the credentials are read when they are needed."""
-    directory = Path(environment.get("BEAMWIRE_CREDENTIALS_DIR") or "credentials")
+    directory = _directory(environment)
     token_file = environment.get("BEAMWIRE_JOIN_TOKEN_FILE", "")
     if token_file:
         if ranks.share.rank == 0 and Path(token_file).is_file():
             _enroll(Path(token_file), directory)
         ranks.gather(None)
     return lambda: Credentials.load(directory)
+
+
+def _directory(environment: Mapping[str, str]) -> Path:
+    return Path(environment.get("BEAMWIRE_CREDENTIALS_DIR") or "credentials")
+
+
+def _kept(rank: int, environment: Mapping[str, str]) -> AbstractContextManager[None]:
+    """Rank 0 renews what it enrolled, for a job that outlives its certificate; the others read the same files."""
+    directory = _directory(environment)
+    if rank != 0 or not (directory / MEMBER_FILE).exists():
+        return nullcontext()
+    # Brings gRPC with it.
+    from beamwire.mesh.membership import MembershipThread
+
+    return MembershipThread(Credentials.load(directory), certificate_address(directory), delay=MEMBERSHIP_DELAY)
 
 
 def _enroll(token_file: Path, directory: Path) -> None:

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import click
 
-from beamwire.client.cli import bench, bridge, completion, get, members, push, transfers
+from beamwire.client.cli import bench, bridge, can, cert, completion, get, members, push, token, transfers, trust
 from beamwire.client.cli.context import Cli, Group
 from beamwire.client.cli.failures import TerminatedError, exit_code, explain
 
@@ -26,6 +26,7 @@ def cli(context: click.Context) -> None:
 for command in (
     members.enroll,
     get.get,
+    get.start,
     transfers.watch,
     transfers.list_,
     transfers.cancel,
@@ -37,7 +38,11 @@ for command in (
     bench.bench,
     bridge.bridge,
     members.whoami,
+    can.can,
     members.facilities,
+    cert.cert,
+    token.token,
+    trust.trust,
     completion.completion,
 ):
     cli.add_command(command)

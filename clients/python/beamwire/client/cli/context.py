@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,12 @@ from beamwire.client.cli.text import receipt_text
 from beamwire.client.client import Client, connect
 from beamwire.client.config import config_directory, trace_directory
 from beamwire.mesh import telemetry
+from beamwire.mesh.delegation import check_text
 from beamwire.mesh.errors import invalid_field
+from beamwire.mesh.renewal import renew_in_background
 from beamwire.request.v1.request_service_pb2 import Transfer
+
+TOKEN_VARIABLE = "BEAMWIRE_TOKEN_FILE"  # noqa: S105 - the name of a variable
 
 
 @dataclass(slots=True)
@@ -28,7 +33,9 @@ class Cli:
     """The global options of one invocation, and the transfer that it was about, if that has ended badly."""
 
     facility: str | None = None
+    home: str | None = None
     config_dir: Path | None = None
+    token_file: Path | None = None
     json: bool = False
     quiet: bool = False
     verbose: bool = False
@@ -39,11 +46,17 @@ class Cli:
         """The configuration directory."""
         return config_directory(self.config_dir)
 
+    def read_token(self) -> str:
+        """The delegation token in the file that --token-file or BEAMWIRE_TOKEN_FILE names; empty if none is named."""
+        named = self.token_file or os.environ.get(TOKEN_VARIABLE)
+        return check_text(Path(named).read_text(encoding="utf-8", errors="replace")) if named else ""
+
     @contextmanager
-    def client(self) -> Iterator[Client]:
-        """A client of the facility chosen, traced into the state directory."""
+    def client(self, token: str = "") -> Iterator[Client]:
+        """A client of the facility chosen, traced into the state directory; with a token other than the one chosen."""
         telemetry.setup_logging("client", level=logging.INFO if self.verbose else logging.ERROR)
-        client = connect(self.facility, config_dir=self.config_dir)
+        client = connect(self.facility, config_dir=self.config_dir, home=self.home, token=token or self.read_token())
+        renew_in_background(client.credentials)
         tracing = telemetry.setup("client", trace_dir=trace_directory(), trust_domain=client.facility.trust_domain)
         try:
             with client:
@@ -86,9 +99,17 @@ def _global_options() -> list[click.Parameter]:
     return [
         option("--facility", text="The facility, by its trust domain.", metavar="NAME"),
         option(
+            "--home", text="The facility you are enrolled in, if you call another one that it believes.", metavar="NAME"
+        ),
+        option(
             "--config-dir",
             text="Where credentials are kept.",
             type=click.Path(file_okay=False, path_type=Path),
+        ),
+        option(
+            "--token-file",
+            text="A delegation token that somebody gave you: everything is done with the rights in it.",
+            type=click.Path(dir_okay=False, path_type=Path),
         ),
         option("--json", text="Print JSON for programs.", is_flag=True),
         option("-q", "--quiet", text="Print no progress and no remarks.", is_flag=True),
@@ -102,7 +123,9 @@ class Command(click.Command):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.epilog = EXIT_CODES
-        self.params += _global_options()
+        # `enroll` has a --token-file of its own, for another kind of token.
+        own = {parameter.name for parameter in self.params}
+        self.params += [option for option in _global_options() if option.name not in own]
 
 
 class Group(click.Group):

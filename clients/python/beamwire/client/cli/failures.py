@@ -35,10 +35,14 @@ _INVALID = frozenset(
 _REFUSED = frozenset(
     {
         Reason.INVALID_JOIN_TOKEN,
+        Reason.INVALID_INTRODUCTION,
         Reason.CERTIFICATE_INVALID,
         Reason.CERTIFICATE_EXPIRED,
+        Reason.CERTIFICATE_REVOKED,
         Reason.ROLE_NOT_ALLOWED,
+        Reason.POLICY_REFUSED,
         Reason.NOT_OWNER,
+        Reason.TOKEN_REFUSED,
         Reason.ACCESS_UNDECLARED,
         Reason.LIMIT_REACHED,
         Reason.SERVICE_UNAVAILABLE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,8 +16,9 @@ from beamwire.client.files.writer import Format
 from beamwire.client.groups import for_group
 from beamwire.client.request import ParsedRequest, parse_request
 from beamwire.client.session import Via
-from beamwire.mesh.errors import invalid_field
+from beamwire.mesh.errors import BeamwireError, invalid_field
 from beamwire.mesh.names import new_id
+from beamwire.mesh.stream.connect import ConnectString
 
 
 def _output_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -98,7 +100,19 @@ def get(
 
 
 @click.command(cls=Command)
-@click.argument("source", metavar="CONNECT_OR_TRANSFER")
+@click.argument("request", type=click.Path(dir_okay=False, path_type=Path))
+@pass_cli
+def start(cli: Cli, request: Path) -> None:
+    """Ask for the events that REQUEST describes, for its consumer jobs or others to take; print the transfer's name."""
+    parsed = parse_request(request)
+    with cli.client() as client:
+        transfer = client.create_transfer(parsed)
+    cli.answer(transfer.name, transfer)
+    cli.say(f"follow it with: beamwire watch {transfer.name.removeprefix('transfers/')}")
+
+
+@click.command(cls=Command)
+@click.argument("source", metavar="CONNECT_OR_TRANSFER", envvar="BEAMWIRE_CONNECT")
 @_output_options
 @pass_cli
 def pull(
@@ -111,11 +125,22 @@ def pull(
     group: str,
     via: Via,
 ) -> None:
-    """Take events from a stream that exists: a transfer, or a buffer by its connect string."""
+    """Take events from a stream that exists: a transfer, or a buffer by its connect string.
+
+    A job that a transfer was asked to place finds it in BEAMWIRE_CONNECT.
+    """
+    cli.facility = cli.facility or facility_of(source)
     where = Output(directory=output or Path(), format=Format(format_), overwrite=overwrite, empty=False)
     with cli.client() as client:
         done = download(cli, client, source, where, Way(consumers, group, via), stem=stem_of(source))
     report(cli, done)
+
+
+def facility_of(source: str) -> str | None:
+    """Return the facility that a connect string is of; None if it does not say, or is none."""
+    with suppress(BeamwireError):
+        return ConnectString.parse(source).facility or None
+    return None
 
 
 def _override(parsed: ParsedRequest, processes: int | None, max_events: int | None, labels: tuple[str, ...]) -> None:

@@ -6,12 +6,14 @@ import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import click
 
 from beamwire.client.cli.context import Cli, Command, pass_cli
 from beamwire.client.cli.text import aligned, columns, duration
 from beamwire.client.config import choose_facility, enrolled_facilities, facility_directory
+from beamwire.common.v1.access_pb2 import Role
 from beamwire.mesh.enrollment import JoinToken
 from beamwire.mesh.enrollment import enroll as enroll_member
 from beamwire.mesh.errors import BeamwireError, invalid_field
@@ -61,9 +63,10 @@ def _read_token(token: str | None, token_file: Path | None) -> str:
 @click.command(cls=Command)
 @pass_cli
 def whoami(cli: Cli) -> None:
-    """Print who you are at the facility, and until when."""
+    """Print who you are at the facility, what the policy there gives you, and until when."""
     facility = choose_facility(cli.config, cli.facility)
     credentials = facility.credentials()
+    there = _ask(cli)
     left = (credentials.not_after - datetime.now(UTC)).total_seconds()
     until = f"{credentials.not_after:%Y-%m-%d %H:%M:%S} UTC"
     document = {
@@ -72,14 +75,34 @@ def whoami(cli: Cli) -> None:
         "address": str(facility.addresses),
         "expire_time": credentials.not_after.isoformat(),
         "directory": str(facility.directory),
+        **there,
     }
     rows = [
         ("identity", str(credentials.identity)),
         ("facility", f"{facility.trust_domain} at {facility.addresses}"),
         ("valid", f"until {until}, {duration(left)} left" if left > 0 else f"EXPIRED on {until}; enrol again"),
         ("files", str(facility.directory)),
+        *(_row(name, value) for name, value in there.items()),
     ]
     cli.answer(aligned(rows), document)
+
+
+def _ask(cli: Cli) -> dict[str, Any]:
+    """What the facility says; why it is not known, if the facility does not answer or does not know us."""
+    try:
+        with cli.client() as client:
+            there = client.who_am_i()
+    except BeamwireError as error:
+        return {"remark": error.message}
+    role = Role.Name(there.role).removeprefix("ROLE_").lower()
+    handed = {"delegated_by": there.delegated_by, "delegation": list(there.delegation)} if there.delegated_by else {}
+    return {"role": role, "rule": there.rule, "datasets": list(there.datasets), **handed}
+
+
+def _row(name: str, value: Any) -> tuple[str, str]:
+    text = ", ".join(value) if isinstance(value, list) else str(value)
+    empty = "the facility's own default" if name == "rule" else "none"
+    return name.replace("_", " "), text or empty
 
 
 @click.command(cls=Command)

@@ -11,7 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from beamwire.buffer.v1.buffer_service_pb2 import GroupCounters
 from beamwire.client.transfers import failure_of, has_ended, loss_word, short_name, state_word
 from beamwire.common.v1.account_pb2 import EndCause, Loss
-from beamwire.request.v1.request_service_pb2 import Component, Receipt, StageAccount, Transfer
+from beamwire.request.v1.request_service_pb2 import Component, ConsumerJob, Receipt, StageAccount, Transfer
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 Row = tuple[str, str]
@@ -184,9 +184,16 @@ def _head(transfer: Transfer) -> list[Row]:
         ("ended" if has_ended(transfer) else "expires", time_of(_last_time(transfer))),
         ("buffer", transfer.buffer),
         ("job", transfer.job),
+        *(("consumer", _consumer(consumer)) for consumer in transfer.consumer_jobs),
         ("connect", transfer.connect_string),
         ("trace", transfer.trace_id),
     ]
+
+
+def _consumer(consumer: ConsumerJob) -> str:
+    where = f" at {consumer.trust_domain}" if consumer.trust_domain else ""
+    placed = f"{consumer.job}{where}, {consumer.identity}" if consumer.job else f"to be placed{where}"
+    return f"{consumer.spec.executable}: {placed}"
 
 
 def _last_time(transfer: Transfer) -> Timestamp:

@@ -9,7 +9,7 @@
 package certificatev1
 
 import (
-	_ "github.com/beamwire/beamwire/gen/go/beamwire/common/v1"
+	v1 "github.com/beamwire/beamwire/gen/go/beamwire/common/v1"
 	_ "google.golang.org/genproto/googleapis/api/annotations"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
@@ -39,6 +39,10 @@ const (
 	Certificate_GRANT_JOIN_TOKEN Certificate_Grant = 2
 	// The certificate before it.
 	Certificate_GRANT_RENEWAL Certificate_Grant = 3
+	// A certificate of another facility, for which the policy has an identity here.
+	Certificate_GRANT_INTRODUCTION Certificate_Grant = 4
+	// A join token that a service minted for a job or a cache that it started.
+	Certificate_GRANT_JOB_TOKEN Certificate_Grant = 5
 )
 
 // Enum value maps for Certificate_Grant.
@@ -48,12 +52,16 @@ var (
 		1: "GRANT_BOOTSTRAP",
 		2: "GRANT_JOIN_TOKEN",
 		3: "GRANT_RENEWAL",
+		4: "GRANT_INTRODUCTION",
+		5: "GRANT_JOB_TOKEN",
 	}
 	Certificate_Grant_value = map[string]int32{
-		"GRANT_UNSPECIFIED": 0,
-		"GRANT_BOOTSTRAP":   1,
-		"GRANT_JOIN_TOKEN":  2,
-		"GRANT_RENEWAL":     3,
+		"GRANT_UNSPECIFIED":  0,
+		"GRANT_BOOTSTRAP":    1,
+		"GRANT_JOIN_TOKEN":   2,
+		"GRANT_RENEWAL":      3,
+		"GRANT_INTRODUCTION": 4,
+		"GRANT_JOB_TOKEN":    5,
 	}
 )
 
@@ -84,6 +92,63 @@ func (Certificate_Grant) EnumDescriptor() ([]byte, []int) {
 	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{0, 0}
 }
 
+// `STABLE -> ANNOUNCED -> ACTIVATED -> STABLE`; ANNOUNCED may also go back to STABLE.
+type AuthorityStatus_Phase int32
+
+const (
+	// Never.
+	AuthorityStatus_PHASE_UNSPECIFIED AuthorityStatus_Phase = 0
+	// One root is trusted, and its authority signs.
+	AuthorityStatus_PHASE_STABLE AuthorityStatus_Phase = 1
+	// The next root is trusted too; the present authority signs.
+	AuthorityStatus_PHASE_ANNOUNCED AuthorityStatus_Phase = 2
+	// The next authority signs; the root before it is still trusted.
+	AuthorityStatus_PHASE_ACTIVATED AuthorityStatus_Phase = 3
+)
+
+// Enum value maps for AuthorityStatus_Phase.
+var (
+	AuthorityStatus_Phase_name = map[int32]string{
+		0: "PHASE_UNSPECIFIED",
+		1: "PHASE_STABLE",
+		2: "PHASE_ANNOUNCED",
+		3: "PHASE_ACTIVATED",
+	}
+	AuthorityStatus_Phase_value = map[string]int32{
+		"PHASE_UNSPECIFIED": 0,
+		"PHASE_STABLE":      1,
+		"PHASE_ANNOUNCED":   2,
+		"PHASE_ACTIVATED":   3,
+	}
+)
+
+func (x AuthorityStatus_Phase) Enum() *AuthorityStatus_Phase {
+	p := new(AuthorityStatus_Phase)
+	*p = x
+	return p
+}
+
+func (x AuthorityStatus_Phase) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (AuthorityStatus_Phase) Descriptor() protoreflect.EnumDescriptor {
+	return file_beamwire_certificate_v1_certificate_service_proto_enumTypes[1].Descriptor()
+}
+
+func (AuthorityStatus_Phase) Type() protoreflect.EnumType {
+	return &file_beamwire_certificate_v1_certificate_service_proto_enumTypes[1]
+}
+
+func (x AuthorityStatus_Phase) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use AuthorityStatus_Phase.Descriptor instead.
+func (AuthorityStatus_Phase) EnumDescriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{36, 0}
+}
+
 // A certificate that was issued: an entry of the ledger.
 type Certificate struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -102,9 +167,15 @@ type Certificate struct {
 	// When it was issued.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// When it ends.
-	ExpireTime    *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	// When it was revoked; absent if it was not.
+	RevokeTime *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=revoke_time,json=revokeTime,proto3" json:"revoke_time,omitempty"`
+	// Why it was revoked, in words.
+	RevokeReason string `protobuf:"bytes,10,opt,name=revoke_reason,json=revokeReason,proto3" json:"revoke_reason,omitempty"`
+	// Which generation of the authority signed it.
+	AuthorityGeneration int32 `protobuf:"varint,11,opt,name=authority_generation,json=authorityGeneration,proto3" json:"authority_generation,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *Certificate) Reset() {
@@ -193,15 +264,57 @@ func (x *Certificate) GetExpireTime() *timestamppb.Timestamp {
 	return nil
 }
 
-// The roots that vouch for the members of one trust domain.
+func (x *Certificate) GetRevokeTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RevokeTime
+	}
+	return nil
+}
+
+func (x *Certificate) GetRevokeReason() string {
+	if x != nil {
+		return x.RevokeReason
+	}
+	return ""
+}
+
+func (x *Certificate) GetAuthorityGeneration() int32 {
+	if x != nil {
+		return x.AuthorityGeneration
+	}
+	return 0
+}
+
+// What is believed of one trust domain: the roots that vouch for its members, and who is believed no
+// more. Bundles of different domains are never put together: each vouches for its own domain alone.
 type TrustBundle struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// `trustBundles/{trust_domain}`.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// The root certificates as PEM.
 	RootsPem string `protobuf:"bytes,2,opt,name=roots_pem,json=rootsPem,proto3" json:"roots_pem,omitempty"`
-	// Counts the changes of the bundle.
-	Sequence      int64 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// Counts the changes of the bundle, its revocations included.
+	Sequence int64 `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	// The certificates that were revoked: an X.509 CRL (DER), signed by an authority under the roots.
+	// Empty before the first.
+	RevocationList []byte `protobuf:"bytes,4,opt,name=revocation_list,json=revocationList,proto3" json:"revocation_list,omitempty"`
+	// The certificate (DER) of the authority that signed `revocation_list`.
+	RevocationIssuer []byte `protobuf:"bytes,5,opt,name=revocation_issuer,json=revocationIssuer,proto3" json:"revocation_issuer,omitempty"`
+	// The facility's Ed25519 public key for delegation tokens; own bundle only.
+	TokenRoot []byte `protobuf:"bytes,6,opt,name=token_root,json=tokenRoot,proto3" json:"token_root,omitempty"`
+	// Delegation tokens that were revoked and have not expired: their revocation ids in hexadecimal; own
+	// bundle only.
+	RevokedTokens []string `protobuf:"bytes,7,rep,name=revoked_tokens,json=revokedTokens,proto3" json:"revoked_tokens,omitempty"`
+	// Where the services of the domain are called, `host:port` or as in a join token.
+	Address string `protobuf:"bytes,8,opt,name=address,proto3" json:"address,omitempty"`
+	// Where its bundle is read without a certificate.
+	EnrollAddress string `protobuf:"bytes,9,opt,name=enroll_address,json=enrollAddress,proto3" json:"enroll_address,omitempty"`
+	// When it was last read from the other facility; now, for the own one.
+	RefreshTime *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=refresh_time,json=refreshTime,proto3" json:"refresh_time,omitempty"`
+	// Why it could not be read since, if it could not.
+	RefreshError string `protobuf:"bytes,11,opt,name=refresh_error,json=refreshError,proto3" json:"refresh_error,omitempty"`
+	// When it was first believed.
+	CreateTime    *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -257,6 +370,143 @@ func (x *TrustBundle) GetSequence() int64 {
 	return 0
 }
 
+func (x *TrustBundle) GetRevocationList() []byte {
+	if x != nil {
+		return x.RevocationList
+	}
+	return nil
+}
+
+func (x *TrustBundle) GetRevocationIssuer() []byte {
+	if x != nil {
+		return x.RevocationIssuer
+	}
+	return nil
+}
+
+func (x *TrustBundle) GetTokenRoot() []byte {
+	if x != nil {
+		return x.TokenRoot
+	}
+	return nil
+}
+
+func (x *TrustBundle) GetRevokedTokens() []string {
+	if x != nil {
+		return x.RevokedTokens
+	}
+	return nil
+}
+
+func (x *TrustBundle) GetAddress() string {
+	if x != nil {
+		return x.Address
+	}
+	return ""
+}
+
+func (x *TrustBundle) GetEnrollAddress() string {
+	if x != nil {
+		return x.EnrollAddress
+	}
+	return ""
+}
+
+func (x *TrustBundle) GetRefreshTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.RefreshTime
+	}
+	return nil
+}
+
+func (x *TrustBundle) GetRefreshError() string {
+	if x != nil {
+		return x.RefreshError
+	}
+	return ""
+}
+
+func (x *TrustBundle) GetCreateTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreateTime
+	}
+	return nil
+}
+
+// What one facility hands to another so that it is believed: no secret, but to be carried on a way
+// that nobody can change it on, or compared by its fingerprint.
+type IntroduceFacilityResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The introduction as one word: name, addresses and roots of the facility, signed by its authority.
+	Document string `protobuf:"bytes,1,opt,name=document,proto3" json:"document,omitempty"`
+	// The trust domain it introduces.
+	TrustDomain string `protobuf:"bytes,2,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	// SHA-256 of the document as groups of hexadecimal digits, to be read out over the telephone.
+	Fingerprint string `protobuf:"bytes,3,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
+	// When the document ends.
+	ExpireTime    *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IntroduceFacilityResponse) Reset() {
+	*x = IntroduceFacilityResponse{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IntroduceFacilityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IntroduceFacilityResponse) ProtoMessage() {}
+
+func (x *IntroduceFacilityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IntroduceFacilityResponse.ProtoReflect.Descriptor instead.
+func (*IntroduceFacilityResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *IntroduceFacilityResponse) GetDocument() string {
+	if x != nil {
+		return x.Document
+	}
+	return ""
+}
+
+func (x *IntroduceFacilityResponse) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *IntroduceFacilityResponse) GetFingerprint() string {
+	if x != nil {
+		return x.Fingerprint
+	}
+	return ""
+}
+
+func (x *IntroduceFacilityResponse) GetExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpireTime
+	}
+	return nil
+}
+
 // A one-time right to enrol.
 type JoinToken struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -273,7 +523,7 @@ type JoinToken struct {
 
 func (x *JoinToken) Reset() {
 	*x = JoinToken{}
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[2]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -285,7 +535,7 @@ func (x *JoinToken) String() string {
 func (*JoinToken) ProtoMessage() {}
 
 func (x *JoinToken) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[2]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -298,7 +548,7 @@ func (x *JoinToken) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JoinToken.ProtoReflect.Descriptor instead.
 func (*JoinToken) Descriptor() ([]byte, []int) {
-	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{2}
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *JoinToken) GetToken() string {
@@ -337,7 +587,7 @@ type CreateJoinTokenRequest struct {
 
 func (x *CreateJoinTokenRequest) Reset() {
 	*x = CreateJoinTokenRequest{}
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[3]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -349,7 +599,7 @@ func (x *CreateJoinTokenRequest) String() string {
 func (*CreateJoinTokenRequest) ProtoMessage() {}
 
 func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[3]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -362,7 +612,7 @@ func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{3}
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *CreateJoinTokenRequest) GetIdentity() string {
@@ -389,7 +639,7 @@ func (x *CreateJoinTokenRequest) GetServerNames() []string {
 // Asks for a certificate in exchange for a join token.
 type EnrollMemberRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The secret of the token.
+	// The secret of the token. Empty for a member of another facility, whose certificate is its right.
 	Secret string `protobuf:"bytes,1,opt,name=secret,proto3" json:"secret,omitempty"`
 	// A PKCS#10 signing request as PEM, signed by the member's key: P-256 or P-384. The names in it
 	// count only as far as the token allows them.
@@ -402,7 +652,7 @@ type EnrollMemberRequest struct {
 
 func (x *EnrollMemberRequest) Reset() {
 	*x = EnrollMemberRequest{}
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[4]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -414,7 +664,7 @@ func (x *EnrollMemberRequest) String() string {
 func (*EnrollMemberRequest) ProtoMessage() {}
 
 func (x *EnrollMemberRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[4]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -427,7 +677,7 @@ func (x *EnrollMemberRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EnrollMemberRequest.ProtoReflect.Descriptor instead.
 func (*EnrollMemberRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{4}
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *EnrollMemberRequest) GetSecret() string {
@@ -464,7 +714,7 @@ type RenewCertificateRequest struct {
 
 func (x *RenewCertificateRequest) Reset() {
 	*x = RenewCertificateRequest{}
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[5]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -476,7 +726,7 @@ func (x *RenewCertificateRequest) String() string {
 func (*RenewCertificateRequest) ProtoMessage() {}
 
 func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[5]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -489,7 +739,7 @@ func (x *RenewCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RenewCertificateRequest.ProtoReflect.Descriptor instead.
 func (*RenewCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{5}
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RenewCertificateRequest) GetCsrPem() string {
@@ -517,7 +767,7 @@ type GetTrustBundleRequest struct {
 
 func (x *GetTrustBundleRequest) Reset() {
 	*x = GetTrustBundleRequest{}
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[6]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -529,7 +779,7 @@ func (x *GetTrustBundleRequest) String() string {
 func (*GetTrustBundleRequest) ProtoMessage() {}
 
 func (x *GetTrustBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[6]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -542,7 +792,7 @@ func (x *GetTrustBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTrustBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetTrustBundleRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{6}
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *GetTrustBundleRequest) GetName() string {
@@ -563,7 +813,7 @@ type GetCertificateRequest struct {
 
 func (x *GetCertificateRequest) Reset() {
 	*x = GetCertificateRequest{}
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[7]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -575,7 +825,7 @@ func (x *GetCertificateRequest) String() string {
 func (*GetCertificateRequest) ProtoMessage() {}
 
 func (x *GetCertificateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[7]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -588,7 +838,7 @@ func (x *GetCertificateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCertificateRequest.ProtoReflect.Descriptor instead.
 func (*GetCertificateRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{7}
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *GetCertificateRequest) GetName() string {
@@ -605,7 +855,8 @@ type ListCertificatesRequest struct {
 	PageSize int32 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// `next_page_token` of the page before.
 	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
-	// `identity="spiffe://…"`, joined by AND.
+	// `identity="spiffe://…"`, `state="ISSUED"`, `grant="JOIN_TOKEN"`, `granted_by="spiffe://…"`, joined by
+	// AND.
 	Filter        string `protobuf:"bytes,3,opt,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -613,7 +864,7 @@ type ListCertificatesRequest struct {
 
 func (x *ListCertificatesRequest) Reset() {
 	*x = ListCertificatesRequest{}
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[8]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -625,7 +876,7 @@ func (x *ListCertificatesRequest) String() string {
 func (*ListCertificatesRequest) ProtoMessage() {}
 
 func (x *ListCertificatesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[8]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -638,7 +889,7 @@ func (x *ListCertificatesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCertificatesRequest.ProtoReflect.Descriptor instead.
 func (*ListCertificatesRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{8}
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListCertificatesRequest) GetPageSize() int32 {
@@ -675,7 +926,7 @@ type ListCertificatesResponse struct {
 
 func (x *ListCertificatesResponse) Reset() {
 	*x = ListCertificatesResponse{}
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[9]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -687,7 +938,7 @@ func (x *ListCertificatesResponse) String() string {
 func (*ListCertificatesResponse) ProtoMessage() {}
 
 func (x *ListCertificatesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[9]
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -700,7 +951,7 @@ func (x *ListCertificatesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListCertificatesResponse.ProtoReflect.Descriptor instead.
 func (*ListCertificatesResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{9}
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListCertificatesResponse) GetCertificates() []*Certificate {
@@ -717,11 +968,1853 @@ func (x *ListCertificatesResponse) GetNextPageToken() string {
 	return ""
 }
 
+// Asks for a page of trust bundles.
+type ListTrustBundlesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The most to return; default 50, at most 1000.
+	PageSize int32 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// `next_page_token` of the page before.
+	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// Nothing can be asked for yet: must be empty.
+	Filter        string `protobuf:"bytes,3,opt,name=filter,proto3" json:"filter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListTrustBundlesRequest) Reset() {
+	*x = ListTrustBundlesRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListTrustBundlesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListTrustBundlesRequest) ProtoMessage() {}
+
+func (x *ListTrustBundlesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListTrustBundlesRequest.ProtoReflect.Descriptor instead.
+func (*ListTrustBundlesRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ListTrustBundlesRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListTrustBundlesRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+func (x *ListTrustBundlesRequest) GetFilter() string {
+	if x != nil {
+		return x.Filter
+	}
+	return ""
+}
+
+// A page of trust bundles.
+type ListTrustBundlesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The own one first, then by name.
+	TrustBundles []*TrustBundle `protobuf:"bytes,1,rep,name=trust_bundles,json=trustBundles,proto3" json:"trust_bundles,omitempty"`
+	// Empty on the last page.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListTrustBundlesResponse) Reset() {
+	*x = ListTrustBundlesResponse{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListTrustBundlesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListTrustBundlesResponse) ProtoMessage() {}
+
+func (x *ListTrustBundlesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListTrustBundlesResponse.ProtoReflect.Descriptor instead.
+func (*ListTrustBundlesResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *ListTrustBundlesResponse) GetTrustBundles() []*TrustBundle {
+	if x != nil {
+		return x.TrustBundles
+	}
+	return nil
+}
+
+func (x *ListTrustBundlesResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+// Asks to be told of trust.
+type WatchTrustBundlesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchTrustBundlesRequest) Reset() {
+	*x = WatchTrustBundlesRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchTrustBundlesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchTrustBundlesRequest) ProtoMessage() {}
+
+func (x *WatchTrustBundlesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchTrustBundlesRequest.ProtoReflect.Descriptor instead.
+func (*WatchTrustBundlesRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{13}
+}
+
+// One trust bundle as it is now.
+type WatchTrustBundlesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// All of it; only the name if `removed`.
+	TrustBundle *TrustBundle `protobuf:"bytes,1,opt,name=trust_bundle,json=trustBundle,proto3" json:"trust_bundle,omitempty"`
+	// True if the domain is believed no more.
+	Removed bool `protobuf:"varint,2,opt,name=removed,proto3" json:"removed,omitempty"`
+	// True if everything was sent once: what the caller knows and was not told is no longer so.
+	Synchronized  bool `protobuf:"varint,3,opt,name=synchronized,proto3" json:"synchronized,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WatchTrustBundlesResponse) Reset() {
+	*x = WatchTrustBundlesResponse{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WatchTrustBundlesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WatchTrustBundlesResponse) ProtoMessage() {}
+
+func (x *WatchTrustBundlesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WatchTrustBundlesResponse.ProtoReflect.Descriptor instead.
+func (*WatchTrustBundlesResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *WatchTrustBundlesResponse) GetTrustBundle() *TrustBundle {
+	if x != nil {
+		return x.TrustBundle
+	}
+	return nil
+}
+
+func (x *WatchTrustBundlesResponse) GetRemoved() bool {
+	if x != nil {
+		return x.Removed
+	}
+	return false
+}
+
+func (x *WatchTrustBundlesResponse) GetSynchronized() bool {
+	if x != nil {
+		return x.Synchronized
+	}
+	return false
+}
+
+// Asks for an introduction of the facility.
+type IntroduceFacilityRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How long it may be accepted. Default one day, at most 30.
+	Ttl           *durationpb.Duration `protobuf:"bytes,1,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IntroduceFacilityRequest) Reset() {
+	*x = IntroduceFacilityRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IntroduceFacilityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IntroduceFacilityRequest) ProtoMessage() {}
+
+func (x *IntroduceFacilityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IntroduceFacilityRequest.ProtoReflect.Descriptor instead.
+func (*IntroduceFacilityRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *IntroduceFacilityRequest) GetTtl() *durationpb.Duration {
+	if x != nil {
+		return x.Ttl
+	}
+	return nil
+}
+
+// Hands over the introduction of another facility.
+type AcceptIntroductionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The document.
+	Document string `protobuf:"bytes,1,opt,name=document,proto3" json:"document,omitempty"`
+	// The fingerprint that the other operator read out; compared unless empty.
+	Fingerprint string `protobuf:"bytes,2,opt,name=fingerprint,proto3" json:"fingerprint,omitempty"`
+	// A UUID4 that makes repeating the call harmless.
+	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AcceptIntroductionRequest) Reset() {
+	*x = AcceptIntroductionRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AcceptIntroductionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AcceptIntroductionRequest) ProtoMessage() {}
+
+func (x *AcceptIntroductionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AcceptIntroductionRequest.ProtoReflect.Descriptor instead.
+func (*AcceptIntroductionRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *AcceptIntroductionRequest) GetDocument() string {
+	if x != nil {
+		return x.Document
+	}
+	return ""
+}
+
+func (x *AcceptIntroductionRequest) GetFingerprint() string {
+	if x != nil {
+		return x.Fingerprint
+	}
+	return ""
+}
+
+func (x *AcceptIntroductionRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// Names a trust bundle to read again.
+type RefreshTrustBundleRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `trustBundles/{trust_domain}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// A UUID4 that makes repeating the call harmless.
+	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RefreshTrustBundleRequest) Reset() {
+	*x = RefreshTrustBundleRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RefreshTrustBundleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RefreshTrustBundleRequest) ProtoMessage() {}
+
+func (x *RefreshTrustBundleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RefreshTrustBundleRequest.ProtoReflect.Descriptor instead.
+func (*RefreshTrustBundleRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RefreshTrustBundleRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RefreshTrustBundleRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// Names a trust domain to believe no more.
+type DeleteTrustBundleRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `trustBundles/{trust_domain}`; not the own one.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// A UUID4 that makes repeating the call harmless.
+	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteTrustBundleRequest) Reset() {
+	*x = DeleteTrustBundleRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteTrustBundleRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteTrustBundleRequest) ProtoMessage() {}
+
+func (x *DeleteTrustBundleRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteTrustBundleRequest.ProtoReflect.Descriptor instead.
+func (*DeleteTrustBundleRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *DeleteTrustBundleRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DeleteTrustBundleRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// Nothing.
+type DeleteTrustBundleResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DeleteTrustBundleResponse) Reset() {
+	*x = DeleteTrustBundleResponse{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DeleteTrustBundleResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DeleteTrustBundleResponse) ProtoMessage() {}
+
+func (x *DeleteTrustBundleResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DeleteTrustBundleResponse.ProtoReflect.Descriptor instead.
+func (*DeleteTrustBundleResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{19}
+}
+
+// Says whose certificates end.
+type RevokeMemberRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The SPIFFE id. All its certificates end, and it gets no new ones.
+	Identity string `protobuf:"bytes,1,opt,name=identity,proto3" json:"identity,omitempty"`
+	// `certificates/{certificate}`: this one alone ends. One of the two must be there.
+	Certificate string `protobuf:"bytes,2,opt,name=certificate,proto3" json:"certificate,omitempty"`
+	// Why, in words, for the ledger and for the member.
+	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// A UUID4 that makes repeating the call harmless.
+	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeMemberRequest) Reset() {
+	*x = RevokeMemberRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeMemberRequest) ProtoMessage() {}
+
+func (x *RevokeMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeMemberRequest.ProtoReflect.Descriptor instead.
+func (*RevokeMemberRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *RevokeMemberRequest) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
+func (x *RevokeMemberRequest) GetCertificate() string {
+	if x != nil {
+		return x.Certificate
+	}
+	return ""
+}
+
+func (x *RevokeMemberRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+func (x *RevokeMemberRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// What was ended.
+type RevokeMemberResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The certificates that were good until now.
+	Certificates  []*Certificate `protobuf:"bytes,1,rep,name=certificates,proto3" json:"certificates,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeMemberResponse) Reset() {
+	*x = RevokeMemberResponse{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeMemberResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeMemberResponse) ProtoMessage() {}
+
+func (x *RevokeMemberResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeMemberResponse.ProtoReflect.Descriptor instead.
+func (*RevokeMemberResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *RevokeMemberResponse) GetCertificates() []*Certificate {
+	if x != nil {
+		return x.Certificates
+	}
+	return nil
+}
+
+// Says who may enrol again.
+type ReinstateMemberRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The SPIFFE id.
+	Identity string `protobuf:"bytes,1,opt,name=identity,proto3" json:"identity,omitempty"`
+	// A UUID4 that makes repeating the call harmless.
+	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReinstateMemberRequest) Reset() {
+	*x = ReinstateMemberRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReinstateMemberRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReinstateMemberRequest) ProtoMessage() {}
+
+func (x *ReinstateMemberRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReinstateMemberRequest.ProtoReflect.Descriptor instead.
+func (*ReinstateMemberRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *ReinstateMemberRequest) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
+func (x *ReinstateMemberRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// Nothing.
+type ReinstateMemberResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReinstateMemberResponse) Reset() {
+	*x = ReinstateMemberResponse{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReinstateMemberResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReinstateMemberResponse) ProtoMessage() {}
+
+func (x *ReinstateMemberResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReinstateMemberResponse.ProtoReflect.Descriptor instead.
+func (*ReinstateMemberResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{23}
+}
+
+// Shows a certificate.
+type ExplainCertificateRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The chain as PEM, leaf first. Empty: the one the caller came with.
+	ChainPem      string `protobuf:"bytes,1,opt,name=chain_pem,json=chainPem,proto3" json:"chain_pem,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainCertificateRequest) Reset() {
+	*x = ExplainCertificateRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainCertificateRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainCertificateRequest) ProtoMessage() {}
+
+func (x *ExplainCertificateRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainCertificateRequest.ProtoReflect.Descriptor instead.
+func (*ExplainCertificateRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ExplainCertificateRequest) GetChainPem() string {
+	if x != nil {
+		return x.ChainPem
+	}
+	return ""
+}
+
+// What is to be said of a certificate.
+type ExplainCertificateResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Whether it would be believed.
+	Accepted bool `protobuf:"varint,1,opt,name=accepted,proto3" json:"accepted,omitempty"`
+	// The SPIFFE id on it; empty if it has none that can be read.
+	Identity string `protobuf:"bytes,2,opt,name=identity,proto3" json:"identity,omitempty"`
+	// In the order in which they are made. Those after the first that fails may be missing.
+	Checks        []*ExplainCertificateResponse_Check `protobuf:"bytes,3,rep,name=checks,proto3" json:"checks,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainCertificateResponse) Reset() {
+	*x = ExplainCertificateResponse{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainCertificateResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainCertificateResponse) ProtoMessage() {}
+
+func (x *ExplainCertificateResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainCertificateResponse.ProtoReflect.Descriptor instead.
+func (*ExplainCertificateResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ExplainCertificateResponse) GetAccepted() bool {
+	if x != nil {
+		return x.Accepted
+	}
+	return false
+}
+
+func (x *ExplainCertificateResponse) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
+func (x *ExplainCertificateResponse) GetChecks() []*ExplainCertificateResponse_Check {
+	if x != nil {
+		return x.Checks
+	}
+	return nil
+}
+
+// Asks who the caller is.
+type WhoAmIRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhoAmIRequest) Reset() {
+	*x = WhoAmIRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhoAmIRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhoAmIRequest) ProtoMessage() {}
+
+func (x *WhoAmIRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhoAmIRequest.ProtoReflect.Descriptor instead.
+func (*WhoAmIRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{26}
+}
+
+// Who the caller is.
+type WhoAmIResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The SPIFFE id.
+	Identity string `protobuf:"bytes,1,opt,name=identity,proto3" json:"identity,omitempty"`
+	// What it may call by its own right.
+	Role v1.Role `protobuf:"varint,2,opt,name=role,proto3,enum=beamwire.common.v1.Role" json:"role,omitempty"`
+	// The rule of the policy that gives the role; empty if it is the facility's own default.
+	Rule string `protobuf:"bytes,3,opt,name=rule,proto3" json:"rule,omitempty"`
+	// The datasets that it may read, as patterns.
+	Datasets []string `protobuf:"bytes,4,rep,name=datasets,proto3" json:"datasets,omitempty"`
+	// When its certificate ends.
+	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	// Whose rights the token that came with the call hands over; empty without.
+	DelegatedBy string `protobuf:"bytes,6,opt,name=delegated_by,json=delegatedBy,proto3" json:"delegated_by,omitempty"`
+	// What that token allows, in words.
+	Delegation    []string `protobuf:"bytes,7,rep,name=delegation,proto3" json:"delegation,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WhoAmIResponse) Reset() {
+	*x = WhoAmIResponse{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WhoAmIResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WhoAmIResponse) ProtoMessage() {}
+
+func (x *WhoAmIResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WhoAmIResponse.ProtoReflect.Descriptor instead.
+func (*WhoAmIResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *WhoAmIResponse) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
+func (x *WhoAmIResponse) GetRole() v1.Role {
+	if x != nil {
+		return x.Role
+	}
+	return v1.Role(0)
+}
+
+func (x *WhoAmIResponse) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+func (x *WhoAmIResponse) GetDatasets() []string {
+	if x != nil {
+		return x.Datasets
+	}
+	return nil
+}
+
+func (x *WhoAmIResponse) GetExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpireTime
+	}
+	return nil
+}
+
+func (x *WhoAmIResponse) GetDelegatedBy() string {
+	if x != nil {
+		return x.DelegatedBy
+	}
+	return ""
+}
+
+func (x *WhoAmIResponse) GetDelegation() []string {
+	if x != nil {
+		return x.Delegation
+	}
+	return nil
+}
+
+// Asks whether something would be allowed.
+type CheckAccessRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The method, `beamwire.request.v1.RequestService/CreateTransfer` or `RequestService/CreateTransfer`.
+	Method string `protobuf:"bytes,1,opt,name=method,proto3" json:"method,omitempty"`
+	// The dataset, `exp:tmoc00118` or `path:/data/file.h5`.
+	Dataset string `protobuf:"bytes,2,opt,name=dataset,proto3" json:"dataset,omitempty"`
+	// Who: a SPIFFE id. Empty: the caller. Anybody else, operators only.
+	Identity      string `protobuf:"bytes,3,opt,name=identity,proto3" json:"identity,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckAccessRequest) Reset() {
+	*x = CheckAccessRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckAccessRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckAccessRequest) ProtoMessage() {}
+
+func (x *CheckAccessRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckAccessRequest.ProtoReflect.Descriptor instead.
+func (*CheckAccessRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *CheckAccessRequest) GetMethod() string {
+	if x != nil {
+		return x.Method
+	}
+	return ""
+}
+
+func (x *CheckAccessRequest) GetDataset() string {
+	if x != nil {
+		return x.Dataset
+	}
+	return ""
+}
+
+func (x *CheckAccessRequest) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
+// Whether something would be allowed, and why.
+type CheckAccessResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Whether it would.
+	Allowed bool `protobuf:"varint,1,opt,name=allowed,proto3" json:"allowed,omitempty"`
+	// Why, in the order in which it was decided.
+	Reasons []string `protobuf:"bytes,2,rep,name=reasons,proto3" json:"reasons,omitempty"`
+	// The rule of the policy that decided; empty if none did.
+	Rule          string `protobuf:"bytes,3,opt,name=rule,proto3" json:"rule,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CheckAccessResponse) Reset() {
+	*x = CheckAccessResponse{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CheckAccessResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CheckAccessResponse) ProtoMessage() {}
+
+func (x *CheckAccessResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CheckAccessResponse.ProtoReflect.Descriptor instead.
+func (*CheckAccessResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *CheckAccessResponse) GetAllowed() bool {
+	if x != nil {
+		return x.Allowed
+	}
+	return false
+}
+
+func (x *CheckAccessResponse) GetReasons() []string {
+	if x != nil {
+		return x.Reasons
+	}
+	return nil
+}
+
+func (x *CheckAccessResponse) GetRule() string {
+	if x != nil {
+		return x.Rule
+	}
+	return ""
+}
+
+// Asks for a token.
+type CreateDelegationTokenRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The one resource it is for, `transfers/{transfer}`. Empty: all the caller's own.
+	Resource string `protobuf:"bytes,1,opt,name=resource,proto3" json:"resource,omitempty"`
+	// If true, it may be used to look and to consume, not to change or end anything. A token never
+	// creates anything.
+	ReadOnly bool `protobuf:"varint,2,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	// How long. Default one hour, at most as long as the policy says: one day unless it says otherwise.
+	Ttl *durationpb.Duration `protobuf:"bytes,3,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	// Who may use it: a SPIFFE id. Required.
+	Holder        string `protobuf:"bytes,4,opt,name=holder,proto3" json:"holder,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CreateDelegationTokenRequest) Reset() {
+	*x = CreateDelegationTokenRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CreateDelegationTokenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CreateDelegationTokenRequest) ProtoMessage() {}
+
+func (x *CreateDelegationTokenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CreateDelegationTokenRequest.ProtoReflect.Descriptor instead.
+func (*CreateDelegationTokenRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *CreateDelegationTokenRequest) GetResource() string {
+	if x != nil {
+		return x.Resource
+	}
+	return ""
+}
+
+func (x *CreateDelegationTokenRequest) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *CreateDelegationTokenRequest) GetTtl() *durationpb.Duration {
+	if x != nil {
+		return x.Ttl
+	}
+	return nil
+}
+
+func (x *CreateDelegationTokenRequest) GetHolder() string {
+	if x != nil {
+		return x.Holder
+	}
+	return ""
+}
+
+// A part of somebody's rights, to be used by somebody else.
+type DelegationToken struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The token: a Biscuit in URL-safe base64. A secret in part: without the holder's key it is useless.
+	Token string `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	// Its revocation ids in hexadecimal, one for each block.
+	RevocationIds []string `protobuf:"bytes,2,rep,name=revocation_ids,json=revocationIds,proto3" json:"revocation_ids,omitempty"`
+	// When it ends.
+	ExpireTime    *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DelegationToken) Reset() {
+	*x = DelegationToken{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DelegationToken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DelegationToken) ProtoMessage() {}
+
+func (x *DelegationToken) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DelegationToken.ProtoReflect.Descriptor instead.
+func (*DelegationToken) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *DelegationToken) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *DelegationToken) GetRevocationIds() []string {
+	if x != nil {
+		return x.RevocationIds
+	}
+	return nil
+}
+
+func (x *DelegationToken) GetExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpireTime
+	}
+	return nil
+}
+
+// Says which token ends.
+type RevokeDelegationTokenRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The revocation id of one of its blocks, in hexadecimal.
+	RevocationId string `protobuf:"bytes,1,opt,name=revocation_id,json=revocationId,proto3" json:"revocation_id,omitempty"`
+	// A UUID4 that makes repeating the call harmless.
+	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeDelegationTokenRequest) Reset() {
+	*x = RevokeDelegationTokenRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeDelegationTokenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeDelegationTokenRequest) ProtoMessage() {}
+
+func (x *RevokeDelegationTokenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeDelegationTokenRequest.ProtoReflect.Descriptor instead.
+func (*RevokeDelegationTokenRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *RevokeDelegationTokenRequest) GetRevocationId() string {
+	if x != nil {
+		return x.RevocationId
+	}
+	return ""
+}
+
+func (x *RevokeDelegationTokenRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// Nothing.
+type RevokeDelegationTokenResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RevokeDelegationTokenResponse) Reset() {
+	*x = RevokeDelegationTokenResponse{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RevokeDelegationTokenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RevokeDelegationTokenResponse) ProtoMessage() {}
+
+func (x *RevokeDelegationTokenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RevokeDelegationTokenResponse.ProtoReflect.Descriptor instead.
+func (*RevokeDelegationTokenResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{33}
+}
+
+// Asks about the authority.
+type DescribeAuthorityRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DescribeAuthorityRequest) Reset() {
+	*x = DescribeAuthorityRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DescribeAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DescribeAuthorityRequest) ProtoMessage() {}
+
+func (x *DescribeAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DescribeAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*DescribeAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{34}
+}
+
+// The authority as it is.
+type DescribeAuthorityResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// All of it.
+	Authority     *AuthorityStatus `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DescribeAuthorityResponse) Reset() {
+	*x = DescribeAuthorityResponse{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DescribeAuthorityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DescribeAuthorityResponse) ProtoMessage() {}
+
+func (x *DescribeAuthorityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DescribeAuthorityResponse.ProtoReflect.Descriptor instead.
+func (*DescribeAuthorityResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *DescribeAuthorityResponse) GetAuthority() *AuthorityStatus {
+	if x != nil {
+		return x.Authority
+	}
+	return nil
+}
+
+// The authority of the facility, and how far its rotation is.
+type AuthorityStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// How far the rotation is.
+	Phase AuthorityStatus_Phase `protobuf:"varint,1,opt,name=phase,proto3,enum=beamwire.certificate.v1.AuthorityStatus_Phase" json:"phase,omitempty"`
+	// Which generation signs.
+	Generation int32 `protobuf:"varint,2,opt,name=generation,proto3" json:"generation,omitempty"`
+	// SHA-256 of the trusted roots in hexadecimal, the one that signs first.
+	RootFingerprints []string `protobuf:"bytes,3,rep,name=root_fingerprints,json=rootFingerprints,proto3" json:"root_fingerprints,omitempty"`
+	// When the authority that signs ends.
+	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
+	// Certificates of the generation before that have not ended: what the end of the rotation waits for.
+	OutstandingCertificateCount int32 `protobuf:"varint,5,opt,name=outstanding_certificate_count,json=outstandingCertificateCount,proto3" json:"outstanding_certificate_count,omitempty"`
+	unknownFields               protoimpl.UnknownFields
+	sizeCache                   protoimpl.SizeCache
+}
+
+func (x *AuthorityStatus) Reset() {
+	*x = AuthorityStatus{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuthorityStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuthorityStatus) ProtoMessage() {}
+
+func (x *AuthorityStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuthorityStatus.ProtoReflect.Descriptor instead.
+func (*AuthorityStatus) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *AuthorityStatus) GetPhase() AuthorityStatus_Phase {
+	if x != nil {
+		return x.Phase
+	}
+	return AuthorityStatus_PHASE_UNSPECIFIED
+}
+
+func (x *AuthorityStatus) GetGeneration() int32 {
+	if x != nil {
+		return x.Generation
+	}
+	return 0
+}
+
+func (x *AuthorityStatus) GetRootFingerprints() []string {
+	if x != nil {
+		return x.RootFingerprints
+	}
+	return nil
+}
+
+func (x *AuthorityStatus) GetExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpireTime
+	}
+	return nil
+}
+
+func (x *AuthorityStatus) GetOutstandingCertificateCount() int32 {
+	if x != nil {
+		return x.OutstandingCertificateCount
+	}
+	return 0
+}
+
+// Takes the rotation one step further.
+type RotateAuthorityRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Where to: ANNOUNCED, ACTIVATED, or STABLE to finish (or to give up what was announced).
+	Phase AuthorityStatus_Phase `protobuf:"varint,1,opt,name=phase,proto3,enum=beamwire.certificate.v1.AuthorityStatus_Phase" json:"phase,omitempty"`
+	// If true, finish although certificates of the generation before are still good: they end by it.
+	Force bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
+	// A UUID4 that makes repeating the call harmless.
+	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateAuthorityRequest) Reset() {
+	*x = RotateAuthorityRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[37]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateAuthorityRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateAuthorityRequest) ProtoMessage() {}
+
+func (x *RotateAuthorityRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[37]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateAuthorityRequest.ProtoReflect.Descriptor instead.
+func (*RotateAuthorityRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{37}
+}
+
+func (x *RotateAuthorityRequest) GetPhase() AuthorityStatus_Phase {
+	if x != nil {
+		return x.Phase
+	}
+	return AuthorityStatus_PHASE_UNSPECIFIED
+}
+
+func (x *RotateAuthorityRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+func (x *RotateAuthorityRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// The authority after the step.
+type RotateAuthorityResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// All of it.
+	Authority     *AuthorityStatus `protobuf:"bytes,1,opt,name=authority,proto3" json:"authority,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateAuthorityResponse) Reset() {
+	*x = RotateAuthorityResponse{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[38]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateAuthorityResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateAuthorityResponse) ProtoMessage() {}
+
+func (x *RotateAuthorityResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[38]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateAuthorityResponse.ProtoReflect.Descriptor instead.
+func (*RotateAuthorityResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{38}
+}
+
+func (x *RotateAuthorityResponse) GetAuthority() *AuthorityStatus {
+	if x != nil {
+		return x.Authority
+	}
+	return nil
+}
+
+// One thing that was done.
+type AuditRecord struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `auditRecords/{audit_record}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Who: a SPIFFE id, or `anonymous`.
+	Actor string `protobuf:"bytes,2,opt,name=actor,proto3" json:"actor,omitempty"`
+	// What: `ENROLLED`, `RENEWED`, `REVOKED`, `TOKEN_CREATED` and so on.
+	Action string `protobuf:"bytes,3,opt,name=action,proto3" json:"action,omitempty"`
+	// To whom or what: a SPIFFE id, a trust domain, a resource name.
+	Subject string `protobuf:"bytes,4,opt,name=subject,proto3" json:"subject,omitempty"`
+	// More, in words. Never a secret.
+	Detail string `protobuf:"bytes,5,opt,name=detail,proto3" json:"detail,omitempty"`
+	// When.
+	CreateTime    *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditRecord) Reset() {
+	*x = AuditRecord{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditRecord) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditRecord) ProtoMessage() {}
+
+func (x *AuditRecord) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditRecord.ProtoReflect.Descriptor instead.
+func (*AuditRecord) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{39}
+}
+
+func (x *AuditRecord) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetActor() string {
+	if x != nil {
+		return x.Actor
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetAction() string {
+	if x != nil {
+		return x.Action
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetSubject() string {
+	if x != nil {
+		return x.Subject
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetCreateTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CreateTime
+	}
+	return nil
+}
+
+// Asks for a page of the audit.
+type ListAuditRecordsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The most to return; default 50, at most 1000.
+	PageSize int32 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// `next_page_token` of the page before.
+	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// `action="REVOKED"`, `actor="spiffe://…"`, `subject="spiffe://…"`, joined by AND.
+	Filter        string `protobuf:"bytes,3,opt,name=filter,proto3" json:"filter,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAuditRecordsRequest) Reset() {
+	*x = ListAuditRecordsRequest{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[40]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAuditRecordsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAuditRecordsRequest) ProtoMessage() {}
+
+func (x *ListAuditRecordsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[40]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAuditRecordsRequest.ProtoReflect.Descriptor instead.
+func (*ListAuditRecordsRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{40}
+}
+
+func (x *ListAuditRecordsRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListAuditRecordsRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+func (x *ListAuditRecordsRequest) GetFilter() string {
+	if x != nil {
+		return x.Filter
+	}
+	return ""
+}
+
+// A page of the audit.
+type ListAuditRecordsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Newest first.
+	AuditRecords []*AuditRecord `protobuf:"bytes,1,rep,name=audit_records,json=auditRecords,proto3" json:"audit_records,omitempty"`
+	// Empty on the last page.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListAuditRecordsResponse) Reset() {
+	*x = ListAuditRecordsResponse{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[41]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListAuditRecordsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListAuditRecordsResponse) ProtoMessage() {}
+
+func (x *ListAuditRecordsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[41]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListAuditRecordsResponse.ProtoReflect.Descriptor instead.
+func (*ListAuditRecordsResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{41}
+}
+
+func (x *ListAuditRecordsResponse) GetAuditRecords() []*AuditRecord {
+	if x != nil {
+		return x.AuditRecords
+	}
+	return nil
+}
+
+func (x *ListAuditRecordsResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+// One thing that was looked at.
+type ExplainCertificateResponse_Check struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `name`, `domain`, `chain`, `usage`, `time`, `revocation` or `policy`.
+	Check string `protobuf:"bytes,1,opt,name=check,proto3" json:"check,omitempty"`
+	// Whether it is well.
+	Passed bool `protobuf:"varint,2,opt,name=passed,proto3" json:"passed,omitempty"`
+	// What was found, and what to do about it.
+	Detail        string `protobuf:"bytes,3,opt,name=detail,proto3" json:"detail,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainCertificateResponse_Check) Reset() {
+	*x = ExplainCertificateResponse_Check{}
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainCertificateResponse_Check) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainCertificateResponse_Check) ProtoMessage() {}
+
+func (x *ExplainCertificateResponse_Check) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_certificate_v1_certificate_service_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainCertificateResponse_Check.ProtoReflect.Descriptor instead.
+func (*ExplainCertificateResponse_Check) Descriptor() ([]byte, []int) {
+	return file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP(), []int{25, 0}
+}
+
+func (x *ExplainCertificateResponse_Check) GetCheck() string {
+	if x != nil {
+		return x.Check
+	}
+	return ""
+}
+
+func (x *ExplainCertificateResponse_Check) GetPassed() bool {
+	if x != nil {
+		return x.Passed
+	}
+	return false
+}
+
+func (x *ExplainCertificateResponse_Check) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
 var File_beamwire_certificate_v1_certificate_service_proto protoreflect.FileDescriptor
 
 const file_beamwire_certificate_v1_certificate_service_proto_rawDesc = "" +
 	"\n" +
-	"1beamwire/certificate/v1/certificate_service.proto\x12\x17beamwire.certificate.v1\x1a\x1fbeamwire/common/v1/access.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xbc\x04\n" +
+	"1beamwire/certificate/v1/certificate_service.proto\x12\x17beamwire.certificate.v1\x1a\x1fbeamwire/common/v1/access.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x91\x06\n" +
 	"\vCertificate\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x12 \n" +
 	"\bidentity\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\bidentity\x12'\n" +
@@ -733,18 +2826,43 @@ const file_beamwire_certificate_v1_certificate_service_proto_rawDesc = "" +
 	"\vcreate_time\x18\a \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\n" +
 	"createTime\x12A\n" +
 	"\vexpire_time\x18\b \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\n" +
-	"expireTime\"\\\n" +
+	"expireTime\x12A\n" +
+	"\vrevoke_time\x18\t \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\n" +
+	"revokeTime\x12)\n" +
+	"\rrevoke_reason\x18\n" +
+	" \x01(\tB\x04\xe2A\x01\x03R\frevokeReason\x127\n" +
+	"\x14authority_generation\x18\v \x01(\x05B\x04\xe2A\x01\x03R\x13authorityGeneration\"\x89\x01\n" +
 	"\x05Grant\x12\x15\n" +
 	"\x11GRANT_UNSPECIFIED\x10\x00\x12\x13\n" +
 	"\x0fGRANT_BOOTSTRAP\x10\x01\x12\x14\n" +
 	"\x10GRANT_JOIN_TOKEN\x10\x02\x12\x11\n" +
-	"\rGRANT_RENEWAL\x10\x03:T\xeaAQ\n" +
-	"\x18beamwire.org/Certificate\x12\x1acertificates/{certificate}*\fcertificates2\vcertificate\"\xc3\x01\n" +
+	"\rGRANT_RENEWAL\x10\x03\x12\x16\n" +
+	"\x12GRANT_INTRODUCTION\x10\x04\x12\x13\n" +
+	"\x0fGRANT_JOB_TOKEN\x10\x05:T\xeaAQ\n" +
+	"\x18beamwire.org/Certificate\x12\x1acertificates/{certificate}*\fcertificates2\vcertificate\"\xf7\x04\n" +
 	"\vTrustBundle\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x12!\n" +
 	"\troots_pem\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\brootsPem\x12 \n" +
-	"\bsequence\x18\x03 \x01(\x03B\x04\xe2A\x01\x03R\bsequence:U\xeaAR\n" +
-	"\x18beamwire.org/TrustBundle\x12\x1btrustBundles/{trust_bundle}*\ftrustBundles2\vtrustBundle\"z\n" +
+	"\bsequence\x18\x03 \x01(\x03B\x04\xe2A\x01\x03R\bsequence\x12-\n" +
+	"\x0frevocation_list\x18\x04 \x01(\fB\x04\xe2A\x01\x03R\x0erevocationList\x121\n" +
+	"\x11revocation_issuer\x18\x05 \x01(\fB\x04\xe2A\x01\x03R\x10revocationIssuer\x12#\n" +
+	"\n" +
+	"token_root\x18\x06 \x01(\fB\x04\xe2A\x01\x03R\ttokenRoot\x12+\n" +
+	"\x0erevoked_tokens\x18\a \x03(\tB\x04\xe2A\x01\x03R\rrevokedTokens\x12\x1e\n" +
+	"\aaddress\x18\b \x01(\tB\x04\xe2A\x01\x03R\aaddress\x12+\n" +
+	"\x0eenroll_address\x18\t \x01(\tB\x04\xe2A\x01\x03R\renrollAddress\x12C\n" +
+	"\frefresh_time\x18\n" +
+	" \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\vrefreshTime\x12)\n" +
+	"\rrefresh_error\x18\v \x01(\tB\x04\xe2A\x01\x03R\frefreshError\x12A\n" +
+	"\vcreate_time\x18\f \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\n" +
+	"createTime:U\xeaAR\n" +
+	"\x18beamwire.org/TrustBundle\x12\x1btrustBundles/{trust_bundle}*\ftrustBundles2\vtrustBundle\"\xb9\x01\n" +
+	"\x19IntroduceFacilityResponse\x12\x1a\n" +
+	"\bdocument\x18\x01 \x01(\tR\bdocument\x12!\n" +
+	"\ftrust_domain\x18\x02 \x01(\tR\vtrustDomain\x12 \n" +
+	"\vfingerprint\x18\x03 \x01(\tR\vfingerprint\x12;\n" +
+	"\vexpire_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"expireTime\"z\n" +
 	"\tJoinToken\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x12\x1a\n" +
 	"\bidentity\x18\x02 \x01(\tR\bidentity\x12;\n" +
@@ -755,7 +2873,7 @@ const file_beamwire_certificate_v1_certificate_service_proto_rawDesc = "" +
 	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\x03ttl\x12'\n" +
 	"\fserver_names\x18\x03 \x03(\tB\x04\xe2A\x01\x01R\vserverNames\"w\n" +
 	"\x13EnrollMemberRequest\x12\x1c\n" +
-	"\x06secret\x18\x01 \x01(\tB\x04\xe2A\x01\x02R\x06secret\x12\x1d\n" +
+	"\x06secret\x18\x01 \x01(\tB\x04\xe2A\x01\x01R\x06secret\x12\x1d\n" +
 	"\acsr_pem\x18\x02 \x01(\tB\x04\xe2A\x01\x02R\x06csrPem\x12#\n" +
 	"\n" +
 	"request_id\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"]\n" +
@@ -776,20 +2894,187 @@ const file_beamwire_certificate_v1_certificate_service_proto_rawDesc = "" +
 	"\x06filter\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\x06filter\"\x8c\x01\n" +
 	"\x18ListCertificatesResponse\x12H\n" +
 	"\fcertificates\x18\x01 \x03(\v2$.beamwire.certificate.v1.CertificateR\fcertificates\x12&\n" +
-	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken2\xf3\x05\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x7f\n" +
+	"\x17ListTrustBundlesRequest\x12!\n" +
+	"\tpage_size\x18\x01 \x01(\x05B\x04\xe2A\x01\x01R\bpageSize\x12#\n" +
+	"\n" +
+	"page_token\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\tpageToken\x12\x1c\n" +
+	"\x06filter\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\x06filter\"\x8d\x01\n" +
+	"\x18ListTrustBundlesResponse\x12I\n" +
+	"\rtrust_bundles\x18\x01 \x03(\v2$.beamwire.certificate.v1.TrustBundleR\ftrustBundles\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\x1a\n" +
+	"\x18WatchTrustBundlesRequest\"\xa2\x01\n" +
+	"\x19WatchTrustBundlesResponse\x12G\n" +
+	"\ftrust_bundle\x18\x01 \x01(\v2$.beamwire.certificate.v1.TrustBundleR\vtrustBundle\x12\x18\n" +
+	"\aremoved\x18\x02 \x01(\bR\aremoved\x12\"\n" +
+	"\fsynchronized\x18\x03 \x01(\bR\fsynchronized\"M\n" +
+	"\x18IntroduceFacilityRequest\x121\n" +
+	"\x03ttl\x18\x01 \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\x03ttl\"\x8a\x01\n" +
+	"\x19AcceptIntroductionRequest\x12 \n" +
+	"\bdocument\x18\x01 \x01(\tB\x04\xe2A\x01\x02R\bdocument\x12&\n" +
+	"\vfingerprint\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\vfingerprint\x12#\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"w\n" +
+	"\x19RefreshTrustBundleRequest\x125\n" +
+	"\x04name\x18\x01 \x01(\tB!\xe2A\x01\x02\xfaA\x1a\n" +
+	"\x18beamwire.org/TrustBundleR\x04name\x12#\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"v\n" +
+	"\x18DeleteTrustBundleRequest\x125\n" +
+	"\x04name\x18\x01 \x01(\tB!\xe2A\x01\x02\xfaA\x1a\n" +
+	"\x18beamwire.org/TrustBundleR\x04name\x12#\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"\x1b\n" +
+	"\x19DeleteTrustBundleResponse\"\xbf\x01\n" +
+	"\x13RevokeMemberRequest\x12 \n" +
+	"\bidentity\x18\x01 \x01(\tB\x04\xe2A\x01\x01R\bidentity\x12C\n" +
+	"\vcertificate\x18\x02 \x01(\tB!\xe2A\x01\x01\xfaA\x1a\n" +
+	"\x18beamwire.org/CertificateR\vcertificate\x12\x1c\n" +
+	"\x06reason\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\x06reason\x12#\n" +
+	"\n" +
+	"request_id\x18\x04 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"`\n" +
+	"\x14RevokeMemberResponse\x12H\n" +
+	"\fcertificates\x18\x01 \x03(\v2$.beamwire.certificate.v1.CertificateR\fcertificates\"_\n" +
+	"\x16ReinstateMemberRequest\x12 \n" +
+	"\bidentity\x18\x01 \x01(\tB\x04\xe2A\x01\x02R\bidentity\x12#\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"\x19\n" +
+	"\x17ReinstateMemberResponse\">\n" +
+	"\x19ExplainCertificateRequest\x12!\n" +
+	"\tchain_pem\x18\x01 \x01(\tB\x04\xe2A\x01\x01R\bchainPem\"\xf6\x01\n" +
+	"\x1aExplainCertificateResponse\x12\x1a\n" +
+	"\baccepted\x18\x01 \x01(\bR\baccepted\x12\x1a\n" +
+	"\bidentity\x18\x02 \x01(\tR\bidentity\x12Q\n" +
+	"\x06checks\x18\x03 \x03(\v29.beamwire.certificate.v1.ExplainCertificateResponse.CheckR\x06checks\x1aM\n" +
+	"\x05Check\x12\x14\n" +
+	"\x05check\x18\x01 \x01(\tR\x05check\x12\x16\n" +
+	"\x06passed\x18\x02 \x01(\bR\x06passed\x12\x16\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\"\x0f\n" +
+	"\rWhoAmIRequest\"\x8a\x02\n" +
+	"\x0eWhoAmIResponse\x12\x1a\n" +
+	"\bidentity\x18\x01 \x01(\tR\bidentity\x12,\n" +
+	"\x04role\x18\x02 \x01(\x0e2\x18.beamwire.common.v1.RoleR\x04role\x12\x12\n" +
+	"\x04rule\x18\x03 \x01(\tR\x04rule\x12\x1a\n" +
+	"\bdatasets\x18\x04 \x03(\tR\bdatasets\x12;\n" +
+	"\vexpire_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"expireTime\x12!\n" +
+	"\fdelegated_by\x18\x06 \x01(\tR\vdelegatedBy\x12\x1e\n" +
+	"\n" +
+	"delegation\x18\a \x03(\tR\n" +
+	"delegation\"t\n" +
+	"\x12CheckAccessRequest\x12\x1c\n" +
+	"\x06method\x18\x01 \x01(\tB\x04\xe2A\x01\x01R\x06method\x12\x1e\n" +
+	"\adataset\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\adataset\x12 \n" +
+	"\bidentity\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\bidentity\"]\n" +
+	"\x13CheckAccessResponse\x12\x18\n" +
+	"\aallowed\x18\x01 \x01(\bR\aallowed\x12\x18\n" +
+	"\areasons\x18\x02 \x03(\tR\areasons\x12\x12\n" +
+	"\x04rule\x18\x03 \x01(\tR\x04rule\"\xb4\x01\n" +
+	"\x1cCreateDelegationTokenRequest\x12 \n" +
+	"\bresource\x18\x01 \x01(\tB\x04\xe2A\x01\x01R\bresource\x12!\n" +
+	"\tread_only\x18\x02 \x01(\bB\x04\xe2A\x01\x01R\breadOnly\x121\n" +
+	"\x03ttl\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\x03ttl\x12\x1c\n" +
+	"\x06holder\x18\x04 \x01(\tB\x04\xe2A\x01\x02R\x06holder\"\x8b\x01\n" +
+	"\x0fDelegationToken\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x12%\n" +
+	"\x0erevocation_ids\x18\x02 \x03(\tR\rrevocationIds\x12;\n" +
+	"\vexpire_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"expireTime\"n\n" +
+	"\x1cRevokeDelegationTokenRequest\x12)\n" +
+	"\rrevocation_id\x18\x01 \x01(\tB\x04\xe2A\x01\x02R\frevocationId\x12#\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"\x1f\n" +
+	"\x1dRevokeDelegationTokenResponse\"\x1a\n" +
+	"\x18DescribeAuthorityRequest\"c\n" +
+	"\x19DescribeAuthorityResponse\x12F\n" +
+	"\tauthority\x18\x01 \x01(\v2(.beamwire.certificate.v1.AuthorityStatusR\tauthority\"\x81\x03\n" +
+	"\x0fAuthorityStatus\x12D\n" +
+	"\x05phase\x18\x01 \x01(\x0e2..beamwire.certificate.v1.AuthorityStatus.PhaseR\x05phase\x12\x1e\n" +
+	"\n" +
+	"generation\x18\x02 \x01(\x05R\n" +
+	"generation\x12+\n" +
+	"\x11root_fingerprints\x18\x03 \x03(\tR\x10rootFingerprints\x12;\n" +
+	"\vexpire_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"expireTime\x12B\n" +
+	"\x1doutstanding_certificate_count\x18\x05 \x01(\x05R\x1boutstandingCertificateCount\"Z\n" +
+	"\x05Phase\x12\x15\n" +
+	"\x11PHASE_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fPHASE_STABLE\x10\x01\x12\x13\n" +
+	"\x0fPHASE_ANNOUNCED\x10\x02\x12\x13\n" +
+	"\x0fPHASE_ACTIVATED\x10\x03\"\xa5\x01\n" +
+	"\x16RotateAuthorityRequest\x12J\n" +
+	"\x05phase\x18\x01 \x01(\x0e2..beamwire.certificate.v1.AuthorityStatus.PhaseB\x04\xe2A\x01\x02R\x05phase\x12\x1a\n" +
+	"\x05force\x18\x02 \x01(\bB\x04\xe2A\x01\x01R\x05force\x12#\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"a\n" +
+	"\x17RotateAuthorityResponse\x12F\n" +
+	"\tauthority\x18\x01 \x01(\v2(.beamwire.certificate.v1.AuthorityStatusR\tauthority\"\xb9\x02\n" +
+	"\vAuditRecord\x12\x18\n" +
+	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x12\x1a\n" +
+	"\x05actor\x18\x02 \x01(\tB\x04\xe2A\x01\x03R\x05actor\x12\x1c\n" +
+	"\x06action\x18\x03 \x01(\tB\x04\xe2A\x01\x03R\x06action\x12\x1e\n" +
+	"\asubject\x18\x04 \x01(\tB\x04\xe2A\x01\x03R\asubject\x12\x1c\n" +
+	"\x06detail\x18\x05 \x01(\tB\x04\xe2A\x01\x03R\x06detail\x12A\n" +
+	"\vcreate_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\n" +
+	"createTime:U\xeaAR\n" +
+	"\x18beamwire.org/AuditRecord\x12\x1bauditRecords/{audit_record}*\fauditRecords2\vauditRecord\"\x7f\n" +
+	"\x17ListAuditRecordsRequest\x12!\n" +
+	"\tpage_size\x18\x01 \x01(\x05B\x04\xe2A\x01\x01R\bpageSize\x12#\n" +
+	"\n" +
+	"page_token\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\tpageToken\x12\x1c\n" +
+	"\x06filter\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\x06filter\"\x8d\x01\n" +
+	"\x18ListAuditRecordsResponse\x12I\n" +
+	"\raudit_records\x18\x01 \x03(\v2$.beamwire.certificate.v1.AuditRecordR\fauditRecords\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken2\x9f\x16\n" +
 	"\x12CertificateService\x12p\n" +
 	"\x0fCreateJoinToken\x12/.beamwire.certificate.v1.CreateJoinTokenRequest\x1a\".beamwire.certificate.v1.JoinToken\"\b\xaa\xcf\x18\x04\n" +
-	"\x02\x02\x05\x12q\n" +
-	"\fEnrollMember\x12,.beamwire.certificate.v1.EnrollMemberRequest\x1a$.beamwire.certificate.v1.Certificate\"\r\xaa\xcf\x18\t\n" +
-	"\x05\x01\x02\x03\x04\x05\x18\x01\x12w\n" +
+	"\x02\x02\x05\x12r\n" +
+	"\fEnrollMember\x12,.beamwire.certificate.v1.EnrollMemberRequest\x1a$.beamwire.certificate.v1.Certificate\"\x0e\xaa\xcf\x18\n" +
+	"\n" +
+	"\x06\x01\x02\x03\x04\x05\x06\x18\x01\x12w\n" +
 	"\x10RenewCertificate\x120.beamwire.certificate.v1.RenewCertificateRequest\x1a$.beamwire.certificate.v1.Certificate\"\v\xaa\xcf\x18\a\n" +
-	"\x05\x01\x02\x03\x04\x05\x12|\n" +
-	"\x0eGetTrustBundle\x12..beamwire.certificate.v1.GetTrustBundleRequest\x1a$.beamwire.certificate.v1.TrustBundle\"\x14\xdaA\x04name\xaa\xcf\x18\t\n" +
-	"\x05\x01\x02\x03\x04\x05\x18\x01\x12z\n" +
+	"\x05\x01\x02\x03\x04\x05\x12}\n" +
+	"\x0eGetTrustBundle\x12..beamwire.certificate.v1.GetTrustBundleRequest\x1a$.beamwire.certificate.v1.TrustBundle\"\x15\xdaA\x04name\xaa\xcf\x18\n" +
+	"\n" +
+	"\x06\x01\x02\x03\x04\x05\x06\x18\x01\x12\x85\x01\n" +
+	"\x10ListTrustBundles\x120.beamwire.certificate.v1.ListTrustBundlesRequest\x1a1.beamwire.certificate.v1.ListTrustBundlesResponse\"\f\xaa\xcf\x18\b\n" +
+	"\x06\x01\x02\x03\x04\x05\x06\x12\x8c\x01\n" +
+	"\x11WatchTrustBundles\x121.beamwire.certificate.v1.WatchTrustBundlesRequest\x1a2.beamwire.certificate.v1.WatchTrustBundlesResponse\"\x0e\xaa\xcf\x18\n" +
+	"\n" +
+	"\x06\x01\x02\x03\x04\x05\x06\x18\x010\x01\x12\x83\x01\n" +
+	"\x11IntroduceFacility\x121.beamwire.certificate.v1.IntroduceFacilityRequest\x1a2.beamwire.certificate.v1.IntroduceFacilityResponse\"\a\xaa\xcf\x18\x03\n" +
+	"\x01\x05\x12w\n" +
+	"\x12AcceptIntroduction\x122.beamwire.certificate.v1.AcceptIntroductionRequest\x1a$.beamwire.certificate.v1.TrustBundle\"\a\xaa\xcf\x18\x03\n" +
+	"\x01\x05\x12~\n" +
+	"\x12RefreshTrustBundle\x122.beamwire.certificate.v1.RefreshTrustBundleRequest\x1a$.beamwire.certificate.v1.TrustBundle\"\x0e\xdaA\x04name\xaa\xcf\x18\x03\n" +
+	"\x01\x05\x12\x8a\x01\n" +
+	"\x11DeleteTrustBundle\x121.beamwire.certificate.v1.DeleteTrustBundleRequest\x1a2.beamwire.certificate.v1.DeleteTrustBundleResponse\"\x0e\xdaA\x04name\xaa\xcf\x18\x03\n" +
+	"\x01\x05\x12z\n" +
 	"\x0eGetCertificate\x12..beamwire.certificate.v1.GetCertificateRequest\x1a$.beamwire.certificate.v1.Certificate\"\x12\xdaA\x04name\xaa\xcf\x18\a\n" +
 	"\x03\x01\x02\x05\x10\x01\x12\x84\x01\n" +
 	"\x10ListCertificates\x120.beamwire.certificate.v1.ListCertificatesRequest\x1a1.beamwire.certificate.v1.ListCertificatesResponse\"\v\xaa\xcf\x18\a\n" +
-	"\x03\x01\x02\x05\x10\x01Bj\n" +
+	"\x03\x01\x02\x05\x10\x01\x12t\n" +
+	"\fRevokeMember\x12,.beamwire.certificate.v1.RevokeMemberRequest\x1a-.beamwire.certificate.v1.RevokeMemberResponse\"\a\xaa\xcf\x18\x03\n" +
+	"\x01\x05\x12}\n" +
+	"\x0fReinstateMember\x12/.beamwire.certificate.v1.ReinstateMemberRequest\x1a0.beamwire.certificate.v1.ReinstateMemberResponse\"\a\xaa\xcf\x18\x03\n" +
+	"\x01\x05\x12\x8b\x01\n" +
+	"\x12ExplainCertificate\x122.beamwire.certificate.v1.ExplainCertificateRequest\x1a3.beamwire.certificate.v1.ExplainCertificateResponse\"\f\xaa\xcf\x18\b\n" +
+	"\x06\x01\x02\x03\x04\x05\x06\x12g\n" +
+	"\x06WhoAmI\x12&.beamwire.certificate.v1.WhoAmIRequest\x1a'.beamwire.certificate.v1.WhoAmIResponse\"\f\xaa\xcf\x18\b\n" +
+	"\x06\x01\x02\x03\x04\x05\x06\x12v\n" +
+	"\vCheckAccess\x12+.beamwire.certificate.v1.CheckAccessRequest\x1a,.beamwire.certificate.v1.CheckAccessResponse\"\f\xaa\xcf\x18\b\n" +
+	"\x06\x01\x02\x03\x04\x05\x06\x12\x82\x01\n" +
+	"\x15CreateDelegationToken\x125.beamwire.certificate.v1.CreateDelegationTokenRequest\x1a(.beamwire.certificate.v1.DelegationToken\"\b\xaa\xcf\x18\x04\n" +
+	"\x02\x01\x05\x12\x92\x01\n" +
+	"\x15RevokeDelegationToken\x125.beamwire.certificate.v1.RevokeDelegationTokenRequest\x1a6.beamwire.certificate.v1.RevokeDelegationTokenResponse\"\n" +
+	"\xaa\xcf\x18\x06\n" +
+	"\x02\x01\x05\x10\x01\x12\x84\x01\n" +
+	"\x11DescribeAuthority\x121.beamwire.certificate.v1.DescribeAuthorityRequest\x1a2.beamwire.certificate.v1.DescribeAuthorityResponse\"\b\xaa\xcf\x18\x04\n" +
+	"\x02\x02\x05\x12}\n" +
+	"\x0fRotateAuthority\x12/.beamwire.certificate.v1.RotateAuthorityRequest\x1a0.beamwire.certificate.v1.RotateAuthorityResponse\"\a\xaa\xcf\x18\x03\n" +
+	"\x01\x05\x12\x80\x01\n" +
+	"\x10ListAuditRecords\x120.beamwire.certificate.v1.ListAuditRecordsRequest\x1a1.beamwire.certificate.v1.ListAuditRecordsResponse\"\a\xaa\xcf\x18\x03\n" +
+	"\x01\x05Bj\n" +
 	"\x1borg.beamwire.certificate.v1P\x01ZIgithub.com/beamwire/beamwire/gen/go/beamwire/certificate/v1;certificatev1b\x06proto3"
 
 var (
@@ -804,47 +3089,134 @@ func file_beamwire_certificate_v1_certificate_service_proto_rawDescGZIP() []byte
 	return file_beamwire_certificate_v1_certificate_service_proto_rawDescData
 }
 
-var file_beamwire_certificate_v1_certificate_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_beamwire_certificate_v1_certificate_service_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_beamwire_certificate_v1_certificate_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
+var file_beamwire_certificate_v1_certificate_service_proto_msgTypes = make([]protoimpl.MessageInfo, 43)
 var file_beamwire_certificate_v1_certificate_service_proto_goTypes = []any{
-	(Certificate_Grant)(0),           // 0: beamwire.certificate.v1.Certificate.Grant
-	(*Certificate)(nil),              // 1: beamwire.certificate.v1.Certificate
-	(*TrustBundle)(nil),              // 2: beamwire.certificate.v1.TrustBundle
-	(*JoinToken)(nil),                // 3: beamwire.certificate.v1.JoinToken
-	(*CreateJoinTokenRequest)(nil),   // 4: beamwire.certificate.v1.CreateJoinTokenRequest
-	(*EnrollMemberRequest)(nil),      // 5: beamwire.certificate.v1.EnrollMemberRequest
-	(*RenewCertificateRequest)(nil),  // 6: beamwire.certificate.v1.RenewCertificateRequest
-	(*GetTrustBundleRequest)(nil),    // 7: beamwire.certificate.v1.GetTrustBundleRequest
-	(*GetCertificateRequest)(nil),    // 8: beamwire.certificate.v1.GetCertificateRequest
-	(*ListCertificatesRequest)(nil),  // 9: beamwire.certificate.v1.ListCertificatesRequest
-	(*ListCertificatesResponse)(nil), // 10: beamwire.certificate.v1.ListCertificatesResponse
-	(*timestamppb.Timestamp)(nil),    // 11: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),      // 12: google.protobuf.Duration
+	(Certificate_Grant)(0),                   // 0: beamwire.certificate.v1.Certificate.Grant
+	(AuthorityStatus_Phase)(0),               // 1: beamwire.certificate.v1.AuthorityStatus.Phase
+	(*Certificate)(nil),                      // 2: beamwire.certificate.v1.Certificate
+	(*TrustBundle)(nil),                      // 3: beamwire.certificate.v1.TrustBundle
+	(*IntroduceFacilityResponse)(nil),        // 4: beamwire.certificate.v1.IntroduceFacilityResponse
+	(*JoinToken)(nil),                        // 5: beamwire.certificate.v1.JoinToken
+	(*CreateJoinTokenRequest)(nil),           // 6: beamwire.certificate.v1.CreateJoinTokenRequest
+	(*EnrollMemberRequest)(nil),              // 7: beamwire.certificate.v1.EnrollMemberRequest
+	(*RenewCertificateRequest)(nil),          // 8: beamwire.certificate.v1.RenewCertificateRequest
+	(*GetTrustBundleRequest)(nil),            // 9: beamwire.certificate.v1.GetTrustBundleRequest
+	(*GetCertificateRequest)(nil),            // 10: beamwire.certificate.v1.GetCertificateRequest
+	(*ListCertificatesRequest)(nil),          // 11: beamwire.certificate.v1.ListCertificatesRequest
+	(*ListCertificatesResponse)(nil),         // 12: beamwire.certificate.v1.ListCertificatesResponse
+	(*ListTrustBundlesRequest)(nil),          // 13: beamwire.certificate.v1.ListTrustBundlesRequest
+	(*ListTrustBundlesResponse)(nil),         // 14: beamwire.certificate.v1.ListTrustBundlesResponse
+	(*WatchTrustBundlesRequest)(nil),         // 15: beamwire.certificate.v1.WatchTrustBundlesRequest
+	(*WatchTrustBundlesResponse)(nil),        // 16: beamwire.certificate.v1.WatchTrustBundlesResponse
+	(*IntroduceFacilityRequest)(nil),         // 17: beamwire.certificate.v1.IntroduceFacilityRequest
+	(*AcceptIntroductionRequest)(nil),        // 18: beamwire.certificate.v1.AcceptIntroductionRequest
+	(*RefreshTrustBundleRequest)(nil),        // 19: beamwire.certificate.v1.RefreshTrustBundleRequest
+	(*DeleteTrustBundleRequest)(nil),         // 20: beamwire.certificate.v1.DeleteTrustBundleRequest
+	(*DeleteTrustBundleResponse)(nil),        // 21: beamwire.certificate.v1.DeleteTrustBundleResponse
+	(*RevokeMemberRequest)(nil),              // 22: beamwire.certificate.v1.RevokeMemberRequest
+	(*RevokeMemberResponse)(nil),             // 23: beamwire.certificate.v1.RevokeMemberResponse
+	(*ReinstateMemberRequest)(nil),           // 24: beamwire.certificate.v1.ReinstateMemberRequest
+	(*ReinstateMemberResponse)(nil),          // 25: beamwire.certificate.v1.ReinstateMemberResponse
+	(*ExplainCertificateRequest)(nil),        // 26: beamwire.certificate.v1.ExplainCertificateRequest
+	(*ExplainCertificateResponse)(nil),       // 27: beamwire.certificate.v1.ExplainCertificateResponse
+	(*WhoAmIRequest)(nil),                    // 28: beamwire.certificate.v1.WhoAmIRequest
+	(*WhoAmIResponse)(nil),                   // 29: beamwire.certificate.v1.WhoAmIResponse
+	(*CheckAccessRequest)(nil),               // 30: beamwire.certificate.v1.CheckAccessRequest
+	(*CheckAccessResponse)(nil),              // 31: beamwire.certificate.v1.CheckAccessResponse
+	(*CreateDelegationTokenRequest)(nil),     // 32: beamwire.certificate.v1.CreateDelegationTokenRequest
+	(*DelegationToken)(nil),                  // 33: beamwire.certificate.v1.DelegationToken
+	(*RevokeDelegationTokenRequest)(nil),     // 34: beamwire.certificate.v1.RevokeDelegationTokenRequest
+	(*RevokeDelegationTokenResponse)(nil),    // 35: beamwire.certificate.v1.RevokeDelegationTokenResponse
+	(*DescribeAuthorityRequest)(nil),         // 36: beamwire.certificate.v1.DescribeAuthorityRequest
+	(*DescribeAuthorityResponse)(nil),        // 37: beamwire.certificate.v1.DescribeAuthorityResponse
+	(*AuthorityStatus)(nil),                  // 38: beamwire.certificate.v1.AuthorityStatus
+	(*RotateAuthorityRequest)(nil),           // 39: beamwire.certificate.v1.RotateAuthorityRequest
+	(*RotateAuthorityResponse)(nil),          // 40: beamwire.certificate.v1.RotateAuthorityResponse
+	(*AuditRecord)(nil),                      // 41: beamwire.certificate.v1.AuditRecord
+	(*ListAuditRecordsRequest)(nil),          // 42: beamwire.certificate.v1.ListAuditRecordsRequest
+	(*ListAuditRecordsResponse)(nil),         // 43: beamwire.certificate.v1.ListAuditRecordsResponse
+	(*ExplainCertificateResponse_Check)(nil), // 44: beamwire.certificate.v1.ExplainCertificateResponse.Check
+	(*timestamppb.Timestamp)(nil),            // 45: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),              // 46: google.protobuf.Duration
+	(v1.Role)(0),                             // 47: beamwire.common.v1.Role
 }
 var file_beamwire_certificate_v1_certificate_service_proto_depIdxs = []int32{
 	0,  // 0: beamwire.certificate.v1.Certificate.grant:type_name -> beamwire.certificate.v1.Certificate.Grant
-	11, // 1: beamwire.certificate.v1.Certificate.create_time:type_name -> google.protobuf.Timestamp
-	11, // 2: beamwire.certificate.v1.Certificate.expire_time:type_name -> google.protobuf.Timestamp
-	11, // 3: beamwire.certificate.v1.JoinToken.expire_time:type_name -> google.protobuf.Timestamp
-	12, // 4: beamwire.certificate.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
-	1,  // 5: beamwire.certificate.v1.ListCertificatesResponse.certificates:type_name -> beamwire.certificate.v1.Certificate
-	4,  // 6: beamwire.certificate.v1.CertificateService.CreateJoinToken:input_type -> beamwire.certificate.v1.CreateJoinTokenRequest
-	5,  // 7: beamwire.certificate.v1.CertificateService.EnrollMember:input_type -> beamwire.certificate.v1.EnrollMemberRequest
-	6,  // 8: beamwire.certificate.v1.CertificateService.RenewCertificate:input_type -> beamwire.certificate.v1.RenewCertificateRequest
-	7,  // 9: beamwire.certificate.v1.CertificateService.GetTrustBundle:input_type -> beamwire.certificate.v1.GetTrustBundleRequest
-	8,  // 10: beamwire.certificate.v1.CertificateService.GetCertificate:input_type -> beamwire.certificate.v1.GetCertificateRequest
-	9,  // 11: beamwire.certificate.v1.CertificateService.ListCertificates:input_type -> beamwire.certificate.v1.ListCertificatesRequest
-	3,  // 12: beamwire.certificate.v1.CertificateService.CreateJoinToken:output_type -> beamwire.certificate.v1.JoinToken
-	1,  // 13: beamwire.certificate.v1.CertificateService.EnrollMember:output_type -> beamwire.certificate.v1.Certificate
-	1,  // 14: beamwire.certificate.v1.CertificateService.RenewCertificate:output_type -> beamwire.certificate.v1.Certificate
-	2,  // 15: beamwire.certificate.v1.CertificateService.GetTrustBundle:output_type -> beamwire.certificate.v1.TrustBundle
-	1,  // 16: beamwire.certificate.v1.CertificateService.GetCertificate:output_type -> beamwire.certificate.v1.Certificate
-	10, // 17: beamwire.certificate.v1.CertificateService.ListCertificates:output_type -> beamwire.certificate.v1.ListCertificatesResponse
-	12, // [12:18] is the sub-list for method output_type
-	6,  // [6:12] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	45, // 1: beamwire.certificate.v1.Certificate.create_time:type_name -> google.protobuf.Timestamp
+	45, // 2: beamwire.certificate.v1.Certificate.expire_time:type_name -> google.protobuf.Timestamp
+	45, // 3: beamwire.certificate.v1.Certificate.revoke_time:type_name -> google.protobuf.Timestamp
+	45, // 4: beamwire.certificate.v1.TrustBundle.refresh_time:type_name -> google.protobuf.Timestamp
+	45, // 5: beamwire.certificate.v1.TrustBundle.create_time:type_name -> google.protobuf.Timestamp
+	45, // 6: beamwire.certificate.v1.IntroduceFacilityResponse.expire_time:type_name -> google.protobuf.Timestamp
+	45, // 7: beamwire.certificate.v1.JoinToken.expire_time:type_name -> google.protobuf.Timestamp
+	46, // 8: beamwire.certificate.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
+	2,  // 9: beamwire.certificate.v1.ListCertificatesResponse.certificates:type_name -> beamwire.certificate.v1.Certificate
+	3,  // 10: beamwire.certificate.v1.ListTrustBundlesResponse.trust_bundles:type_name -> beamwire.certificate.v1.TrustBundle
+	3,  // 11: beamwire.certificate.v1.WatchTrustBundlesResponse.trust_bundle:type_name -> beamwire.certificate.v1.TrustBundle
+	46, // 12: beamwire.certificate.v1.IntroduceFacilityRequest.ttl:type_name -> google.protobuf.Duration
+	2,  // 13: beamwire.certificate.v1.RevokeMemberResponse.certificates:type_name -> beamwire.certificate.v1.Certificate
+	44, // 14: beamwire.certificate.v1.ExplainCertificateResponse.checks:type_name -> beamwire.certificate.v1.ExplainCertificateResponse.Check
+	47, // 15: beamwire.certificate.v1.WhoAmIResponse.role:type_name -> beamwire.common.v1.Role
+	45, // 16: beamwire.certificate.v1.WhoAmIResponse.expire_time:type_name -> google.protobuf.Timestamp
+	46, // 17: beamwire.certificate.v1.CreateDelegationTokenRequest.ttl:type_name -> google.protobuf.Duration
+	45, // 18: beamwire.certificate.v1.DelegationToken.expire_time:type_name -> google.protobuf.Timestamp
+	38, // 19: beamwire.certificate.v1.DescribeAuthorityResponse.authority:type_name -> beamwire.certificate.v1.AuthorityStatus
+	1,  // 20: beamwire.certificate.v1.AuthorityStatus.phase:type_name -> beamwire.certificate.v1.AuthorityStatus.Phase
+	45, // 21: beamwire.certificate.v1.AuthorityStatus.expire_time:type_name -> google.protobuf.Timestamp
+	1,  // 22: beamwire.certificate.v1.RotateAuthorityRequest.phase:type_name -> beamwire.certificate.v1.AuthorityStatus.Phase
+	38, // 23: beamwire.certificate.v1.RotateAuthorityResponse.authority:type_name -> beamwire.certificate.v1.AuthorityStatus
+	45, // 24: beamwire.certificate.v1.AuditRecord.create_time:type_name -> google.protobuf.Timestamp
+	41, // 25: beamwire.certificate.v1.ListAuditRecordsResponse.audit_records:type_name -> beamwire.certificate.v1.AuditRecord
+	6,  // 26: beamwire.certificate.v1.CertificateService.CreateJoinToken:input_type -> beamwire.certificate.v1.CreateJoinTokenRequest
+	7,  // 27: beamwire.certificate.v1.CertificateService.EnrollMember:input_type -> beamwire.certificate.v1.EnrollMemberRequest
+	8,  // 28: beamwire.certificate.v1.CertificateService.RenewCertificate:input_type -> beamwire.certificate.v1.RenewCertificateRequest
+	9,  // 29: beamwire.certificate.v1.CertificateService.GetTrustBundle:input_type -> beamwire.certificate.v1.GetTrustBundleRequest
+	13, // 30: beamwire.certificate.v1.CertificateService.ListTrustBundles:input_type -> beamwire.certificate.v1.ListTrustBundlesRequest
+	15, // 31: beamwire.certificate.v1.CertificateService.WatchTrustBundles:input_type -> beamwire.certificate.v1.WatchTrustBundlesRequest
+	17, // 32: beamwire.certificate.v1.CertificateService.IntroduceFacility:input_type -> beamwire.certificate.v1.IntroduceFacilityRequest
+	18, // 33: beamwire.certificate.v1.CertificateService.AcceptIntroduction:input_type -> beamwire.certificate.v1.AcceptIntroductionRequest
+	19, // 34: beamwire.certificate.v1.CertificateService.RefreshTrustBundle:input_type -> beamwire.certificate.v1.RefreshTrustBundleRequest
+	20, // 35: beamwire.certificate.v1.CertificateService.DeleteTrustBundle:input_type -> beamwire.certificate.v1.DeleteTrustBundleRequest
+	10, // 36: beamwire.certificate.v1.CertificateService.GetCertificate:input_type -> beamwire.certificate.v1.GetCertificateRequest
+	11, // 37: beamwire.certificate.v1.CertificateService.ListCertificates:input_type -> beamwire.certificate.v1.ListCertificatesRequest
+	22, // 38: beamwire.certificate.v1.CertificateService.RevokeMember:input_type -> beamwire.certificate.v1.RevokeMemberRequest
+	24, // 39: beamwire.certificate.v1.CertificateService.ReinstateMember:input_type -> beamwire.certificate.v1.ReinstateMemberRequest
+	26, // 40: beamwire.certificate.v1.CertificateService.ExplainCertificate:input_type -> beamwire.certificate.v1.ExplainCertificateRequest
+	28, // 41: beamwire.certificate.v1.CertificateService.WhoAmI:input_type -> beamwire.certificate.v1.WhoAmIRequest
+	30, // 42: beamwire.certificate.v1.CertificateService.CheckAccess:input_type -> beamwire.certificate.v1.CheckAccessRequest
+	32, // 43: beamwire.certificate.v1.CertificateService.CreateDelegationToken:input_type -> beamwire.certificate.v1.CreateDelegationTokenRequest
+	34, // 44: beamwire.certificate.v1.CertificateService.RevokeDelegationToken:input_type -> beamwire.certificate.v1.RevokeDelegationTokenRequest
+	36, // 45: beamwire.certificate.v1.CertificateService.DescribeAuthority:input_type -> beamwire.certificate.v1.DescribeAuthorityRequest
+	39, // 46: beamwire.certificate.v1.CertificateService.RotateAuthority:input_type -> beamwire.certificate.v1.RotateAuthorityRequest
+	42, // 47: beamwire.certificate.v1.CertificateService.ListAuditRecords:input_type -> beamwire.certificate.v1.ListAuditRecordsRequest
+	5,  // 48: beamwire.certificate.v1.CertificateService.CreateJoinToken:output_type -> beamwire.certificate.v1.JoinToken
+	2,  // 49: beamwire.certificate.v1.CertificateService.EnrollMember:output_type -> beamwire.certificate.v1.Certificate
+	2,  // 50: beamwire.certificate.v1.CertificateService.RenewCertificate:output_type -> beamwire.certificate.v1.Certificate
+	3,  // 51: beamwire.certificate.v1.CertificateService.GetTrustBundle:output_type -> beamwire.certificate.v1.TrustBundle
+	14, // 52: beamwire.certificate.v1.CertificateService.ListTrustBundles:output_type -> beamwire.certificate.v1.ListTrustBundlesResponse
+	16, // 53: beamwire.certificate.v1.CertificateService.WatchTrustBundles:output_type -> beamwire.certificate.v1.WatchTrustBundlesResponse
+	4,  // 54: beamwire.certificate.v1.CertificateService.IntroduceFacility:output_type -> beamwire.certificate.v1.IntroduceFacilityResponse
+	3,  // 55: beamwire.certificate.v1.CertificateService.AcceptIntroduction:output_type -> beamwire.certificate.v1.TrustBundle
+	3,  // 56: beamwire.certificate.v1.CertificateService.RefreshTrustBundle:output_type -> beamwire.certificate.v1.TrustBundle
+	21, // 57: beamwire.certificate.v1.CertificateService.DeleteTrustBundle:output_type -> beamwire.certificate.v1.DeleteTrustBundleResponse
+	2,  // 58: beamwire.certificate.v1.CertificateService.GetCertificate:output_type -> beamwire.certificate.v1.Certificate
+	12, // 59: beamwire.certificate.v1.CertificateService.ListCertificates:output_type -> beamwire.certificate.v1.ListCertificatesResponse
+	23, // 60: beamwire.certificate.v1.CertificateService.RevokeMember:output_type -> beamwire.certificate.v1.RevokeMemberResponse
+	25, // 61: beamwire.certificate.v1.CertificateService.ReinstateMember:output_type -> beamwire.certificate.v1.ReinstateMemberResponse
+	27, // 62: beamwire.certificate.v1.CertificateService.ExplainCertificate:output_type -> beamwire.certificate.v1.ExplainCertificateResponse
+	29, // 63: beamwire.certificate.v1.CertificateService.WhoAmI:output_type -> beamwire.certificate.v1.WhoAmIResponse
+	31, // 64: beamwire.certificate.v1.CertificateService.CheckAccess:output_type -> beamwire.certificate.v1.CheckAccessResponse
+	33, // 65: beamwire.certificate.v1.CertificateService.CreateDelegationToken:output_type -> beamwire.certificate.v1.DelegationToken
+	35, // 66: beamwire.certificate.v1.CertificateService.RevokeDelegationToken:output_type -> beamwire.certificate.v1.RevokeDelegationTokenResponse
+	37, // 67: beamwire.certificate.v1.CertificateService.DescribeAuthority:output_type -> beamwire.certificate.v1.DescribeAuthorityResponse
+	40, // 68: beamwire.certificate.v1.CertificateService.RotateAuthority:output_type -> beamwire.certificate.v1.RotateAuthorityResponse
+	43, // 69: beamwire.certificate.v1.CertificateService.ListAuditRecords:output_type -> beamwire.certificate.v1.ListAuditRecordsResponse
+	48, // [48:70] is the sub-list for method output_type
+	26, // [26:48] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_beamwire_certificate_v1_certificate_service_proto_init() }
@@ -857,8 +3229,8 @@ func file_beamwire_certificate_v1_certificate_service_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_beamwire_certificate_v1_certificate_service_proto_rawDesc), len(file_beamwire_certificate_v1_certificate_service_proto_rawDesc)),
-			NumEnums:      1,
-			NumMessages:   10,
+			NumEnums:      2,
+			NumMessages:   43,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

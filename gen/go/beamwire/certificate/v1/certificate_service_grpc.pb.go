@@ -21,35 +21,90 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	CertificateService_CreateJoinToken_FullMethodName  = "/beamwire.certificate.v1.CertificateService/CreateJoinToken"
-	CertificateService_EnrollMember_FullMethodName     = "/beamwire.certificate.v1.CertificateService/EnrollMember"
-	CertificateService_RenewCertificate_FullMethodName = "/beamwire.certificate.v1.CertificateService/RenewCertificate"
-	CertificateService_GetTrustBundle_FullMethodName   = "/beamwire.certificate.v1.CertificateService/GetTrustBundle"
-	CertificateService_GetCertificate_FullMethodName   = "/beamwire.certificate.v1.CertificateService/GetCertificate"
-	CertificateService_ListCertificates_FullMethodName = "/beamwire.certificate.v1.CertificateService/ListCertificates"
+	CertificateService_CreateJoinToken_FullMethodName       = "/beamwire.certificate.v1.CertificateService/CreateJoinToken"
+	CertificateService_EnrollMember_FullMethodName          = "/beamwire.certificate.v1.CertificateService/EnrollMember"
+	CertificateService_RenewCertificate_FullMethodName      = "/beamwire.certificate.v1.CertificateService/RenewCertificate"
+	CertificateService_GetTrustBundle_FullMethodName        = "/beamwire.certificate.v1.CertificateService/GetTrustBundle"
+	CertificateService_ListTrustBundles_FullMethodName      = "/beamwire.certificate.v1.CertificateService/ListTrustBundles"
+	CertificateService_WatchTrustBundles_FullMethodName     = "/beamwire.certificate.v1.CertificateService/WatchTrustBundles"
+	CertificateService_IntroduceFacility_FullMethodName     = "/beamwire.certificate.v1.CertificateService/IntroduceFacility"
+	CertificateService_AcceptIntroduction_FullMethodName    = "/beamwire.certificate.v1.CertificateService/AcceptIntroduction"
+	CertificateService_RefreshTrustBundle_FullMethodName    = "/beamwire.certificate.v1.CertificateService/RefreshTrustBundle"
+	CertificateService_DeleteTrustBundle_FullMethodName     = "/beamwire.certificate.v1.CertificateService/DeleteTrustBundle"
+	CertificateService_GetCertificate_FullMethodName        = "/beamwire.certificate.v1.CertificateService/GetCertificate"
+	CertificateService_ListCertificates_FullMethodName      = "/beamwire.certificate.v1.CertificateService/ListCertificates"
+	CertificateService_RevokeMember_FullMethodName          = "/beamwire.certificate.v1.CertificateService/RevokeMember"
+	CertificateService_ReinstateMember_FullMethodName       = "/beamwire.certificate.v1.CertificateService/ReinstateMember"
+	CertificateService_ExplainCertificate_FullMethodName    = "/beamwire.certificate.v1.CertificateService/ExplainCertificate"
+	CertificateService_WhoAmI_FullMethodName                = "/beamwire.certificate.v1.CertificateService/WhoAmI"
+	CertificateService_CheckAccess_FullMethodName           = "/beamwire.certificate.v1.CertificateService/CheckAccess"
+	CertificateService_CreateDelegationToken_FullMethodName = "/beamwire.certificate.v1.CertificateService/CreateDelegationToken"
+	CertificateService_RevokeDelegationToken_FullMethodName = "/beamwire.certificate.v1.CertificateService/RevokeDelegationToken"
+	CertificateService_DescribeAuthority_FullMethodName     = "/beamwire.certificate.v1.CertificateService/DescribeAuthority"
+	CertificateService_RotateAuthority_FullMethodName       = "/beamwire.certificate.v1.CertificateService/RotateAuthority"
+	CertificateService_ListAuditRecords_FullMethodName      = "/beamwire.certificate.v1.CertificateService/ListAuditRecords"
 )
 
 // CertificateServiceClient is the client API for CertificateService service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Issues the certificates of one trust domain. Keys never travel: a member makes its own, sends a
-// signing request and gets a chain.
+// Issues the certificates of one trust domain, and says which other domains are believed. Keys never
+// travel: a member makes its own, sends a signing request and gets a chain.
 type CertificateServiceClient interface {
 	// Mints a one-time right to enrol as one identity. Operators for anybody; services for jobs and
 	// caches.
 	CreateJoinToken(ctx context.Context, in *CreateJoinTokenRequest, opts ...grpc.CallOption) (*JoinToken, error)
-	// Exchanges a join token and a signing request for a certificate. Anybody with a token, on the
-	// enrolment listener or the ordinary one.
+	// Exchanges a signing request for a certificate. Anybody with a join token, on the enrolment
+	// listener or the ordinary one; without a token, members of other facilities for whom the policy has
+	// an identity here, on the ordinary one.
 	EnrollMember(ctx context.Context, in *EnrollMemberRequest, opts ...grpc.CallOption) (*Certificate, error)
 	// Issues a new certificate to the caller, for the identity on its present one.
 	RenewCertificate(ctx context.Context, in *RenewCertificateRequest, opts ...grpc.CallOption) (*Certificate, error)
-	// Reads the trust bundle of the facility. Anybody.
+	// Reads what is believed of one trust domain. Anybody, of the facility itself; of others, members.
 	GetTrustBundle(ctx context.Context, in *GetTrustBundleRequest, opts ...grpc.CallOption) (*TrustBundle, error)
+	// Lists the trust domains that are believed, the facility's own first. Members.
+	ListTrustBundles(ctx context.Context, in *ListTrustBundlesRequest, opts ...grpc.CallOption) (*ListTrustBundlesResponse, error)
+	// Sends every trust bundle that the caller may read at once, and each again after every change: new
+	// roots, new revocations. A domain that is believed no more is sent once with `removed`. Anybody;
+	// anonymous callers, and members of other facilities, are told of the facility itself only.
+	WatchTrustBundles(ctx context.Context, in *WatchTrustBundlesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchTrustBundlesResponse], error)
+	// Makes the introduction by which another facility comes to believe this one. Operators.
+	IntroduceFacility(ctx context.Context, in *IntroduceFacilityRequest, opts ...grpc.CallOption) (*IntroduceFacilityResponse, error)
+	// Begins to believe the members of another facility. What they may do is for the policy to say.
+	// Operators.
+	AcceptIntroduction(ctx context.Context, in *AcceptIntroductionRequest, opts ...grpc.CallOption) (*TrustBundle, error)
+	// Asks the other facility for its roots and revocations now, and says what came. Operators.
+	RefreshTrustBundle(ctx context.Context, in *RefreshTrustBundleRequest, opts ...grpc.CallOption) (*TrustBundle, error)
+	// Believes another facility no more: its members are refused and cut off. Operators.
+	DeleteTrustBundle(ctx context.Context, in *DeleteTrustBundleRequest, opts ...grpc.CallOption) (*DeleteTrustBundleResponse, error)
 	// Reads one entry of the ledger. The member it was issued to, services, operators.
 	GetCertificate(ctx context.Context, in *GetCertificateRequest, opts ...grpc.CallOption) (*Certificate, error)
 	// Lists the ledger, newest first. A user sees only what was issued to them.
 	ListCertificates(ctx context.Context, in *ListCertificatesRequest, opts ...grpc.CallOption) (*ListCertificatesResponse, error)
+	// Ends a member's certificates before their time, or one of them; its calls, streams and data
+	// connections are cut. A member that is revoked as a whole cannot enrol or renew until it is
+	// reinstated. Operators.
+	RevokeMember(ctx context.Context, in *RevokeMemberRequest, opts ...grpc.CallOption) (*RevokeMemberResponse, error)
+	// Lets a member that was revoked enrol again. Its old certificates stay revoked. Operators.
+	ReinstateMember(ctx context.Context, in *ReinstateMemberRequest, opts ...grpc.CallOption) (*ReinstateMemberResponse, error)
+	// Says whether a certificate would be believed here, and which check it fails. Members.
+	ExplainCertificate(ctx context.Context, in *ExplainCertificateRequest, opts ...grpc.CallOption) (*ExplainCertificateResponse, error)
+	// Says who the caller is here: identity, role, the rule of the policy that says so. Members.
+	WhoAmI(ctx context.Context, in *WhoAmIRequest, opts ...grpc.CallOption) (*WhoAmIResponse, error)
+	// Says whether the caller, or for operators anybody, may call a method or read a dataset, and why.
+	// Whose a resource is, the service that has it says. Members.
+	CheckAccess(ctx context.Context, in *CheckAccessRequest, opts ...grpc.CallOption) (*CheckAccessResponse, error)
+	// Makes a token that hands a part of the caller's rights to somebody else. Users, operators.
+	CreateDelegationToken(ctx context.Context, in *CreateDelegationTokenRequest, opts ...grpc.CallOption) (*DelegationToken, error)
+	// Ends a token, and all that were narrowed from it. Who made it, operators.
+	RevokeDelegationToken(ctx context.Context, in *RevokeDelegationTokenRequest, opts ...grpc.CallOption) (*RevokeDelegationTokenResponse, error)
+	// Reads which authority signs and which roots are trusted. Services, operators.
+	DescribeAuthority(ctx context.Context, in *DescribeAuthorityRequest, opts ...grpc.CallOption) (*DescribeAuthorityResponse, error)
+	// Takes the rotation of the authority one step further. Operators.
+	RotateAuthority(ctx context.Context, in *RotateAuthorityRequest, opts ...grpc.CallOption) (*RotateAuthorityResponse, error)
+	// Lists what was done with certificates, trust and tokens, newest first: who, what, to whom. Operators.
+	ListAuditRecords(ctx context.Context, in *ListAuditRecordsRequest, opts ...grpc.CallOption) (*ListAuditRecordsResponse, error)
 }
 
 type certificateServiceClient struct {
@@ -100,6 +155,75 @@ func (c *certificateServiceClient) GetTrustBundle(ctx context.Context, in *GetTr
 	return out, nil
 }
 
+func (c *certificateServiceClient) ListTrustBundles(ctx context.Context, in *ListTrustBundlesRequest, opts ...grpc.CallOption) (*ListTrustBundlesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListTrustBundlesResponse)
+	err := c.cc.Invoke(ctx, CertificateService_ListTrustBundles_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateServiceClient) WatchTrustBundles(ctx context.Context, in *WatchTrustBundlesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[WatchTrustBundlesResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &CertificateService_ServiceDesc.Streams[0], CertificateService_WatchTrustBundles_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[WatchTrustBundlesRequest, WatchTrustBundlesResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type CertificateService_WatchTrustBundlesClient = grpc.ServerStreamingClient[WatchTrustBundlesResponse]
+
+func (c *certificateServiceClient) IntroduceFacility(ctx context.Context, in *IntroduceFacilityRequest, opts ...grpc.CallOption) (*IntroduceFacilityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(IntroduceFacilityResponse)
+	err := c.cc.Invoke(ctx, CertificateService_IntroduceFacility_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateServiceClient) AcceptIntroduction(ctx context.Context, in *AcceptIntroductionRequest, opts ...grpc.CallOption) (*TrustBundle, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TrustBundle)
+	err := c.cc.Invoke(ctx, CertificateService_AcceptIntroduction_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateServiceClient) RefreshTrustBundle(ctx context.Context, in *RefreshTrustBundleRequest, opts ...grpc.CallOption) (*TrustBundle, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(TrustBundle)
+	err := c.cc.Invoke(ctx, CertificateService_RefreshTrustBundle_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateServiceClient) DeleteTrustBundle(ctx context.Context, in *DeleteTrustBundleRequest, opts ...grpc.CallOption) (*DeleteTrustBundleResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DeleteTrustBundleResponse)
+	err := c.cc.Invoke(ctx, CertificateService_DeleteTrustBundle_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *certificateServiceClient) GetCertificate(ctx context.Context, in *GetCertificateRequest, opts ...grpc.CallOption) (*Certificate, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(Certificate)
@@ -120,27 +244,166 @@ func (c *certificateServiceClient) ListCertificates(ctx context.Context, in *Lis
 	return out, nil
 }
 
+func (c *certificateServiceClient) RevokeMember(ctx context.Context, in *RevokeMemberRequest, opts ...grpc.CallOption) (*RevokeMemberResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevokeMemberResponse)
+	err := c.cc.Invoke(ctx, CertificateService_RevokeMember_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateServiceClient) ReinstateMember(ctx context.Context, in *ReinstateMemberRequest, opts ...grpc.CallOption) (*ReinstateMemberResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReinstateMemberResponse)
+	err := c.cc.Invoke(ctx, CertificateService_ReinstateMember_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateServiceClient) ExplainCertificate(ctx context.Context, in *ExplainCertificateRequest, opts ...grpc.CallOption) (*ExplainCertificateResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExplainCertificateResponse)
+	err := c.cc.Invoke(ctx, CertificateService_ExplainCertificate_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateServiceClient) WhoAmI(ctx context.Context, in *WhoAmIRequest, opts ...grpc.CallOption) (*WhoAmIResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(WhoAmIResponse)
+	err := c.cc.Invoke(ctx, CertificateService_WhoAmI_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateServiceClient) CheckAccess(ctx context.Context, in *CheckAccessRequest, opts ...grpc.CallOption) (*CheckAccessResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(CheckAccessResponse)
+	err := c.cc.Invoke(ctx, CertificateService_CheckAccess_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateServiceClient) CreateDelegationToken(ctx context.Context, in *CreateDelegationTokenRequest, opts ...grpc.CallOption) (*DelegationToken, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DelegationToken)
+	err := c.cc.Invoke(ctx, CertificateService_CreateDelegationToken_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateServiceClient) RevokeDelegationToken(ctx context.Context, in *RevokeDelegationTokenRequest, opts ...grpc.CallOption) (*RevokeDelegationTokenResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RevokeDelegationTokenResponse)
+	err := c.cc.Invoke(ctx, CertificateService_RevokeDelegationToken_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateServiceClient) DescribeAuthority(ctx context.Context, in *DescribeAuthorityRequest, opts ...grpc.CallOption) (*DescribeAuthorityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(DescribeAuthorityResponse)
+	err := c.cc.Invoke(ctx, CertificateService_DescribeAuthority_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateServiceClient) RotateAuthority(ctx context.Context, in *RotateAuthorityRequest, opts ...grpc.CallOption) (*RotateAuthorityResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RotateAuthorityResponse)
+	err := c.cc.Invoke(ctx, CertificateService_RotateAuthority_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *certificateServiceClient) ListAuditRecords(ctx context.Context, in *ListAuditRecordsRequest, opts ...grpc.CallOption) (*ListAuditRecordsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListAuditRecordsResponse)
+	err := c.cc.Invoke(ctx, CertificateService_ListAuditRecords_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // CertificateServiceServer is the server API for CertificateService service.
 // All implementations must embed UnimplementedCertificateServiceServer
 // for forward compatibility.
 //
-// Issues the certificates of one trust domain. Keys never travel: a member makes its own, sends a
-// signing request and gets a chain.
+// Issues the certificates of one trust domain, and says which other domains are believed. Keys never
+// travel: a member makes its own, sends a signing request and gets a chain.
 type CertificateServiceServer interface {
 	// Mints a one-time right to enrol as one identity. Operators for anybody; services for jobs and
 	// caches.
 	CreateJoinToken(context.Context, *CreateJoinTokenRequest) (*JoinToken, error)
-	// Exchanges a join token and a signing request for a certificate. Anybody with a token, on the
-	// enrolment listener or the ordinary one.
+	// Exchanges a signing request for a certificate. Anybody with a join token, on the enrolment
+	// listener or the ordinary one; without a token, members of other facilities for whom the policy has
+	// an identity here, on the ordinary one.
 	EnrollMember(context.Context, *EnrollMemberRequest) (*Certificate, error)
 	// Issues a new certificate to the caller, for the identity on its present one.
 	RenewCertificate(context.Context, *RenewCertificateRequest) (*Certificate, error)
-	// Reads the trust bundle of the facility. Anybody.
+	// Reads what is believed of one trust domain. Anybody, of the facility itself; of others, members.
 	GetTrustBundle(context.Context, *GetTrustBundleRequest) (*TrustBundle, error)
+	// Lists the trust domains that are believed, the facility's own first. Members.
+	ListTrustBundles(context.Context, *ListTrustBundlesRequest) (*ListTrustBundlesResponse, error)
+	// Sends every trust bundle that the caller may read at once, and each again after every change: new
+	// roots, new revocations. A domain that is believed no more is sent once with `removed`. Anybody;
+	// anonymous callers, and members of other facilities, are told of the facility itself only.
+	WatchTrustBundles(*WatchTrustBundlesRequest, grpc.ServerStreamingServer[WatchTrustBundlesResponse]) error
+	// Makes the introduction by which another facility comes to believe this one. Operators.
+	IntroduceFacility(context.Context, *IntroduceFacilityRequest) (*IntroduceFacilityResponse, error)
+	// Begins to believe the members of another facility. What they may do is for the policy to say.
+	// Operators.
+	AcceptIntroduction(context.Context, *AcceptIntroductionRequest) (*TrustBundle, error)
+	// Asks the other facility for its roots and revocations now, and says what came. Operators.
+	RefreshTrustBundle(context.Context, *RefreshTrustBundleRequest) (*TrustBundle, error)
+	// Believes another facility no more: its members are refused and cut off. Operators.
+	DeleteTrustBundle(context.Context, *DeleteTrustBundleRequest) (*DeleteTrustBundleResponse, error)
 	// Reads one entry of the ledger. The member it was issued to, services, operators.
 	GetCertificate(context.Context, *GetCertificateRequest) (*Certificate, error)
 	// Lists the ledger, newest first. A user sees only what was issued to them.
 	ListCertificates(context.Context, *ListCertificatesRequest) (*ListCertificatesResponse, error)
+	// Ends a member's certificates before their time, or one of them; its calls, streams and data
+	// connections are cut. A member that is revoked as a whole cannot enrol or renew until it is
+	// reinstated. Operators.
+	RevokeMember(context.Context, *RevokeMemberRequest) (*RevokeMemberResponse, error)
+	// Lets a member that was revoked enrol again. Its old certificates stay revoked. Operators.
+	ReinstateMember(context.Context, *ReinstateMemberRequest) (*ReinstateMemberResponse, error)
+	// Says whether a certificate would be believed here, and which check it fails. Members.
+	ExplainCertificate(context.Context, *ExplainCertificateRequest) (*ExplainCertificateResponse, error)
+	// Says who the caller is here: identity, role, the rule of the policy that says so. Members.
+	WhoAmI(context.Context, *WhoAmIRequest) (*WhoAmIResponse, error)
+	// Says whether the caller, or for operators anybody, may call a method or read a dataset, and why.
+	// Whose a resource is, the service that has it says. Members.
+	CheckAccess(context.Context, *CheckAccessRequest) (*CheckAccessResponse, error)
+	// Makes a token that hands a part of the caller's rights to somebody else. Users, operators.
+	CreateDelegationToken(context.Context, *CreateDelegationTokenRequest) (*DelegationToken, error)
+	// Ends a token, and all that were narrowed from it. Who made it, operators.
+	RevokeDelegationToken(context.Context, *RevokeDelegationTokenRequest) (*RevokeDelegationTokenResponse, error)
+	// Reads which authority signs and which roots are trusted. Services, operators.
+	DescribeAuthority(context.Context, *DescribeAuthorityRequest) (*DescribeAuthorityResponse, error)
+	// Takes the rotation of the authority one step further. Operators.
+	RotateAuthority(context.Context, *RotateAuthorityRequest) (*RotateAuthorityResponse, error)
+	// Lists what was done with certificates, trust and tokens, newest first: who, what, to whom. Operators.
+	ListAuditRecords(context.Context, *ListAuditRecordsRequest) (*ListAuditRecordsResponse, error)
 	mustEmbedUnimplementedCertificateServiceServer()
 }
 
@@ -163,11 +426,59 @@ func (UnimplementedCertificateServiceServer) RenewCertificate(context.Context, *
 func (UnimplementedCertificateServiceServer) GetTrustBundle(context.Context, *GetTrustBundleRequest) (*TrustBundle, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetTrustBundle not implemented")
 }
+func (UnimplementedCertificateServiceServer) ListTrustBundles(context.Context, *ListTrustBundlesRequest) (*ListTrustBundlesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListTrustBundles not implemented")
+}
+func (UnimplementedCertificateServiceServer) WatchTrustBundles(*WatchTrustBundlesRequest, grpc.ServerStreamingServer[WatchTrustBundlesResponse]) error {
+	return status.Error(codes.Unimplemented, "method WatchTrustBundles not implemented")
+}
+func (UnimplementedCertificateServiceServer) IntroduceFacility(context.Context, *IntroduceFacilityRequest) (*IntroduceFacilityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method IntroduceFacility not implemented")
+}
+func (UnimplementedCertificateServiceServer) AcceptIntroduction(context.Context, *AcceptIntroductionRequest) (*TrustBundle, error) {
+	return nil, status.Error(codes.Unimplemented, "method AcceptIntroduction not implemented")
+}
+func (UnimplementedCertificateServiceServer) RefreshTrustBundle(context.Context, *RefreshTrustBundleRequest) (*TrustBundle, error) {
+	return nil, status.Error(codes.Unimplemented, "method RefreshTrustBundle not implemented")
+}
+func (UnimplementedCertificateServiceServer) DeleteTrustBundle(context.Context, *DeleteTrustBundleRequest) (*DeleteTrustBundleResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DeleteTrustBundle not implemented")
+}
 func (UnimplementedCertificateServiceServer) GetCertificate(context.Context, *GetCertificateRequest) (*Certificate, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetCertificate not implemented")
 }
 func (UnimplementedCertificateServiceServer) ListCertificates(context.Context, *ListCertificatesRequest) (*ListCertificatesResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListCertificates not implemented")
+}
+func (UnimplementedCertificateServiceServer) RevokeMember(context.Context, *RevokeMemberRequest) (*RevokeMemberResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RevokeMember not implemented")
+}
+func (UnimplementedCertificateServiceServer) ReinstateMember(context.Context, *ReinstateMemberRequest) (*ReinstateMemberResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReinstateMember not implemented")
+}
+func (UnimplementedCertificateServiceServer) ExplainCertificate(context.Context, *ExplainCertificateRequest) (*ExplainCertificateResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ExplainCertificate not implemented")
+}
+func (UnimplementedCertificateServiceServer) WhoAmI(context.Context, *WhoAmIRequest) (*WhoAmIResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method WhoAmI not implemented")
+}
+func (UnimplementedCertificateServiceServer) CheckAccess(context.Context, *CheckAccessRequest) (*CheckAccessResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method CheckAccess not implemented")
+}
+func (UnimplementedCertificateServiceServer) CreateDelegationToken(context.Context, *CreateDelegationTokenRequest) (*DelegationToken, error) {
+	return nil, status.Error(codes.Unimplemented, "method CreateDelegationToken not implemented")
+}
+func (UnimplementedCertificateServiceServer) RevokeDelegationToken(context.Context, *RevokeDelegationTokenRequest) (*RevokeDelegationTokenResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RevokeDelegationToken not implemented")
+}
+func (UnimplementedCertificateServiceServer) DescribeAuthority(context.Context, *DescribeAuthorityRequest) (*DescribeAuthorityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method DescribeAuthority not implemented")
+}
+func (UnimplementedCertificateServiceServer) RotateAuthority(context.Context, *RotateAuthorityRequest) (*RotateAuthorityResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method RotateAuthority not implemented")
+}
+func (UnimplementedCertificateServiceServer) ListAuditRecords(context.Context, *ListAuditRecordsRequest) (*ListAuditRecordsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListAuditRecords not implemented")
 }
 func (UnimplementedCertificateServiceServer) mustEmbedUnimplementedCertificateServiceServer() {}
 func (UnimplementedCertificateServiceServer) testEmbeddedByValue()                            {}
@@ -262,6 +573,107 @@ func _CertificateService_GetTrustBundle_Handler(srv interface{}, ctx context.Con
 	return interceptor(ctx, in, info, handler)
 }
 
+func _CertificateService_ListTrustBundles_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListTrustBundlesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).ListTrustBundles(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_ListTrustBundles_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).ListTrustBundles(ctx, req.(*ListTrustBundlesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificateService_WatchTrustBundles_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(WatchTrustBundlesRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(CertificateServiceServer).WatchTrustBundles(m, &grpc.GenericServerStream[WatchTrustBundlesRequest, WatchTrustBundlesResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type CertificateService_WatchTrustBundlesServer = grpc.ServerStreamingServer[WatchTrustBundlesResponse]
+
+func _CertificateService_IntroduceFacility_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(IntroduceFacilityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).IntroduceFacility(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_IntroduceFacility_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).IntroduceFacility(ctx, req.(*IntroduceFacilityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificateService_AcceptIntroduction_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AcceptIntroductionRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).AcceptIntroduction(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_AcceptIntroduction_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).AcceptIntroduction(ctx, req.(*AcceptIntroductionRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificateService_RefreshTrustBundle_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RefreshTrustBundleRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).RefreshTrustBundle(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_RefreshTrustBundle_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).RefreshTrustBundle(ctx, req.(*RefreshTrustBundleRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificateService_DeleteTrustBundle_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DeleteTrustBundleRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).DeleteTrustBundle(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_DeleteTrustBundle_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).DeleteTrustBundle(ctx, req.(*DeleteTrustBundleRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _CertificateService_GetCertificate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(GetCertificateRequest)
 	if err := dec(in); err != nil {
@@ -298,6 +710,186 @@ func _CertificateService_ListCertificates_Handler(srv interface{}, ctx context.C
 	return interceptor(ctx, in, info, handler)
 }
 
+func _CertificateService_RevokeMember_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeMemberRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).RevokeMember(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_RevokeMember_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).RevokeMember(ctx, req.(*RevokeMemberRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificateService_ReinstateMember_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReinstateMemberRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).ReinstateMember(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_ReinstateMember_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).ReinstateMember(ctx, req.(*ReinstateMemberRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificateService_ExplainCertificate_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExplainCertificateRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).ExplainCertificate(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_ExplainCertificate_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).ExplainCertificate(ctx, req.(*ExplainCertificateRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificateService_WhoAmI_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(WhoAmIRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).WhoAmI(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_WhoAmI_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).WhoAmI(ctx, req.(*WhoAmIRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificateService_CheckAccess_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CheckAccessRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).CheckAccess(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_CheckAccess_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).CheckAccess(ctx, req.(*CheckAccessRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificateService_CreateDelegationToken_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(CreateDelegationTokenRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).CreateDelegationToken(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_CreateDelegationToken_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).CreateDelegationToken(ctx, req.(*CreateDelegationTokenRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificateService_RevokeDelegationToken_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RevokeDelegationTokenRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).RevokeDelegationToken(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_RevokeDelegationToken_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).RevokeDelegationToken(ctx, req.(*RevokeDelegationTokenRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificateService_DescribeAuthority_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(DescribeAuthorityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).DescribeAuthority(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_DescribeAuthority_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).DescribeAuthority(ctx, req.(*DescribeAuthorityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificateService_RotateAuthority_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RotateAuthorityRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).RotateAuthority(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_RotateAuthority_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).RotateAuthority(ctx, req.(*RotateAuthorityRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _CertificateService_ListAuditRecords_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListAuditRecordsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(CertificateServiceServer).ListAuditRecords(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: CertificateService_ListAuditRecords_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(CertificateServiceServer).ListAuditRecords(ctx, req.(*ListAuditRecordsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // CertificateService_ServiceDesc is the grpc.ServiceDesc for CertificateService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -322,6 +914,26 @@ var CertificateService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _CertificateService_GetTrustBundle_Handler,
 		},
 		{
+			MethodName: "ListTrustBundles",
+			Handler:    _CertificateService_ListTrustBundles_Handler,
+		},
+		{
+			MethodName: "IntroduceFacility",
+			Handler:    _CertificateService_IntroduceFacility_Handler,
+		},
+		{
+			MethodName: "AcceptIntroduction",
+			Handler:    _CertificateService_AcceptIntroduction_Handler,
+		},
+		{
+			MethodName: "RefreshTrustBundle",
+			Handler:    _CertificateService_RefreshTrustBundle_Handler,
+		},
+		{
+			MethodName: "DeleteTrustBundle",
+			Handler:    _CertificateService_DeleteTrustBundle_Handler,
+		},
+		{
 			MethodName: "GetCertificate",
 			Handler:    _CertificateService_GetCertificate_Handler,
 		},
@@ -329,7 +941,53 @@ var CertificateService_ServiceDesc = grpc.ServiceDesc{
 			MethodName: "ListCertificates",
 			Handler:    _CertificateService_ListCertificates_Handler,
 		},
+		{
+			MethodName: "RevokeMember",
+			Handler:    _CertificateService_RevokeMember_Handler,
+		},
+		{
+			MethodName: "ReinstateMember",
+			Handler:    _CertificateService_ReinstateMember_Handler,
+		},
+		{
+			MethodName: "ExplainCertificate",
+			Handler:    _CertificateService_ExplainCertificate_Handler,
+		},
+		{
+			MethodName: "WhoAmI",
+			Handler:    _CertificateService_WhoAmI_Handler,
+		},
+		{
+			MethodName: "CheckAccess",
+			Handler:    _CertificateService_CheckAccess_Handler,
+		},
+		{
+			MethodName: "CreateDelegationToken",
+			Handler:    _CertificateService_CreateDelegationToken_Handler,
+		},
+		{
+			MethodName: "RevokeDelegationToken",
+			Handler:    _CertificateService_RevokeDelegationToken_Handler,
+		},
+		{
+			MethodName: "DescribeAuthority",
+			Handler:    _CertificateService_DescribeAuthority_Handler,
+		},
+		{
+			MethodName: "RotateAuthority",
+			Handler:    _CertificateService_RotateAuthority_Handler,
+		},
+		{
+			MethodName: "ListAuditRecords",
+			Handler:    _CertificateService_ListAuditRecords_Handler,
+		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "WatchTrustBundles",
+			Handler:       _CertificateService_WatchTrustBundles_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "beamwire/certificate/v1/certificate_service.proto",
 }

@@ -26,7 +26,8 @@ const (
 )
 
 // The kind of member that calls. The first segment of the path of the caller's
-// SPIFFE id decides it: `spiffe://<domain>/user/alice` is a ROLE_USER.
+// SPIFFE id decides it: `spiffe://<domain>/user/alice` is a ROLE_USER. A member of another facility has
+// a role only if the policy gives it one: users ROLE_USER, jobs ROLE_JOB, services ROLE_PARTNER.
 type Role int32
 
 const (
@@ -42,6 +43,8 @@ const (
 	Role_ROLE_CACHE Role = 4
 	// A person who runs the facility: `operator/<name>`. May see and end everything.
 	Role_ROLE_OPERATOR Role = 5
+	// A service of another facility that the policy lets in. Has what it asked for itself, no more.
+	Role_ROLE_PARTNER Role = 6
 )
 
 // Enum value maps for Role.
@@ -53,6 +56,7 @@ var (
 		3: "ROLE_JOB",
 		4: "ROLE_CACHE",
 		5: "ROLE_OPERATOR",
+		6: "ROLE_PARTNER",
 	}
 	Role_value = map[string]int32{
 		"ROLE_UNSPECIFIED": 0,
@@ -61,6 +65,7 @@ var (
 		"ROLE_JOB":         3,
 		"ROLE_CACHE":       4,
 		"ROLE_OPERATOR":    5,
+		"ROLE_PARTNER":     6,
 	}
 )
 
@@ -97,7 +102,7 @@ type Access struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The roles that may call.
 	Roles []Role `protobuf:"varint,1,rep,packed,name=roles,proto3,enum=beamwire.common.v1.Role" json:"roles,omitempty"`
-	// If true, a caller of ROLE_USER, ROLE_JOB or ROLE_CACHE reaches only the resources that it
+	// If true, a caller of ROLE_USER, ROLE_JOB, ROLE_CACHE or ROLE_PARTNER reaches only the resources that it
 	// owns. Services and operators reach all.
 	OwnerOnly bool `protobuf:"varint,2,opt,name=owner_only,json=ownerOnly,proto3" json:"owner_only,omitempty"`
 	// If true, the method may also be called without a client certificate. Only
@@ -186,7 +191,7 @@ const file_beamwire_common_v1_access_proto_rawDesc = "" +
 	"\x05roles\x18\x01 \x03(\x0e2\x18.beamwire.common.v1.RoleR\x05roles\x12\x1d\n" +
 	"\n" +
 	"owner_only\x18\x02 \x01(\bR\townerOnly\x12\x1c\n" +
-	"\tanonymous\x18\x03 \x01(\bR\tanonymous*n\n" +
+	"\tanonymous\x18\x03 \x01(\bR\tanonymous*\x80\x01\n" +
 	"\x04Role\x12\x14\n" +
 	"\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tROLE_USER\x10\x01\x12\x10\n" +
@@ -194,7 +199,8 @@ const file_beamwire_common_v1_access_proto_rawDesc = "" +
 	"\bROLE_JOB\x10\x03\x12\x0e\n" +
 	"\n" +
 	"ROLE_CACHE\x10\x04\x12\x11\n" +
-	"\rROLE_OPERATOR\x10\x05:T\n" +
+	"\rROLE_OPERATOR\x10\x05\x12\x10\n" +
+	"\fROLE_PARTNER\x10\x06:T\n" +
 	"\x06access\x12\x1e.google.protobuf.MethodOptions\x18\xf5\x89\x03 \x01(\v2\x1a.beamwire.common.v1.AccessR\x06accessB[\n" +
 	"\x16org.beamwire.common.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/common/v1;commonv1b\x06proto3"
 

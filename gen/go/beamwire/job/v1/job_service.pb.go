@@ -1281,24 +1281,24 @@ const file_beamwire_job_v1_job_service_proto_rawDesc = "" +
 	"\tLogStream\x12\x1a\n" +
 	"\x16LOG_STREAM_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11LOG_STREAM_STDOUT\x10\x01\x12\x15\n" +
-	"\x11LOG_STREAM_STDERR\x10\x022\xa8\x05\n" +
+	"\x11LOG_STREAM_STDERR\x10\x022\xb3\x05\n" +
 	"\n" +
-	"JobService\x12[\n" +
-	"\tCreateJob\x12!.beamwire.job.v1.CreateJobRequest\x1a\x14.beamwire.job.v1.Job\"\x15\xdaA\n" +
-	"job,job_id\xaa\xcf\x18\x04\n" +
-	"\x02\x02\x05\x12R\n" +
-	"\x06GetJob\x12\x1e.beamwire.job.v1.GetJobRequest\x1a\x14.beamwire.job.v1.Job\"\x12\xdaA\x04name\xaa\xcf\x18\a\n" +
-	"\x03\x01\x02\x05\x10\x01\x12\\\n" +
-	"\bListJobs\x12 .beamwire.job.v1.ListJobsRequest\x1a!.beamwire.job.v1.ListJobsResponse\"\v\xaa\xcf\x18\a\n" +
-	"\x03\x01\x02\x05\x10\x01\x12e\n" +
-	"\bWatchJob\x12 .beamwire.job.v1.WatchJobRequest\x1a!.beamwire.job.v1.WatchJobResponse\"\x12\xdaA\x04name\xaa\xcf\x18\a\n" +
-	"\x03\x01\x02\x05\x10\x010\x01\x12X\n" +
-	"\tCancelJob\x12!.beamwire.job.v1.CancelJobRequest\x1a\x14.beamwire.job.v1.Job\"\x12\xdaA\x04name\xaa\xcf\x18\a\n" +
-	"\x03\x01\x02\x05\x10\x01\x12e\n" +
-	"\bTailLogs\x12 .beamwire.job.v1.TailLogsRequest\x1a!.beamwire.job.v1.TailLogsResponse\"\x12\xdaA\x04name\xaa\xcf\x18\a\n" +
-	"\x03\x01\x02\x05\x10\x010\x01\x12c\n" +
-	"\tDeleteJob\x12!.beamwire.job.v1.DeleteJobRequest\x1a\".beamwire.job.v1.DeleteJobResponse\"\x0f\xdaA\x04name\xaa\xcf\x18\x04\n" +
-	"\x02\x02\x05BR\n" +
+	"JobService\x12^\n" +
+	"\tCreateJob\x12!.beamwire.job.v1.CreateJobRequest\x1a\x14.beamwire.job.v1.Job\"\x18\xdaA\n" +
+	"job,job_id\xaa\xcf\x18\a\n" +
+	"\x03\x02\x05\x06\x10\x01\x12S\n" +
+	"\x06GetJob\x12\x1e.beamwire.job.v1.GetJobRequest\x1a\x14.beamwire.job.v1.Job\"\x13\xdaA\x04name\xaa\xcf\x18\b\n" +
+	"\x04\x01\x02\x05\x06\x10\x01\x12]\n" +
+	"\bListJobs\x12 .beamwire.job.v1.ListJobsRequest\x1a!.beamwire.job.v1.ListJobsResponse\"\f\xaa\xcf\x18\b\n" +
+	"\x04\x01\x02\x05\x06\x10\x01\x12f\n" +
+	"\bWatchJob\x12 .beamwire.job.v1.WatchJobRequest\x1a!.beamwire.job.v1.WatchJobResponse\"\x13\xdaA\x04name\xaa\xcf\x18\b\n" +
+	"\x04\x01\x02\x05\x06\x10\x010\x01\x12Y\n" +
+	"\tCancelJob\x12!.beamwire.job.v1.CancelJobRequest\x1a\x14.beamwire.job.v1.Job\"\x13\xdaA\x04name\xaa\xcf\x18\b\n" +
+	"\x04\x01\x02\x05\x06\x10\x01\x12f\n" +
+	"\bTailLogs\x12 .beamwire.job.v1.TailLogsRequest\x1a!.beamwire.job.v1.TailLogsResponse\"\x13\xdaA\x04name\xaa\xcf\x18\b\n" +
+	"\x04\x01\x02\x05\x06\x10\x010\x01\x12f\n" +
+	"\tDeleteJob\x12!.beamwire.job.v1.DeleteJobRequest\x1a\".beamwire.job.v1.DeleteJobResponse\"\x12\xdaA\x04name\xaa\xcf\x18\a\n" +
+	"\x03\x02\x05\x06\x10\x01BR\n" +
 	"\x13org.beamwire.job.v1P\x01Z9github.com/beamwire/beamwire/gen/go/beamwire/job/v1;jobv1b\x06proto3"
 
 var (

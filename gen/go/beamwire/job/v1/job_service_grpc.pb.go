@@ -35,10 +35,12 @@ const (
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
 // Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-// job is an arbitrary program under the facility's account, only services and operators create them;
-// a user sees and cancels the jobs that were created for them.
+// job is an arbitrary program under the facility's account, only services and operators create them,
+// and services of other facilities as far as the policy names the programs; a user sees and cancels the
+// jobs that were created for them.
 type JobServiceClient interface {
-	// Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators.
+	// Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
+	// and partners, for whom the policy names the executables they may run.
 	CreateJob(ctx context.Context, in *CreateJobRequest, opts ...grpc.CallOption) (*Job, error)
 	// Reads one job. Owner, services, operators.
 	GetJob(ctx context.Context, in *GetJobRequest, opts ...grpc.CallOption) (*Job, error)
@@ -53,7 +55,7 @@ type JobServiceClient interface {
 	// Sends what the job printed, from an offset or the last bytes on, and goes on until the job has
 	// ended if asked to follow. Owner, services, operators.
 	TailLogs(ctx context.Context, in *TailLogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TailLogsResponse], error)
-	// Cancels the job if it runs, and forgets it with its directory. Services, operators.
+	// Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators.
 	DeleteJob(ctx context.Context, in *DeleteJobRequest, opts ...grpc.CallOption) (*DeleteJobResponse, error)
 }
 
@@ -158,10 +160,12 @@ func (c *jobServiceClient) DeleteJob(ctx context.Context, in *DeleteJobRequest, 
 // for forward compatibility.
 //
 // Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-// job is an arbitrary program under the facility's account, only services and operators create them;
-// a user sees and cancels the jobs that were created for them.
+// job is an arbitrary program under the facility's account, only services and operators create them,
+// and services of other facilities as far as the policy names the programs; a user sees and cancels the
+// jobs that were created for them.
 type JobServiceServer interface {
-	// Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators.
+	// Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
+	// and partners, for whom the policy names the executables they may run.
 	CreateJob(context.Context, *CreateJobRequest) (*Job, error)
 	// Reads one job. Owner, services, operators.
 	GetJob(context.Context, *GetJobRequest) (*Job, error)
@@ -176,7 +180,7 @@ type JobServiceServer interface {
 	// Sends what the job printed, from an offset or the last bytes on, and goes on until the job has
 	// ended if asked to follow. Owner, services, operators.
 	TailLogs(*TailLogsRequest, grpc.ServerStreamingServer[TailLogsResponse]) error
-	// Cancels the job if it runs, and forgets it with its directory. Services, operators.
+	// Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators.
 	DeleteJob(context.Context, *DeleteJobRequest) (*DeleteJobResponse, error)
 	mustEmbedUnimplementedJobServiceServer()
 }

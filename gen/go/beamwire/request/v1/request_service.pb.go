@@ -11,6 +11,7 @@ package requestv1
 import (
 	v11 "github.com/beamwire/beamwire/gen/go/beamwire/buffer/v1"
 	v1 "github.com/beamwire/beamwire/gen/go/beamwire/common/v1"
+	v12 "github.com/beamwire/beamwire/gen/go/beamwire/job/v1"
 	_ "google.golang.org/genproto/googleapis/api/annotations"
 	status "google.golang.org/genproto/googleapis/rpc/status"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
@@ -659,7 +660,10 @@ type Transfer struct {
 	// When the lease ends.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	// Changes with every change.
-	Etag          string `protobuf:"bytes,20,opt,name=etag,proto3" json:"etag,omitempty"`
+	Etag string `protobuf:"bytes,20,opt,name=etag,proto3" json:"etag,omitempty"`
+	// Programs that consume the events, each placed at some facility when the buffer is ready: each is a
+	// group's consumer of its own, under the identity that its facility gives to the job.
+	ConsumerJobs  []*ConsumerJob `protobuf:"bytes,21,rep,name=consumer_jobs,json=consumerJobs,proto3" json:"consumer_jobs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -834,6 +838,86 @@ func (x *Transfer) GetEtag() string {
 	return ""
 }
 
+func (x *Transfer) GetConsumerJobs() []*ConsumerJob {
+	if x != nil {
+		return x.ConsumerJobs
+	}
+	return nil
+}
+
+// A program that consumes a transfer where its facility runs it.
+type ConsumerJob struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The facility that runs it; must be believed here, and let this one place jobs. Empty: this one.
+	TrustDomain string `protobuf:"bytes,1,opt,name=trust_domain,json=trustDomain,proto3" json:"trust_domain,omitempty"`
+	// The program. BEAMWIRE_CONNECT in its environment says where to dial; it enrols as `job/<id>`.
+	Spec *v12.JobSpec `protobuf:"bytes,2,opt,name=spec,proto3" json:"spec,omitempty"`
+	// `jobs/{job}` at its facility, once it is placed.
+	Job string `protobuf:"bytes,3,opt,name=job,proto3" json:"job,omitempty"`
+	// The SPIFFE id that it consumes as, once it is placed.
+	Identity      string `protobuf:"bytes,4,opt,name=identity,proto3" json:"identity,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsumerJob) Reset() {
+	*x = ConsumerJob{}
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsumerJob) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsumerJob) ProtoMessage() {}
+
+func (x *ConsumerJob) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsumerJob.ProtoReflect.Descriptor instead.
+func (*ConsumerJob) Descriptor() ([]byte, []int) {
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ConsumerJob) GetTrustDomain() string {
+	if x != nil {
+		return x.TrustDomain
+	}
+	return ""
+}
+
+func (x *ConsumerJob) GetSpec() *v12.JobSpec {
+	if x != nil {
+		return x.Spec
+	}
+	return nil
+}
+
+func (x *ConsumerJob) GetJob() string {
+	if x != nil {
+		return x.Job
+	}
+	return ""
+}
+
+func (x *ConsumerJob) GetIdentity() string {
+	if x != nil {
+		return x.Identity
+	}
+	return ""
+}
+
 // Asks for a transfer.
 type CreateTransferRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -851,7 +935,7 @@ type CreateTransferRequest struct {
 
 func (x *CreateTransferRequest) Reset() {
 	*x = CreateTransferRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[6]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -863,7 +947,7 @@ func (x *CreateTransferRequest) String() string {
 func (*CreateTransferRequest) ProtoMessage() {}
 
 func (x *CreateTransferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[6]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -876,7 +960,7 @@ func (x *CreateTransferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTransferRequest.ProtoReflect.Descriptor instead.
 func (*CreateTransferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{6}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *CreateTransferRequest) GetTransfer() *Transfer {
@@ -918,7 +1002,7 @@ type GetTransferRequest struct {
 
 func (x *GetTransferRequest) Reset() {
 	*x = GetTransferRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[7]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -930,7 +1014,7 @@ func (x *GetTransferRequest) String() string {
 func (*GetTransferRequest) ProtoMessage() {}
 
 func (x *GetTransferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[7]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -943,7 +1027,7 @@ func (x *GetTransferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTransferRequest.ProtoReflect.Descriptor instead.
 func (*GetTransferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{7}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *GetTransferRequest) GetName() string {
@@ -968,7 +1052,7 @@ type ListTransfersRequest struct {
 
 func (x *ListTransfersRequest) Reset() {
 	*x = ListTransfersRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[8]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -980,7 +1064,7 @@ func (x *ListTransfersRequest) String() string {
 func (*ListTransfersRequest) ProtoMessage() {}
 
 func (x *ListTransfersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[8]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -993,7 +1077,7 @@ func (x *ListTransfersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTransfersRequest.ProtoReflect.Descriptor instead.
 func (*ListTransfersRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{8}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListTransfersRequest) GetPageSize() int32 {
@@ -1030,7 +1114,7 @@ type ListTransfersResponse struct {
 
 func (x *ListTransfersResponse) Reset() {
 	*x = ListTransfersResponse{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[9]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1042,7 +1126,7 @@ func (x *ListTransfersResponse) String() string {
 func (*ListTransfersResponse) ProtoMessage() {}
 
 func (x *ListTransfersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[9]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1055,7 +1139,7 @@ func (x *ListTransfersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTransfersResponse.ProtoReflect.Descriptor instead.
 func (*ListTransfersResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{9}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListTransfersResponse) GetTransfers() []*Transfer {
@@ -1085,7 +1169,7 @@ type WatchTransferRequest struct {
 
 func (x *WatchTransferRequest) Reset() {
 	*x = WatchTransferRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[10]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1097,7 +1181,7 @@ func (x *WatchTransferRequest) String() string {
 func (*WatchTransferRequest) ProtoMessage() {}
 
 func (x *WatchTransferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[10]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1110,7 +1194,7 @@ func (x *WatchTransferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTransferRequest.ProtoReflect.Descriptor instead.
 func (*WatchTransferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{10}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WatchTransferRequest) GetName() string {
@@ -1138,7 +1222,7 @@ type WatchTransferResponse struct {
 
 func (x *WatchTransferResponse) Reset() {
 	*x = WatchTransferResponse{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[11]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1150,7 +1234,7 @@ func (x *WatchTransferResponse) String() string {
 func (*WatchTransferResponse) ProtoMessage() {}
 
 func (x *WatchTransferResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[11]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1163,7 +1247,7 @@ func (x *WatchTransferResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTransferResponse.ProtoReflect.Descriptor instead.
 func (*WatchTransferResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{11}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WatchTransferResponse) GetTransfer() *Transfer {
@@ -1186,7 +1270,7 @@ type CancelTransferRequest struct {
 
 func (x *CancelTransferRequest) Reset() {
 	*x = CancelTransferRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[12]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1198,7 +1282,7 @@ func (x *CancelTransferRequest) String() string {
 func (*CancelTransferRequest) ProtoMessage() {}
 
 func (x *CancelTransferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[12]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1211,7 +1295,7 @@ func (x *CancelTransferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelTransferRequest.ProtoReflect.Descriptor instead.
 func (*CancelTransferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{12}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CancelTransferRequest) GetName() string {
@@ -1232,7 +1316,7 @@ var File_beamwire_request_v1_request_service_proto protoreflect.FileDescriptor
 
 const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"\n" +
-	")beamwire/request/v1/request_service.proto\x12\x13beamwire.request.v1\x1a'beamwire/buffer/v1/buffer_service.proto\x1a\x1fbeamwire/common/v1/access.proto\x1a beamwire/common/v1/account.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"d\n" +
+	")beamwire/request/v1/request_service.proto\x12\x13beamwire.request.v1\x1a'beamwire/buffer/v1/buffer_service.proto\x1a\x1fbeamwire/common/v1/access.proto\x1a beamwire/common/v1/account.proto\x1a!beamwire/job/v1/job_service.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"d\n" +
 	"\tComponent\x12\x18\n" +
 	"\x04type\x18\x01 \x01(\tB\x04\xe2A\x01\x02R\x04type\x12=\n" +
 	"\n" +
@@ -1283,7 +1367,7 @@ const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"\x05stage\x18\x01 \x01(\tR\x05stage\x12.\n" +
 	"\x13entered_event_count\x18\x02 \x01(\x03R\x11enteredEventCount\x12(\n" +
 	"\x10left_event_count\x18\x03 \x01(\x03R\x0eleftEventCount\x120\n" +
-	"\x06losses\x18\x04 \x03(\v2\x18.beamwire.common.v1.LossR\x06losses\"\x98\v\n" +
+	"\x06losses\x18\x04 \x03(\v2\x18.beamwire.common.v1.LossR\x06losses\"\xe5\v\n" +
 	"\bTransfer\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x12?\n" +
 	"\x06config\x18\x02 \x01(\v2!.beamwire.request.v1.StreamConfigB\x04\xe2A\x01\x02R\x06config\x12E\n" +
@@ -1311,7 +1395,8 @@ const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"\bend_time\x18\x12 \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\aendTime\x12A\n" +
 	"\vexpire_time\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\n" +
 	"expireTime\x12\x18\n" +
-	"\x04etag\x18\x14 \x01(\tB\x04\xe2A\x01\x03R\x04etag\x1a9\n" +
+	"\x04etag\x18\x14 \x01(\tB\x04\xe2A\x01\x03R\x04etag\x12K\n" +
+	"\rconsumer_jobs\x18\x15 \x03(\v2 .beamwire.request.v1.ConsumerJobB\x04\xe2A\x01\x01R\fconsumerJobs\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd7\x01\n" +
@@ -1326,7 +1411,13 @@ const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"\x0fSTATE_CANCELLED\x10\a\x12\x10\n" +
 	"\fSTATE_FAILED\x10\b\x12\x11\n" +
 	"\rSTATE_EXPIRED\x10\t:E\xeaAB\n" +
-	"\x15beamwire.org/Transfer\x12\x14transfers/{transfer}*\ttransfers2\btransfer\"\xcf\x01\n" +
+	"\x15beamwire.org/Transfer\x12\x14transfers/{transfer}*\ttransfers2\btransfer\"\xb9\x01\n" +
+	"\vConsumerJob\x12'\n" +
+	"\ftrust_domain\x18\x01 \x01(\tB\x04\xe2A\x01\x01R\vtrustDomain\x122\n" +
+	"\x04spec\x18\x02 \x01(\v2\x18.beamwire.job.v1.JobSpecB\x04\xe2A\x01\x02R\x04spec\x12+\n" +
+	"\x03job\x18\x03 \x01(\tB\x19\xe2A\x01\x03\xfaA\x12\n" +
+	"\x10beamwire.org/JobR\x03job\x12 \n" +
+	"\bidentity\x18\x04 \x01(\tB\x04\xe2A\x01\x03R\bidentity\"\xcf\x01\n" +
 	"\x15CreateTransferRequest\x12?\n" +
 	"\btransfer\x18\x01 \x01(\v2\x1d.beamwire.request.v1.TransferB\x04\xe2A\x01\x02R\btransfer\x12%\n" +
 	"\vtransfer_id\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\n" +
@@ -1382,7 +1473,7 @@ func file_beamwire_request_v1_request_service_proto_rawDescGZIP() []byte {
 }
 
 var file_beamwire_request_v1_request_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_beamwire_request_v1_request_service_proto_msgTypes = make([]protoimpl.MessageInfo, 15)
+var file_beamwire_request_v1_request_service_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
 var file_beamwire_request_v1_request_service_proto_goTypes = []any{
 	(Transfer_State)(0),           // 0: beamwire.request.v1.Transfer.State
 	(*Component)(nil),             // 1: beamwire.request.v1.Component
@@ -1391,71 +1482,75 @@ var file_beamwire_request_v1_request_service_proto_goTypes = []any{
 	(*Receipt)(nil),               // 4: beamwire.request.v1.Receipt
 	(*StageAccount)(nil),          // 5: beamwire.request.v1.StageAccount
 	(*Transfer)(nil),              // 6: beamwire.request.v1.Transfer
-	(*CreateTransferRequest)(nil), // 7: beamwire.request.v1.CreateTransferRequest
-	(*GetTransferRequest)(nil),    // 8: beamwire.request.v1.GetTransferRequest
-	(*ListTransfersRequest)(nil),  // 9: beamwire.request.v1.ListTransfersRequest
-	(*ListTransfersResponse)(nil), // 10: beamwire.request.v1.ListTransfersResponse
-	(*WatchTransferRequest)(nil),  // 11: beamwire.request.v1.WatchTransferRequest
-	(*WatchTransferResponse)(nil), // 12: beamwire.request.v1.WatchTransferResponse
-	(*CancelTransferRequest)(nil), // 13: beamwire.request.v1.CancelTransferRequest
-	nil,                           // 14: beamwire.request.v1.StreamConfig.DataSourcesEntry
-	nil,                           // 15: beamwire.request.v1.Transfer.LabelsEntry
-	(*structpb.Struct)(nil),       // 16: google.protobuf.Struct
-	(*v1.Loss)(nil),               // 17: beamwire.common.v1.Loss
-	(v1.EndCause)(0),              // 18: beamwire.common.v1.EndCause
-	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
-	(*v11.ProducerCounters)(nil),  // 20: beamwire.buffer.v1.ProducerCounters
-	(*v11.ConsumerCounters)(nil),  // 21: beamwire.buffer.v1.ConsumerCounters
-	(*v11.GroupCounters)(nil),     // 22: beamwire.buffer.v1.GroupCounters
-	(*v11.BufferSpec)(nil),        // 23: beamwire.buffer.v1.BufferSpec
-	(*status.Status)(nil),         // 24: google.rpc.Status
-	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(*ConsumerJob)(nil),           // 7: beamwire.request.v1.ConsumerJob
+	(*CreateTransferRequest)(nil), // 8: beamwire.request.v1.CreateTransferRequest
+	(*GetTransferRequest)(nil),    // 9: beamwire.request.v1.GetTransferRequest
+	(*ListTransfersRequest)(nil),  // 10: beamwire.request.v1.ListTransfersRequest
+	(*ListTransfersResponse)(nil), // 11: beamwire.request.v1.ListTransfersResponse
+	(*WatchTransferRequest)(nil),  // 12: beamwire.request.v1.WatchTransferRequest
+	(*WatchTransferResponse)(nil), // 13: beamwire.request.v1.WatchTransferResponse
+	(*CancelTransferRequest)(nil), // 14: beamwire.request.v1.CancelTransferRequest
+	nil,                           // 15: beamwire.request.v1.StreamConfig.DataSourcesEntry
+	nil,                           // 16: beamwire.request.v1.Transfer.LabelsEntry
+	(*structpb.Struct)(nil),       // 17: google.protobuf.Struct
+	(*v1.Loss)(nil),               // 18: beamwire.common.v1.Loss
+	(v1.EndCause)(0),              // 19: beamwire.common.v1.EndCause
+	(*durationpb.Duration)(nil),   // 20: google.protobuf.Duration
+	(*v11.ProducerCounters)(nil),  // 21: beamwire.buffer.v1.ProducerCounters
+	(*v11.ConsumerCounters)(nil),  // 22: beamwire.buffer.v1.ConsumerCounters
+	(*v11.GroupCounters)(nil),     // 23: beamwire.buffer.v1.GroupCounters
+	(*v11.BufferSpec)(nil),        // 24: beamwire.buffer.v1.BufferSpec
+	(*status.Status)(nil),         // 25: google.rpc.Status
+	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
+	(*v12.JobSpec)(nil),           // 27: beamwire.job.v1.JobSpec
 }
 var file_beamwire_request_v1_request_service_proto_depIdxs = []int32{
-	16, // 0: beamwire.request.v1.Component.parameters:type_name -> google.protobuf.Struct
+	17, // 0: beamwire.request.v1.Component.parameters:type_name -> google.protobuf.Struct
 	1,  // 1: beamwire.request.v1.StreamConfig.event_source:type_name -> beamwire.request.v1.Component
-	14, // 2: beamwire.request.v1.StreamConfig.data_sources:type_name -> beamwire.request.v1.StreamConfig.DataSourcesEntry
+	15, // 2: beamwire.request.v1.StreamConfig.data_sources:type_name -> beamwire.request.v1.StreamConfig.DataSourcesEntry
 	1,  // 3: beamwire.request.v1.StreamConfig.processing_pipeline:type_name -> beamwire.request.v1.Component
 	1,  // 4: beamwire.request.v1.StreamConfig.data_serializer:type_name -> beamwire.request.v1.Component
-	17, // 5: beamwire.request.v1.Receipt.losses:type_name -> beamwire.common.v1.Loss
-	18, // 6: beamwire.request.v1.Receipt.end_cause:type_name -> beamwire.common.v1.EndCause
-	19, // 7: beamwire.request.v1.Receipt.streaming_duration:type_name -> google.protobuf.Duration
-	20, // 8: beamwire.request.v1.Receipt.producers:type_name -> beamwire.buffer.v1.ProducerCounters
-	21, // 9: beamwire.request.v1.Receipt.consumers:type_name -> beamwire.buffer.v1.ConsumerCounters
-	22, // 10: beamwire.request.v1.Receipt.groups:type_name -> beamwire.buffer.v1.GroupCounters
+	18, // 5: beamwire.request.v1.Receipt.losses:type_name -> beamwire.common.v1.Loss
+	19, // 6: beamwire.request.v1.Receipt.end_cause:type_name -> beamwire.common.v1.EndCause
+	20, // 7: beamwire.request.v1.Receipt.streaming_duration:type_name -> google.protobuf.Duration
+	21, // 8: beamwire.request.v1.Receipt.producers:type_name -> beamwire.buffer.v1.ProducerCounters
+	22, // 9: beamwire.request.v1.Receipt.consumers:type_name -> beamwire.buffer.v1.ConsumerCounters
+	23, // 10: beamwire.request.v1.Receipt.groups:type_name -> beamwire.buffer.v1.GroupCounters
 	5,  // 11: beamwire.request.v1.Receipt.stages:type_name -> beamwire.request.v1.StageAccount
-	17, // 12: beamwire.request.v1.StageAccount.losses:type_name -> beamwire.common.v1.Loss
+	18, // 12: beamwire.request.v1.StageAccount.losses:type_name -> beamwire.common.v1.Loss
 	2,  // 13: beamwire.request.v1.Transfer.config:type_name -> beamwire.request.v1.StreamConfig
-	23, // 14: beamwire.request.v1.Transfer.buffer_spec:type_name -> beamwire.buffer.v1.BufferSpec
-	19, // 15: beamwire.request.v1.Transfer.lease:type_name -> google.protobuf.Duration
-	15, // 16: beamwire.request.v1.Transfer.labels:type_name -> beamwire.request.v1.Transfer.LabelsEntry
+	24, // 14: beamwire.request.v1.Transfer.buffer_spec:type_name -> beamwire.buffer.v1.BufferSpec
+	20, // 15: beamwire.request.v1.Transfer.lease:type_name -> google.protobuf.Duration
+	16, // 16: beamwire.request.v1.Transfer.labels:type_name -> beamwire.request.v1.Transfer.LabelsEntry
 	0,  // 17: beamwire.request.v1.Transfer.state:type_name -> beamwire.request.v1.Transfer.State
 	3,  // 18: beamwire.request.v1.Transfer.counters:type_name -> beamwire.request.v1.TransferCounters
-	24, // 19: beamwire.request.v1.Transfer.error:type_name -> google.rpc.Status
+	25, // 19: beamwire.request.v1.Transfer.error:type_name -> google.rpc.Status
 	4,  // 20: beamwire.request.v1.Transfer.receipt:type_name -> beamwire.request.v1.Receipt
-	25, // 21: beamwire.request.v1.Transfer.create_time:type_name -> google.protobuf.Timestamp
-	25, // 22: beamwire.request.v1.Transfer.update_time:type_name -> google.protobuf.Timestamp
-	25, // 23: beamwire.request.v1.Transfer.end_time:type_name -> google.protobuf.Timestamp
-	25, // 24: beamwire.request.v1.Transfer.expire_time:type_name -> google.protobuf.Timestamp
-	6,  // 25: beamwire.request.v1.CreateTransferRequest.transfer:type_name -> beamwire.request.v1.Transfer
-	6,  // 26: beamwire.request.v1.ListTransfersResponse.transfers:type_name -> beamwire.request.v1.Transfer
-	6,  // 27: beamwire.request.v1.WatchTransferResponse.transfer:type_name -> beamwire.request.v1.Transfer
-	1,  // 28: beamwire.request.v1.StreamConfig.DataSourcesEntry.value:type_name -> beamwire.request.v1.Component
-	7,  // 29: beamwire.request.v1.RequestService.CreateTransfer:input_type -> beamwire.request.v1.CreateTransferRequest
-	8,  // 30: beamwire.request.v1.RequestService.GetTransfer:input_type -> beamwire.request.v1.GetTransferRequest
-	9,  // 31: beamwire.request.v1.RequestService.ListTransfers:input_type -> beamwire.request.v1.ListTransfersRequest
-	11, // 32: beamwire.request.v1.RequestService.WatchTransfer:input_type -> beamwire.request.v1.WatchTransferRequest
-	13, // 33: beamwire.request.v1.RequestService.CancelTransfer:input_type -> beamwire.request.v1.CancelTransferRequest
-	6,  // 34: beamwire.request.v1.RequestService.CreateTransfer:output_type -> beamwire.request.v1.Transfer
-	6,  // 35: beamwire.request.v1.RequestService.GetTransfer:output_type -> beamwire.request.v1.Transfer
-	10, // 36: beamwire.request.v1.RequestService.ListTransfers:output_type -> beamwire.request.v1.ListTransfersResponse
-	12, // 37: beamwire.request.v1.RequestService.WatchTransfer:output_type -> beamwire.request.v1.WatchTransferResponse
-	6,  // 38: beamwire.request.v1.RequestService.CancelTransfer:output_type -> beamwire.request.v1.Transfer
-	34, // [34:39] is the sub-list for method output_type
-	29, // [29:34] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	26, // 21: beamwire.request.v1.Transfer.create_time:type_name -> google.protobuf.Timestamp
+	26, // 22: beamwire.request.v1.Transfer.update_time:type_name -> google.protobuf.Timestamp
+	26, // 23: beamwire.request.v1.Transfer.end_time:type_name -> google.protobuf.Timestamp
+	26, // 24: beamwire.request.v1.Transfer.expire_time:type_name -> google.protobuf.Timestamp
+	7,  // 25: beamwire.request.v1.Transfer.consumer_jobs:type_name -> beamwire.request.v1.ConsumerJob
+	27, // 26: beamwire.request.v1.ConsumerJob.spec:type_name -> beamwire.job.v1.JobSpec
+	6,  // 27: beamwire.request.v1.CreateTransferRequest.transfer:type_name -> beamwire.request.v1.Transfer
+	6,  // 28: beamwire.request.v1.ListTransfersResponse.transfers:type_name -> beamwire.request.v1.Transfer
+	6,  // 29: beamwire.request.v1.WatchTransferResponse.transfer:type_name -> beamwire.request.v1.Transfer
+	1,  // 30: beamwire.request.v1.StreamConfig.DataSourcesEntry.value:type_name -> beamwire.request.v1.Component
+	8,  // 31: beamwire.request.v1.RequestService.CreateTransfer:input_type -> beamwire.request.v1.CreateTransferRequest
+	9,  // 32: beamwire.request.v1.RequestService.GetTransfer:input_type -> beamwire.request.v1.GetTransferRequest
+	10, // 33: beamwire.request.v1.RequestService.ListTransfers:input_type -> beamwire.request.v1.ListTransfersRequest
+	12, // 34: beamwire.request.v1.RequestService.WatchTransfer:input_type -> beamwire.request.v1.WatchTransferRequest
+	14, // 35: beamwire.request.v1.RequestService.CancelTransfer:input_type -> beamwire.request.v1.CancelTransferRequest
+	6,  // 36: beamwire.request.v1.RequestService.CreateTransfer:output_type -> beamwire.request.v1.Transfer
+	6,  // 37: beamwire.request.v1.RequestService.GetTransfer:output_type -> beamwire.request.v1.Transfer
+	11, // 38: beamwire.request.v1.RequestService.ListTransfers:output_type -> beamwire.request.v1.ListTransfersResponse
+	13, // 39: beamwire.request.v1.RequestService.WatchTransfer:output_type -> beamwire.request.v1.WatchTransferResponse
+	6,  // 40: beamwire.request.v1.RequestService.CancelTransfer:output_type -> beamwire.request.v1.Transfer
+	36, // [36:41] is the sub-list for method output_type
+	31, // [31:36] is the sub-list for method input_type
+	31, // [31:31] is the sub-list for extension type_name
+	31, // [31:31] is the sub-list for extension extendee
+	0,  // [0:31] is the sub-list for field type_name
 }
 
 func init() { file_beamwire_request_v1_request_service_proto_init() }
@@ -1469,7 +1564,7 @@ func file_beamwire_request_v1_request_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_beamwire_request_v1_request_service_proto_rawDesc), len(file_beamwire_request_v1_request_service_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   15,
+			NumMessages:   16,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -1138,7 +1138,11 @@ type TicketClaims struct {
 	// Until when.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	// Makes each ticket another one.
-	TicketId      string `protobuf:"bytes,7,opt,name=ticket_id,json=ticketId,proto3" json:"ticket_id,omitempty"`
+	TicketId string `protobuf:"bytes,7,opt,name=ticket_id,json=ticketId,proto3" json:"ticket_id,omitempty"`
+	// Whose right its holder uses, if a delegation token handed it over: a SPIFFE id.
+	DelegatedBy string `protobuf:"bytes,8,opt,name=delegated_by,json=delegatedBy,proto3" json:"delegated_by,omitempty"`
+	// The revocation ids of that token, in hexadecimal.
+	DelegationIds []string `protobuf:"bytes,9,rep,name=delegation_ids,json=delegationIds,proto3" json:"delegation_ids,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1222,6 +1226,20 @@ func (x *TicketClaims) GetTicketId() string {
 	return ""
 }
 
+func (x *TicketClaims) GetDelegatedBy() string {
+	if x != nil {
+		return x.DelegatedBy
+	}
+	return ""
+}
+
+func (x *TicketClaims) GetDelegationIds() []string {
+	if x != nil {
+		return x.DelegationIds
+	}
+	return nil
+}
+
 var File_beamwire_stream_v1_link_proto protoreflect.FileDescriptor
 
 const file_beamwire_stream_v1_link_proto_rawDesc = "" +
@@ -1297,7 +1315,7 @@ const file_beamwire_stream_v1_link_proto_rawDesc = "" +
 	"size_bytes\x18\x02 \x01(\x04R\tsizeBytes\"\v\n" +
 	"\tHeartbeat\"!\n" +
 	"\aRenewal\x12\x16\n" +
-	"\x06ticket\x18\x01 \x01(\tR\x06ticket\"\xc1\x02\n" +
+	"\x06ticket\x18\x01 \x01(\tR\x06ticket\"\x8b\x03\n" +
 	"\fTicketClaims\x12\x16\n" +
 	"\x06buffer\x18\x01 \x01(\tR\x06buffer\x12\x1a\n" +
 	"\bidentity\x18\x02 \x01(\tR\bidentity\x120\n" +
@@ -1306,7 +1324,9 @@ const file_beamwire_stream_v1_link_proto_rawDesc = "" +
 	"\x0fnot_before_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\rnotBeforeTime\x12;\n" +
 	"\vexpire_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"expireTime\x12\x1b\n" +
-	"\tticket_id\x18\a \x01(\tR\bticketId*S\n" +
+	"\tticket_id\x18\a \x01(\tR\bticketId\x12!\n" +
+	"\fdelegated_by\x18\b \x01(\tR\vdelegatedBy\x12%\n" +
+	"\x0edelegation_ids\x18\t \x03(\tR\rdelegationIds*S\n" +
 	"\bLinkRole\x12\x19\n" +
 	"\x15LINK_ROLE_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11LINK_ROLE_PRODUCE\x10\x01\x12\x15\n" +

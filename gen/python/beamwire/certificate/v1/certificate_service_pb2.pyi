@@ -3,6 +3,7 @@
 isort:skip_file
 Certificates: who is a member of the facility's trust domain."""
 
+from beamwire.common.v1 import access_pb2 as _access_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
@@ -41,6 +42,10 @@ class Certificate(_message.Message):
         """A join token."""
         GRANT_RENEWAL: Certificate._Grant.ValueType  # 3
         """The certificate before it."""
+        GRANT_INTRODUCTION: Certificate._Grant.ValueType  # 4
+        """A certificate of another facility, for which the policy has an identity here."""
+        GRANT_JOB_TOKEN: Certificate._Grant.ValueType  # 5
+        """A join token that a service minted for a job or a cache that it started."""
 
     class Grant(_Grant, metaclass=_GrantEnumTypeWrapper):
         """How the member came by it."""
@@ -53,6 +58,10 @@ class Certificate(_message.Message):
     """A join token."""
     GRANT_RENEWAL: Certificate.Grant.ValueType  # 3
     """The certificate before it."""
+    GRANT_INTRODUCTION: Certificate.Grant.ValueType  # 4
+    """A certificate of another facility, for which the policy has an identity here."""
+    GRANT_JOB_TOKEN: Certificate.Grant.ValueType  # 5
+    """A join token that a service minted for a job or a cache that it started."""
 
     NAME_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
@@ -62,6 +71,9 @@ class Certificate(_message.Message):
     GRANTED_BY_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    REVOKE_TIME_FIELD_NUMBER: _builtins.int
+    REVOKE_REASON_FIELD_NUMBER: _builtins.int
+    AUTHORITY_GENERATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`certificates/{certificate}`; the id is the serial number in hexadecimal."""
     identity: _builtins.str
@@ -72,6 +84,10 @@ class Certificate(_message.Message):
     """How the member came by it."""
     granted_by: _builtins.str
     """Who asked: the SPIFFE id that minted the token, or the member."""
+    revoke_reason: _builtins.str
+    """Why it was revoked, in words."""
+    authority_generation: _builtins.int
+    """Which generation of the authority signed it."""
     @_builtins.property
     def server_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The DNS names and IP addresses on it."""
@@ -84,6 +100,10 @@ class Certificate(_message.Message):
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When it ends."""
 
+    @_builtins.property
+    def revoke_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was revoked; absent if it was not."""
+
     def __init__(
         self,
         *,
@@ -95,10 +115,13 @@ class Certificate(_message.Message):
         granted_by: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        revoke_time: _timestamp_pb2.Timestamp | None = ...,
+        revoke_reason: _builtins.str = ...,
+        authority_generation: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "revoke_time", b"revoke_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_pem", b"chain_pem", "create_time", b"create_time", "expire_time", b"expire_time", "grant", b"grant", "granted_by", b"granted_by", "identity", b"identity", "name", b"name", "server_names", b"server_names"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority_generation", b"authority_generation", "chain_pem", b"chain_pem", "create_time", b"create_time", "expire_time", b"expire_time", "grant", b"grant", "granted_by", b"granted_by", "identity", b"identity", "name", b"name", "revoke_reason", b"revoke_reason", "revoke_time", b"revoke_time", "server_names", b"server_names"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -106,33 +129,119 @@ Global___Certificate: _TypeAlias = Certificate  # noqa: Y015
 
 @_typing.final
 class TrustBundle(_message.Message):
-    """The roots that vouch for the members of one trust domain."""
+    """What is believed of one trust domain: the roots that vouch for its members, and who is believed no
+    more. Bundles of different domains are never put together: each vouches for its own domain alone.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     ROOTS_PEM_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    REVOCATION_LIST_FIELD_NUMBER: _builtins.int
+    REVOCATION_ISSUER_FIELD_NUMBER: _builtins.int
+    TOKEN_ROOT_FIELD_NUMBER: _builtins.int
+    REVOKED_TOKENS_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    ENROLL_ADDRESS_FIELD_NUMBER: _builtins.int
+    REFRESH_TIME_FIELD_NUMBER: _builtins.int
+    REFRESH_ERROR_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`trustBundles/{trust_domain}`."""
     roots_pem: _builtins.str
     """The root certificates as PEM."""
     sequence: _builtins.int
-    """Counts the changes of the bundle."""
+    """Counts the changes of the bundle, its revocations included."""
+    revocation_list: _builtins.bytes
+    """The certificates that were revoked: an X.509 CRL (DER), signed by an authority under the roots.
+    Empty before the first.
+    """
+    revocation_issuer: _builtins.bytes
+    """The certificate (DER) of the authority that signed `revocation_list`."""
+    token_root: _builtins.bytes
+    """The facility's Ed25519 public key for delegation tokens; own bundle only."""
+    address: _builtins.str
+    """Where the services of the domain are called, `host:port` or as in a join token."""
+    enroll_address: _builtins.str
+    """Where its bundle is read without a certificate."""
+    refresh_error: _builtins.str
+    """Why it could not be read since, if it could not."""
+    @_builtins.property
+    def revoked_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Delegation tokens that were revoked and have not expired: their revocation ids in hexadecimal; own
+        bundle only.
+        """
+
+    @_builtins.property
+    def refresh_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was last read from the other facility; now, for the own one."""
+
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was first believed."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         roots_pem: _builtins.str = ...,
         sequence: _builtins.int = ...,
+        revocation_list: _builtins.bytes = ...,
+        revocation_issuer: _builtins.bytes = ...,
+        token_root: _builtins.bytes = ...,
+        revoked_tokens: _abc.Iterable[_builtins.str] | None = ...,
+        address: _builtins.str = ...,
+        enroll_address: _builtins.str = ...,
+        refresh_time: _timestamp_pb2.Timestamp | None = ...,
+        refresh_error: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "refresh_time", b"refresh_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "roots_pem", b"roots_pem", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "create_time", b"create_time", "enroll_address", b"enroll_address", "name", b"name", "refresh_error", b"refresh_error", "refresh_time", b"refresh_time", "revocation_issuer", b"revocation_issuer", "revocation_list", b"revocation_list", "revoked_tokens", b"revoked_tokens", "roots_pem", b"roots_pem", "sequence", b"sequence", "token_root", b"token_root"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrustBundle: _TypeAlias = TrustBundle  # noqa: Y015
+
+@_typing.final
+class IntroduceFacilityResponse(_message.Message):
+    """What one facility hands to another so that it is believed: no secret, but to be carried on a way
+    that nobody can change it on, or compared by its fingerprint.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCUMENT_FIELD_NUMBER: _builtins.int
+    TRUST_DOMAIN_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    document: _builtins.str
+    """The introduction as one word: name, addresses and roots of the facility, signed by its authority."""
+    trust_domain: _builtins.str
+    """The trust domain it introduces."""
+    fingerprint: _builtins.str
+    """SHA-256 of the document as groups of hexadecimal digits, to be read out over the telephone."""
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When the document ends."""
+
+    def __init__(
+        self,
+        *,
+        document: _builtins.str = ...,
+        trust_domain: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "expire_time", b"expire_time", "fingerprint", b"fingerprint", "trust_domain", b"trust_domain"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IntroduceFacilityResponse: _TypeAlias = IntroduceFacilityResponse  # noqa: Y015
 
 @_typing.final
 class JoinToken(_message.Message):
@@ -215,7 +324,7 @@ class EnrollMemberRequest(_message.Message):
     CSR_PEM_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
-    """The secret of the token."""
+    """The secret of the token. Empty for a member of another facility, whose certificate is its right."""
     csr_pem: _builtins.str
     """A PKCS#10 signing request as PEM, signed by the member's key: P-256 or P-384. The names in it
     count only as far as the token allows them.
@@ -321,7 +430,9 @@ class ListCertificatesRequest(_message.Message):
     page_token: _builtins.str
     """`next_page_token` of the page before."""
     filter: _builtins.str
-    """`identity="spiffe://…"`, joined by AND."""
+    """`identity="spiffe://…"`, `state="ISSUED"`, `grant="JOIN_TOKEN"`, `granted_by="spiffe://…"`, joined by
+    AND.
+    """
     def __init__(
         self,
         *,
@@ -364,3 +475,928 @@ class ListCertificatesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListCertificatesResponse: _TypeAlias = ListCertificatesResponse  # noqa: Y015
+
+@_typing.final
+class ListTrustBundlesRequest(_message.Message):
+    """Asks for a page of trust bundles."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """The most to return; default 50, at most 1000."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before."""
+    filter: _builtins.str
+    """Nothing can be asked for yet: must be empty."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTrustBundlesRequest: _TypeAlias = ListTrustBundlesRequest  # noqa: Y015
+
+@_typing.final
+class ListTrustBundlesResponse(_message.Message):
+    """A page of trust bundles."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRUST_BUNDLES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def trust_bundles(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrustBundle]:
+        """The own one first, then by name."""
+
+    def __init__(
+        self,
+        *,
+        trust_bundles: _abc.Iterable[Global___TrustBundle] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "trust_bundles", b"trust_bundles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTrustBundlesResponse: _TypeAlias = ListTrustBundlesResponse  # noqa: Y015
+
+@_typing.final
+class WatchTrustBundlesRequest(_message.Message):
+    """Asks to be told of trust."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTrustBundlesRequest: _TypeAlias = WatchTrustBundlesRequest  # noqa: Y015
+
+@_typing.final
+class WatchTrustBundlesResponse(_message.Message):
+    """One trust bundle as it is now."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRUST_BUNDLE_FIELD_NUMBER: _builtins.int
+    REMOVED_FIELD_NUMBER: _builtins.int
+    SYNCHRONIZED_FIELD_NUMBER: _builtins.int
+    removed: _builtins.bool
+    """True if the domain is believed no more."""
+    synchronized: _builtins.bool
+    """True if everything was sent once: what the caller knows and was not told is no longer so."""
+    @_builtins.property
+    def trust_bundle(self) -> Global___TrustBundle:
+        """All of it; only the name if `removed`."""
+
+    def __init__(
+        self,
+        *,
+        trust_bundle: Global___TrustBundle | None = ...,
+        removed: _builtins.bool = ...,
+        synchronized: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["trust_bundle", b"trust_bundle"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed", b"removed", "synchronized", b"synchronized", "trust_bundle", b"trust_bundle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchTrustBundlesResponse: _TypeAlias = WatchTrustBundlesResponse  # noqa: Y015
+
+@_typing.final
+class IntroduceFacilityRequest(_message.Message):
+    """Asks for an introduction of the facility."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TTL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long it may be accepted. Default one day, at most 30."""
+
+    def __init__(
+        self,
+        *,
+        ttl: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IntroduceFacilityRequest: _TypeAlias = IntroduceFacilityRequest  # noqa: Y015
+
+@_typing.final
+class AcceptIntroductionRequest(_message.Message):
+    """Hands over the introduction of another facility."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOCUMENT_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    document: _builtins.str
+    """The document."""
+    fingerprint: _builtins.str
+    """The fingerprint that the other operator read out; compared unless empty."""
+    request_id: _builtins.str
+    """A UUID4 that makes repeating the call harmless."""
+    def __init__(
+        self,
+        *,
+        document: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["document", b"document", "fingerprint", b"fingerprint", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AcceptIntroductionRequest: _TypeAlias = AcceptIntroductionRequest  # noqa: Y015
+
+@_typing.final
+class RefreshTrustBundleRequest(_message.Message):
+    """Names a trust bundle to read again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`trustBundles/{trust_domain}`."""
+    request_id: _builtins.str
+    """A UUID4 that makes repeating the call harmless."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefreshTrustBundleRequest: _TypeAlias = RefreshTrustBundleRequest  # noqa: Y015
+
+@_typing.final
+class DeleteTrustBundleRequest(_message.Message):
+    """Names a trust domain to believe no more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`trustBundles/{trust_domain}`; not the own one."""
+    request_id: _builtins.str
+    """A UUID4 that makes repeating the call harmless."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteTrustBundleRequest: _TypeAlias = DeleteTrustBundleRequest  # noqa: Y015
+
+@_typing.final
+class DeleteTrustBundleResponse(_message.Message):
+    """Nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteTrustBundleResponse: _TypeAlias = DeleteTrustBundleResponse  # noqa: Y015
+
+@_typing.final
+class RevokeMemberRequest(_message.Message):
+    """Says whose certificates end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    identity: _builtins.str
+    """The SPIFFE id. All its certificates end, and it gets no new ones."""
+    certificate: _builtins.str
+    """`certificates/{certificate}`: this one alone ends. One of the two must be there."""
+    reason: _builtins.str
+    """Why, in words, for the ledger and for the member."""
+    request_id: _builtins.str
+    """A UUID4 that makes repeating the call harmless."""
+    def __init__(
+        self,
+        *,
+        identity: _builtins.str = ...,
+        certificate: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate", "identity", b"identity", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeMemberRequest: _TypeAlias = RevokeMemberRequest  # noqa: Y015
+
+@_typing.final
+class RevokeMemberResponse(_message.Message):
+    """What was ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def certificates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Certificate]:
+        """The certificates that were good until now."""
+
+    def __init__(
+        self,
+        *,
+        certificates: _abc.Iterable[Global___Certificate] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificates", b"certificates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeMemberResponse: _TypeAlias = RevokeMemberResponse  # noqa: Y015
+
+@_typing.final
+class ReinstateMemberRequest(_message.Message):
+    """Says who may enrol again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    identity: _builtins.str
+    """The SPIFFE id."""
+    request_id: _builtins.str
+    """A UUID4 that makes repeating the call harmless."""
+    def __init__(
+        self,
+        *,
+        identity: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReinstateMemberRequest: _TypeAlias = ReinstateMemberRequest  # noqa: Y015
+
+@_typing.final
+class ReinstateMemberResponse(_message.Message):
+    """Nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReinstateMemberResponse: _TypeAlias = ReinstateMemberResponse  # noqa: Y015
+
+@_typing.final
+class ExplainCertificateRequest(_message.Message):
+    """Shows a certificate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAIN_PEM_FIELD_NUMBER: _builtins.int
+    chain_pem: _builtins.str
+    """The chain as PEM, leaf first. Empty: the one the caller came with."""
+    def __init__(
+        self,
+        *,
+        chain_pem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain_pem", b"chain_pem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainCertificateRequest: _TypeAlias = ExplainCertificateRequest  # noqa: Y015
+
+@_typing.final
+class ExplainCertificateResponse(_message.Message):
+    """What is to be said of a certificate."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Check(_message.Message):
+        """One thing that was looked at."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        CHECK_FIELD_NUMBER: _builtins.int
+        PASSED_FIELD_NUMBER: _builtins.int
+        DETAIL_FIELD_NUMBER: _builtins.int
+        check: _builtins.str
+        """`name`, `domain`, `chain`, `usage`, `time`, `revocation` or `policy`."""
+        passed: _builtins.bool
+        """Whether it is well."""
+        detail: _builtins.str
+        """What was found, and what to do about it."""
+        def __init__(
+            self,
+            *,
+            check: _builtins.str = ...,
+            passed: _builtins.bool = ...,
+            detail: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["check", b"check", "detail", b"detail", "passed", b"passed"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    CHECKS_FIELD_NUMBER: _builtins.int
+    accepted: _builtins.bool
+    """Whether it would be believed."""
+    identity: _builtins.str
+    """The SPIFFE id on it; empty if it has none that can be read."""
+    @_builtins.property
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExplainCertificateResponse.Check]:
+        """In the order in which they are made. Those after the first that fails may be missing."""
+
+    def __init__(
+        self,
+        *,
+        accepted: _builtins.bool = ...,
+        identity: _builtins.str = ...,
+        checks: _abc.Iterable[Global___ExplainCertificateResponse.Check] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "checks", b"checks", "identity", b"identity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainCertificateResponse: _TypeAlias = ExplainCertificateResponse  # noqa: Y015
+
+@_typing.final
+class WhoAmIRequest(_message.Message):
+    """Asks who the caller is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WhoAmIRequest: _TypeAlias = WhoAmIRequest  # noqa: Y015
+
+@_typing.final
+class WhoAmIResponse(_message.Message):
+    """Who the caller is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    DATASETS_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    DELEGATED_BY_FIELD_NUMBER: _builtins.int
+    DELEGATION_FIELD_NUMBER: _builtins.int
+    identity: _builtins.str
+    """The SPIFFE id."""
+    role: _access_pb2.Role.ValueType
+    """What it may call by its own right."""
+    rule: _builtins.str
+    """The rule of the policy that gives the role; empty if it is the facility's own default."""
+    delegated_by: _builtins.str
+    """Whose rights the token that came with the call hands over; empty without."""
+    @_builtins.property
+    def datasets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The datasets that it may read, as patterns."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When its certificate ends."""
+
+    @_builtins.property
+    def delegation(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What that token allows, in words."""
+
+    def __init__(
+        self,
+        *,
+        identity: _builtins.str = ...,
+        role: _access_pb2.Role.ValueType = ...,
+        rule: _builtins.str = ...,
+        datasets: _abc.Iterable[_builtins.str] | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        delegated_by: _builtins.str = ...,
+        delegation: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["datasets", b"datasets", "delegated_by", b"delegated_by", "delegation", b"delegation", "expire_time", b"expire_time", "identity", b"identity", "role", b"role", "rule", b"rule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WhoAmIResponse: _TypeAlias = WhoAmIResponse  # noqa: Y015
+
+@_typing.final
+class CheckAccessRequest(_message.Message):
+    """Asks whether something would be allowed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    DATASET_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    method: _builtins.str
+    """The method, `beamwire.request.v1.RequestService/CreateTransfer` or `RequestService/CreateTransfer`."""
+    dataset: _builtins.str
+    """The dataset, `exp:tmoc00118` or `path:/data/file.h5`."""
+    identity: _builtins.str
+    """Who: a SPIFFE id. Empty: the caller. Anybody else, operators only."""
+    def __init__(
+        self,
+        *,
+        method: _builtins.str = ...,
+        dataset: _builtins.str = ...,
+        identity: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "identity", b"identity", "method", b"method"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckAccessRequest: _TypeAlias = CheckAccessRequest  # noqa: Y015
+
+@_typing.final
+class CheckAccessResponse(_message.Message):
+    """Whether something would be allowed, and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALLOWED_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    RULE_FIELD_NUMBER: _builtins.int
+    allowed: _builtins.bool
+    """Whether it would."""
+    rule: _builtins.str
+    """The rule of the policy that decided; empty if none did."""
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why, in the order in which it was decided."""
+
+    def __init__(
+        self,
+        *,
+        allowed: _builtins.bool = ...,
+        reasons: _abc.Iterable[_builtins.str] | None = ...,
+        rule: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed", b"allowed", "reasons", b"reasons", "rule", b"rule"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckAccessResponse: _TypeAlias = CheckAccessResponse  # noqa: Y015
+
+@_typing.final
+class CreateDelegationTokenRequest(_message.Message):
+    """Asks for a token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESOURCE_FIELD_NUMBER: _builtins.int
+    READ_ONLY_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    resource: _builtins.str
+    """The one resource it is for, `transfers/{transfer}`. Empty: all the caller's own."""
+    read_only: _builtins.bool
+    """If true, it may be used to look and to consume, not to change or end anything. A token never
+    creates anything.
+    """
+    holder: _builtins.str
+    """Who may use it: a SPIFFE id. Required."""
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """How long. Default one hour, at most as long as the policy says: one day unless it says otherwise."""
+
+    def __init__(
+        self,
+        *,
+        resource: _builtins.str = ...,
+        read_only: _builtins.bool = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+        holder: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ttl", b"ttl"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holder", b"holder", "read_only", b"read_only", "resource", b"resource", "ttl", b"ttl"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateDelegationTokenRequest: _TypeAlias = CreateDelegationTokenRequest  # noqa: Y015
+
+@_typing.final
+class DelegationToken(_message.Message):
+    """A part of somebody's rights, to be used by somebody else."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    REVOCATION_IDS_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    """The token: a Biscuit in URL-safe base64. A secret in part: without the holder's key it is useless."""
+    @_builtins.property
+    def revocation_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Its revocation ids in hexadecimal, one for each block."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ends."""
+
+    def __init__(
+        self,
+        *,
+        token: _builtins.str = ...,
+        revocation_ids: _abc.Iterable[_builtins.str] | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "revocation_ids", b"revocation_ids", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DelegationToken: _TypeAlias = DelegationToken  # noqa: Y015
+
+@_typing.final
+class RevokeDelegationTokenRequest(_message.Message):
+    """Says which token ends."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVOCATION_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    revocation_id: _builtins.str
+    """The revocation id of one of its blocks, in hexadecimal."""
+    request_id: _builtins.str
+    """A UUID4 that makes repeating the call harmless."""
+    def __init__(
+        self,
+        *,
+        revocation_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "revocation_id", b"revocation_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeDelegationTokenRequest: _TypeAlias = RevokeDelegationTokenRequest  # noqa: Y015
+
+@_typing.final
+class RevokeDelegationTokenResponse(_message.Message):
+    """Nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RevokeDelegationTokenResponse: _TypeAlias = RevokeDelegationTokenResponse  # noqa: Y015
+
+@_typing.final
+class DescribeAuthorityRequest(_message.Message):
+    """Asks about the authority."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeAuthorityRequest: _TypeAlias = DescribeAuthorityRequest  # noqa: Y015
+
+@_typing.final
+class DescribeAuthorityResponse(_message.Message):
+    """The authority as it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUTHORITY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def authority(self) -> Global___AuthorityStatus:
+        """All of it."""
+
+    def __init__(
+        self,
+        *,
+        authority: Global___AuthorityStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeAuthorityResponse: _TypeAlias = DescribeAuthorityResponse  # noqa: Y015
+
+@_typing.final
+class AuthorityStatus(_message.Message):
+    """The authority of the facility, and how far its rotation is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Phase:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[AuthorityStatus._Phase.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        PHASE_UNSPECIFIED: AuthorityStatus._Phase.ValueType  # 0
+        """Never."""
+        PHASE_STABLE: AuthorityStatus._Phase.ValueType  # 1
+        """One root is trusted, and its authority signs."""
+        PHASE_ANNOUNCED: AuthorityStatus._Phase.ValueType  # 2
+        """The next root is trusted too; the present authority signs."""
+        PHASE_ACTIVATED: AuthorityStatus._Phase.ValueType  # 3
+        """The next authority signs; the root before it is still trusted."""
+
+    class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
+        """`STABLE -> ANNOUNCED -> ACTIVATED -> STABLE`; ANNOUNCED may also go back to STABLE."""
+
+    PHASE_UNSPECIFIED: AuthorityStatus.Phase.ValueType  # 0
+    """Never."""
+    PHASE_STABLE: AuthorityStatus.Phase.ValueType  # 1
+    """One root is trusted, and its authority signs."""
+    PHASE_ANNOUNCED: AuthorityStatus.Phase.ValueType  # 2
+    """The next root is trusted too; the present authority signs."""
+    PHASE_ACTIVATED: AuthorityStatus.Phase.ValueType  # 3
+    """The next authority signs; the root before it is still trusted."""
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    ROOT_FINGERPRINTS_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    OUTSTANDING_CERTIFICATE_COUNT_FIELD_NUMBER: _builtins.int
+    phase: Global___AuthorityStatus.Phase.ValueType
+    """How far the rotation is."""
+    generation: _builtins.int
+    """Which generation signs."""
+    outstanding_certificate_count: _builtins.int
+    """Certificates of the generation before that have not ended: what the end of the rotation waits for."""
+    @_builtins.property
+    def root_fingerprints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """SHA-256 of the trusted roots in hexadecimal, the one that signs first."""
+
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When the authority that signs ends."""
+
+    def __init__(
+        self,
+        *,
+        phase: Global___AuthorityStatus.Phase.ValueType = ...,
+        generation: _builtins.int = ...,
+        root_fingerprints: _abc.Iterable[_builtins.str] | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        outstanding_certificate_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "generation", b"generation", "outstanding_certificate_count", b"outstanding_certificate_count", "phase", b"phase", "root_fingerprints", b"root_fingerprints"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuthorityStatus: _TypeAlias = AuthorityStatus  # noqa: Y015
+
+@_typing.final
+class RotateAuthorityRequest(_message.Message):
+    """Takes the rotation one step further."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    phase: Global___AuthorityStatus.Phase.ValueType
+    """Where to: ANNOUNCED, ACTIVATED, or STABLE to finish (or to give up what was announced)."""
+    force: _builtins.bool
+    """If true, finish although certificates of the generation before are still good: they end by it."""
+    request_id: _builtins.str
+    """A UUID4 that makes repeating the call harmless."""
+    def __init__(
+        self,
+        *,
+        phase: Global___AuthorityStatus.Phase.ValueType = ...,
+        force: _builtins.bool = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["force", b"force", "phase", b"phase", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateAuthorityRequest: _TypeAlias = RotateAuthorityRequest  # noqa: Y015
+
+@_typing.final
+class RotateAuthorityResponse(_message.Message):
+    """The authority after the step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUTHORITY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def authority(self) -> Global___AuthorityStatus:
+        """All of it."""
+
+    def __init__(
+        self,
+        *,
+        authority: Global___AuthorityStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["authority", b"authority"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateAuthorityResponse: _TypeAlias = RotateAuthorityResponse  # noqa: Y015
+
+@_typing.final
+class AuditRecord(_message.Message):
+    """One thing that was done."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    SUBJECT_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`auditRecords/{audit_record}`."""
+    actor: _builtins.str
+    """Who: a SPIFFE id, or `anonymous`."""
+    action: _builtins.str
+    """What: `ENROLLED`, `RENEWED`, `REVOKED`, `TOKEN_CREATED` and so on."""
+    subject: _builtins.str
+    """To whom or what: a SPIFFE id, a trust domain, a resource name."""
+    detail: _builtins.str
+    """More, in words. Never a secret."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        actor: _builtins.str = ...,
+        action: _builtins.str = ...,
+        subject: _builtins.str = ...,
+        detail: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "actor", b"actor", "create_time", b"create_time", "detail", b"detail", "name", b"name", "subject", b"subject"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AuditRecord: _TypeAlias = AuditRecord  # noqa: Y015
+
+@_typing.final
+class ListAuditRecordsRequest(_message.Message):
+    """Asks for a page of the audit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """The most to return; default 50, at most 1000."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before."""
+    filter: _builtins.str
+    """`action="REVOKED"`, `actor="spiffe://…"`, `subject="spiffe://…"`, joined by AND."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        filter: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditRecordsRequest: _TypeAlias = ListAuditRecordsRequest  # noqa: Y015
+
+@_typing.final
+class ListAuditRecordsResponse(_message.Message):
+    """A page of the audit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AUDIT_RECORDS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def audit_records(self) -> _containers.RepeatedCompositeFieldContainer[Global___AuditRecord]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        audit_records: _abc.Iterable[Global___AuditRecord] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_records", b"audit_records", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAuditRecordsResponse: _TypeAlias = ListAuditRecordsResponse  # noqa: Y015

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class CertificateServiceStub:
-    """Issues the certificates of one trust domain. Keys never travel: a member makes its own, sends a
-    signing request and gets a chain.
+    """Issues the certificates of one trust domain, and says which other domains are believed. Keys never
+    travel: a member makes its own, sends a signing request and gets a chain.
     """
 
     def __init__(self, channel):
@@ -56,6 +56,36 @@ class CertificateServiceStub:
                 request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.GetTrustBundleRequest.SerializeToString,
                 response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.TrustBundle.FromString,
                 _registered_method=True)
+        self.ListTrustBundles = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/ListTrustBundles',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListTrustBundlesRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListTrustBundlesResponse.FromString,
+                _registered_method=True)
+        self.WatchTrustBundles = channel.unary_stream(
+                '/beamwire.certificate.v1.CertificateService/WatchTrustBundles',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.WatchTrustBundlesRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.WatchTrustBundlesResponse.FromString,
+                _registered_method=True)
+        self.IntroduceFacility = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/IntroduceFacility',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.IntroduceFacilityRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.IntroduceFacilityResponse.FromString,
+                _registered_method=True)
+        self.AcceptIntroduction = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/AcceptIntroduction',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.AcceptIntroductionRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.TrustBundle.FromString,
+                _registered_method=True)
+        self.RefreshTrustBundle = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/RefreshTrustBundle',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RefreshTrustBundleRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.TrustBundle.FromString,
+                _registered_method=True)
+        self.DeleteTrustBundle = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/DeleteTrustBundle',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DeleteTrustBundleRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DeleteTrustBundleResponse.FromString,
+                _registered_method=True)
         self.GetCertificate = channel.unary_unary(
                 '/beamwire.certificate.v1.CertificateService/GetCertificate',
                 request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.GetCertificateRequest.SerializeToString,
@@ -66,11 +96,61 @@ class CertificateServiceStub:
                 request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListCertificatesRequest.SerializeToString,
                 response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListCertificatesResponse.FromString,
                 _registered_method=True)
+        self.RevokeMember = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/RevokeMember',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RevokeMemberRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RevokeMemberResponse.FromString,
+                _registered_method=True)
+        self.ReinstateMember = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/ReinstateMember',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ReinstateMemberRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ReinstateMemberResponse.FromString,
+                _registered_method=True)
+        self.ExplainCertificate = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/ExplainCertificate',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ExplainCertificateRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ExplainCertificateResponse.FromString,
+                _registered_method=True)
+        self.WhoAmI = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/WhoAmI',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.WhoAmIRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.WhoAmIResponse.FromString,
+                _registered_method=True)
+        self.CheckAccess = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/CheckAccess',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.CheckAccessRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.CheckAccessResponse.FromString,
+                _registered_method=True)
+        self.CreateDelegationToken = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/CreateDelegationToken',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.CreateDelegationTokenRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DelegationToken.FromString,
+                _registered_method=True)
+        self.RevokeDelegationToken = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/RevokeDelegationToken',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RevokeDelegationTokenRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RevokeDelegationTokenResponse.FromString,
+                _registered_method=True)
+        self.DescribeAuthority = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/DescribeAuthority',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DescribeAuthorityRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DescribeAuthorityResponse.FromString,
+                _registered_method=True)
+        self.RotateAuthority = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/RotateAuthority',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RotateAuthorityRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RotateAuthorityResponse.FromString,
+                _registered_method=True)
+        self.ListAuditRecords = channel.unary_unary(
+                '/beamwire.certificate.v1.CertificateService/ListAuditRecords',
+                request_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListAuditRecordsRequest.SerializeToString,
+                response_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListAuditRecordsResponse.FromString,
+                _registered_method=True)
 
 
 class CertificateServiceServicer:
-    """Issues the certificates of one trust domain. Keys never travel: a member makes its own, sends a
-    signing request and gets a chain.
+    """Issues the certificates of one trust domain, and says which other domains are believed. Keys never
+    travel: a member makes its own, sends a signing request and gets a chain.
     """
 
     def CreateJoinToken(self, request, context):
@@ -82,8 +162,9 @@ class CertificateServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def EnrollMember(self, request, context):
-        """Exchanges a join token and a signing request for a certificate. Anybody with a token, on the
-        enrolment listener or the ordinary one.
+        """Exchanges a signing request for a certificate. Anybody with a join token, on the enrolment
+        listener or the ordinary one; without a token, members of other facilities for whom the policy has
+        an identity here, on the ordinary one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,7 +178,52 @@ class CertificateServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetTrustBundle(self, request, context):
-        """Reads the trust bundle of the facility. Anybody.
+        """Reads what is believed of one trust domain. Anybody, of the facility itself; of others, members.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTrustBundles(self, request, context):
+        """Lists the trust domains that are believed, the facility's own first. Members.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchTrustBundles(self, request, context):
+        """Sends every trust bundle that the caller may read at once, and each again after every change: new
+        roots, new revocations. A domain that is believed no more is sent once with `removed`. Anybody;
+        anonymous callers, and members of other facilities, are told of the facility itself only.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def IntroduceFacility(self, request, context):
+        """Makes the introduction by which another facility comes to believe this one. Operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AcceptIntroduction(self, request, context):
+        """Begins to believe the members of another facility. What they may do is for the policy to say.
+        Operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RefreshTrustBundle(self, request, context):
+        """Asks the other facility for its roots and revocations now, and says what came. Operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteTrustBundle(self, request, context):
+        """Believes another facility no more: its members are refused and cut off. Operators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,6 +238,79 @@ class CertificateServiceServicer:
 
     def ListCertificates(self, request, context):
         """Lists the ledger, newest first. A user sees only what was issued to them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeMember(self, request, context):
+        """Ends a member's certificates before their time, or one of them; its calls, streams and data
+        connections are cut. A member that is revoked as a whole cannot enrol or renew until it is
+        reinstated. Operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReinstateMember(self, request, context):
+        """Lets a member that was revoked enrol again. Its old certificates stay revoked. Operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExplainCertificate(self, request, context):
+        """Says whether a certificate would be believed here, and which check it fails. Members.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WhoAmI(self, request, context):
+        """Says who the caller is here: identity, role, the rule of the policy that says so. Members.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckAccess(self, request, context):
+        """Says whether the caller, or for operators anybody, may call a method or read a dataset, and why.
+        Whose a resource is, the service that has it says. Members.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateDelegationToken(self, request, context):
+        """Makes a token that hands a part of the caller's rights to somebody else. Users, operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeDelegationToken(self, request, context):
+        """Ends a token, and all that were narrowed from it. Who made it, operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DescribeAuthority(self, request, context):
+        """Reads which authority signs and which roots are trusted. Services, operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateAuthority(self, request, context):
+        """Takes the rotation of the authority one step further. Operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAuditRecords(self, request, context):
+        """Lists what was done with certificates, trust and tokens, newest first: who, what, to whom. Operators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,6 +339,36 @@ def add_CertificateServiceServicer_to_server(servicer, server):
                     request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.GetTrustBundleRequest.FromString,
                     response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.TrustBundle.SerializeToString,
             ),
+            'ListTrustBundles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTrustBundles,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListTrustBundlesRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListTrustBundlesResponse.SerializeToString,
+            ),
+            'WatchTrustBundles': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchTrustBundles,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.WatchTrustBundlesRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.WatchTrustBundlesResponse.SerializeToString,
+            ),
+            'IntroduceFacility': grpc.unary_unary_rpc_method_handler(
+                    servicer.IntroduceFacility,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.IntroduceFacilityRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.IntroduceFacilityResponse.SerializeToString,
+            ),
+            'AcceptIntroduction': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcceptIntroduction,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.AcceptIntroductionRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.TrustBundle.SerializeToString,
+            ),
+            'RefreshTrustBundle': grpc.unary_unary_rpc_method_handler(
+                    servicer.RefreshTrustBundle,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RefreshTrustBundleRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.TrustBundle.SerializeToString,
+            ),
+            'DeleteTrustBundle': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteTrustBundle,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DeleteTrustBundleRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DeleteTrustBundleResponse.SerializeToString,
+            ),
             'GetCertificate': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCertificate,
                     request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.GetCertificateRequest.FromString,
@@ -150,6 +379,56 @@ def add_CertificateServiceServicer_to_server(servicer, server):
                     request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListCertificatesRequest.FromString,
                     response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListCertificatesResponse.SerializeToString,
             ),
+            'RevokeMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeMember,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RevokeMemberRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RevokeMemberResponse.SerializeToString,
+            ),
+            'ReinstateMember': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReinstateMember,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ReinstateMemberRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ReinstateMemberResponse.SerializeToString,
+            ),
+            'ExplainCertificate': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainCertificate,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ExplainCertificateRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ExplainCertificateResponse.SerializeToString,
+            ),
+            'WhoAmI': grpc.unary_unary_rpc_method_handler(
+                    servicer.WhoAmI,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.WhoAmIRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.WhoAmIResponse.SerializeToString,
+            ),
+            'CheckAccess': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckAccess,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.CheckAccessRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.CheckAccessResponse.SerializeToString,
+            ),
+            'CreateDelegationToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateDelegationToken,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.CreateDelegationTokenRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DelegationToken.SerializeToString,
+            ),
+            'RevokeDelegationToken': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeDelegationToken,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RevokeDelegationTokenRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RevokeDelegationTokenResponse.SerializeToString,
+            ),
+            'DescribeAuthority': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeAuthority,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DescribeAuthorityRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DescribeAuthorityResponse.SerializeToString,
+            ),
+            'RotateAuthority': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateAuthority,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RotateAuthorityRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RotateAuthorityResponse.SerializeToString,
+            ),
+            'ListAuditRecords': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAuditRecords,
+                    request_deserializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListAuditRecordsRequest.FromString,
+                    response_serializer=beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListAuditRecordsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'beamwire.certificate.v1.CertificateService', rpc_method_handlers)
@@ -159,8 +438,8 @@ def add_CertificateServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CertificateService:
-    """Issues the certificates of one trust domain. Keys never travel: a member makes its own, sends a
-    signing request and gets a chain.
+    """Issues the certificates of one trust domain, and says which other domains are believed. Keys never
+    travel: a member makes its own, sends a signing request and gets a chain.
     """
 
     @staticmethod
@@ -272,6 +551,168 @@ class CertificateService:
             _registered_method=True)
 
     @staticmethod
+    def ListTrustBundles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/ListTrustBundles',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListTrustBundlesRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListTrustBundlesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchTrustBundles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/WatchTrustBundles',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.WatchTrustBundlesRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.WatchTrustBundlesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def IntroduceFacility(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/IntroduceFacility',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.IntroduceFacilityRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.IntroduceFacilityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AcceptIntroduction(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/AcceptIntroduction',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.AcceptIntroductionRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.TrustBundle.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RefreshTrustBundle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/RefreshTrustBundle',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RefreshTrustBundleRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.TrustBundle.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteTrustBundle(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/DeleteTrustBundle',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DeleteTrustBundleRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DeleteTrustBundleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetCertificate(request,
             target,
             options=(),
@@ -315,6 +756,276 @@ class CertificateService:
             '/beamwire.certificate.v1.CertificateService/ListCertificates',
             beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListCertificatesRequest.SerializeToString,
             beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListCertificatesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/RevokeMember',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RevokeMemberRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RevokeMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReinstateMember(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/ReinstateMember',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ReinstateMemberRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ReinstateMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainCertificate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/ExplainCertificate',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ExplainCertificateRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ExplainCertificateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WhoAmI(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/WhoAmI',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.WhoAmIRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.WhoAmIResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckAccess(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/CheckAccess',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.CheckAccessRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.CheckAccessResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateDelegationToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/CreateDelegationToken',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.CreateDelegationTokenRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DelegationToken.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeDelegationToken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/RevokeDelegationToken',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RevokeDelegationTokenRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RevokeDelegationTokenResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeAuthority(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/DescribeAuthority',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DescribeAuthorityRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.DescribeAuthorityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateAuthority(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/RotateAuthority',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RotateAuthorityRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.RotateAuthorityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAuditRecords(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.certificate.v1.CertificateService/ListAuditRecords',
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListAuditRecordsRequest.SerializeToString,
+            beamwire_dot_certificate_dot_v1_dot_certificate__service__pb2.ListAuditRecordsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class CertificateServiceStub:
-    """Issues the certificates of one trust domain. Keys never travel: a member makes its own, sends a
-    signing request and gets a chain.
+    """Issues the certificates of one trust domain, and says which other domains are believed. Keys never
+    travel: a member makes its own, sends a signing request and gets a chain.
     """
 
     @_typing.overload
@@ -40,22 +40,65 @@ class CertificateServiceStub:
     caches.
     """
     EnrollMember: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.EnrollMemberRequest, _certificate_service_pb2.Certificate]
-    """Exchanges a join token and a signing request for a certificate. Anybody with a token, on the
-    enrolment listener or the ordinary one.
+    """Exchanges a signing request for a certificate. Anybody with a join token, on the enrolment
+    listener or the ordinary one; without a token, members of other facilities for whom the policy has
+    an identity here, on the ordinary one.
     """
     RenewCertificate: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.RenewCertificateRequest, _certificate_service_pb2.Certificate]
     """Issues a new certificate to the caller, for the identity on its present one."""
     GetTrustBundle: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.GetTrustBundleRequest, _certificate_service_pb2.TrustBundle]
-    """Reads the trust bundle of the facility. Anybody."""
+    """Reads what is believed of one trust domain. Anybody, of the facility itself; of others, members."""
+    ListTrustBundles: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.ListTrustBundlesRequest, _certificate_service_pb2.ListTrustBundlesResponse]
+    """Lists the trust domains that are believed, the facility's own first. Members."""
+    WatchTrustBundles: _grpc.UnaryStreamMultiCallable[_certificate_service_pb2.WatchTrustBundlesRequest, _certificate_service_pb2.WatchTrustBundlesResponse]
+    """Sends every trust bundle that the caller may read at once, and each again after every change: new
+    roots, new revocations. A domain that is believed no more is sent once with `removed`. Anybody;
+    anonymous callers, and members of other facilities, are told of the facility itself only.
+    """
+    IntroduceFacility: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.IntroduceFacilityRequest, _certificate_service_pb2.IntroduceFacilityResponse]
+    """Makes the introduction by which another facility comes to believe this one. Operators."""
+    AcceptIntroduction: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.AcceptIntroductionRequest, _certificate_service_pb2.TrustBundle]
+    """Begins to believe the members of another facility. What they may do is for the policy to say.
+    Operators.
+    """
+    RefreshTrustBundle: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.RefreshTrustBundleRequest, _certificate_service_pb2.TrustBundle]
+    """Asks the other facility for its roots and revocations now, and says what came. Operators."""
+    DeleteTrustBundle: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.DeleteTrustBundleRequest, _certificate_service_pb2.DeleteTrustBundleResponse]
+    """Believes another facility no more: its members are refused and cut off. Operators."""
     GetCertificate: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.GetCertificateRequest, _certificate_service_pb2.Certificate]
     """Reads one entry of the ledger. The member it was issued to, services, operators."""
     ListCertificates: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.ListCertificatesRequest, _certificate_service_pb2.ListCertificatesResponse]
     """Lists the ledger, newest first. A user sees only what was issued to them."""
+    RevokeMember: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.RevokeMemberRequest, _certificate_service_pb2.RevokeMemberResponse]
+    """Ends a member's certificates before their time, or one of them; its calls, streams and data
+    connections are cut. A member that is revoked as a whole cannot enrol or renew until it is
+    reinstated. Operators.
+    """
+    ReinstateMember: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.ReinstateMemberRequest, _certificate_service_pb2.ReinstateMemberResponse]
+    """Lets a member that was revoked enrol again. Its old certificates stay revoked. Operators."""
+    ExplainCertificate: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.ExplainCertificateRequest, _certificate_service_pb2.ExplainCertificateResponse]
+    """Says whether a certificate would be believed here, and which check it fails. Members."""
+    WhoAmI: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.WhoAmIRequest, _certificate_service_pb2.WhoAmIResponse]
+    """Says who the caller is here: identity, role, the rule of the policy that says so. Members."""
+    CheckAccess: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.CheckAccessRequest, _certificate_service_pb2.CheckAccessResponse]
+    """Says whether the caller, or for operators anybody, may call a method or read a dataset, and why.
+    Whose a resource is, the service that has it says. Members.
+    """
+    CreateDelegationToken: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.CreateDelegationTokenRequest, _certificate_service_pb2.DelegationToken]
+    """Makes a token that hands a part of the caller's rights to somebody else. Users, operators."""
+    RevokeDelegationToken: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.RevokeDelegationTokenRequest, _certificate_service_pb2.RevokeDelegationTokenResponse]
+    """Ends a token, and all that were narrowed from it. Who made it, operators."""
+    DescribeAuthority: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.DescribeAuthorityRequest, _certificate_service_pb2.DescribeAuthorityResponse]
+    """Reads which authority signs and which roots are trusted. Services, operators."""
+    RotateAuthority: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.RotateAuthorityRequest, _certificate_service_pb2.RotateAuthorityResponse]
+    """Takes the rotation of the authority one step further. Operators."""
+    ListAuditRecords: _grpc.UnaryUnaryMultiCallable[_certificate_service_pb2.ListAuditRecordsRequest, _certificate_service_pb2.ListAuditRecordsResponse]
+    """Lists what was done with certificates, trust and tokens, newest first: who, what, to whom. Operators."""
 
 @_typing.type_check_only
 class CertificateServiceAsyncStub(CertificateServiceStub):
-    """Issues the certificates of one trust domain. Keys never travel: a member makes its own, sends a
-    signing request and gets a chain.
+    """Issues the certificates of one trust domain, and says which other domains are believed. Keys never
+    travel: a member makes its own, sends a signing request and gets a chain.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -64,21 +107,64 @@ class CertificateServiceAsyncStub(CertificateServiceStub):
     caches.
     """
     EnrollMember: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.EnrollMemberRequest, _certificate_service_pb2.Certificate]  # type: ignore[assignment]
-    """Exchanges a join token and a signing request for a certificate. Anybody with a token, on the
-    enrolment listener or the ordinary one.
+    """Exchanges a signing request for a certificate. Anybody with a join token, on the enrolment
+    listener or the ordinary one; without a token, members of other facilities for whom the policy has
+    an identity here, on the ordinary one.
     """
     RenewCertificate: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.RenewCertificateRequest, _certificate_service_pb2.Certificate]  # type: ignore[assignment]
     """Issues a new certificate to the caller, for the identity on its present one."""
     GetTrustBundle: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.GetTrustBundleRequest, _certificate_service_pb2.TrustBundle]  # type: ignore[assignment]
-    """Reads the trust bundle of the facility. Anybody."""
+    """Reads what is believed of one trust domain. Anybody, of the facility itself; of others, members."""
+    ListTrustBundles: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.ListTrustBundlesRequest, _certificate_service_pb2.ListTrustBundlesResponse]  # type: ignore[assignment]
+    """Lists the trust domains that are believed, the facility's own first. Members."""
+    WatchTrustBundles: _aio.UnaryStreamMultiCallable[_certificate_service_pb2.WatchTrustBundlesRequest, _certificate_service_pb2.WatchTrustBundlesResponse]  # type: ignore[assignment]
+    """Sends every trust bundle that the caller may read at once, and each again after every change: new
+    roots, new revocations. A domain that is believed no more is sent once with `removed`. Anybody;
+    anonymous callers, and members of other facilities, are told of the facility itself only.
+    """
+    IntroduceFacility: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.IntroduceFacilityRequest, _certificate_service_pb2.IntroduceFacilityResponse]  # type: ignore[assignment]
+    """Makes the introduction by which another facility comes to believe this one. Operators."""
+    AcceptIntroduction: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.AcceptIntroductionRequest, _certificate_service_pb2.TrustBundle]  # type: ignore[assignment]
+    """Begins to believe the members of another facility. What they may do is for the policy to say.
+    Operators.
+    """
+    RefreshTrustBundle: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.RefreshTrustBundleRequest, _certificate_service_pb2.TrustBundle]  # type: ignore[assignment]
+    """Asks the other facility for its roots and revocations now, and says what came. Operators."""
+    DeleteTrustBundle: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.DeleteTrustBundleRequest, _certificate_service_pb2.DeleteTrustBundleResponse]  # type: ignore[assignment]
+    """Believes another facility no more: its members are refused and cut off. Operators."""
     GetCertificate: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.GetCertificateRequest, _certificate_service_pb2.Certificate]  # type: ignore[assignment]
     """Reads one entry of the ledger. The member it was issued to, services, operators."""
     ListCertificates: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.ListCertificatesRequest, _certificate_service_pb2.ListCertificatesResponse]  # type: ignore[assignment]
     """Lists the ledger, newest first. A user sees only what was issued to them."""
+    RevokeMember: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.RevokeMemberRequest, _certificate_service_pb2.RevokeMemberResponse]  # type: ignore[assignment]
+    """Ends a member's certificates before their time, or one of them; its calls, streams and data
+    connections are cut. A member that is revoked as a whole cannot enrol or renew until it is
+    reinstated. Operators.
+    """
+    ReinstateMember: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.ReinstateMemberRequest, _certificate_service_pb2.ReinstateMemberResponse]  # type: ignore[assignment]
+    """Lets a member that was revoked enrol again. Its old certificates stay revoked. Operators."""
+    ExplainCertificate: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.ExplainCertificateRequest, _certificate_service_pb2.ExplainCertificateResponse]  # type: ignore[assignment]
+    """Says whether a certificate would be believed here, and which check it fails. Members."""
+    WhoAmI: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.WhoAmIRequest, _certificate_service_pb2.WhoAmIResponse]  # type: ignore[assignment]
+    """Says who the caller is here: identity, role, the rule of the policy that says so. Members."""
+    CheckAccess: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.CheckAccessRequest, _certificate_service_pb2.CheckAccessResponse]  # type: ignore[assignment]
+    """Says whether the caller, or for operators anybody, may call a method or read a dataset, and why.
+    Whose a resource is, the service that has it says. Members.
+    """
+    CreateDelegationToken: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.CreateDelegationTokenRequest, _certificate_service_pb2.DelegationToken]  # type: ignore[assignment]
+    """Makes a token that hands a part of the caller's rights to somebody else. Users, operators."""
+    RevokeDelegationToken: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.RevokeDelegationTokenRequest, _certificate_service_pb2.RevokeDelegationTokenResponse]  # type: ignore[assignment]
+    """Ends a token, and all that were narrowed from it. Who made it, operators."""
+    DescribeAuthority: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.DescribeAuthorityRequest, _certificate_service_pb2.DescribeAuthorityResponse]  # type: ignore[assignment]
+    """Reads which authority signs and which roots are trusted. Services, operators."""
+    RotateAuthority: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.RotateAuthorityRequest, _certificate_service_pb2.RotateAuthorityResponse]  # type: ignore[assignment]
+    """Takes the rotation of the authority one step further. Operators."""
+    ListAuditRecords: _aio.UnaryUnaryMultiCallable[_certificate_service_pb2.ListAuditRecordsRequest, _certificate_service_pb2.ListAuditRecordsResponse]  # type: ignore[assignment]
+    """Lists what was done with certificates, trust and tokens, newest first: who, what, to whom. Operators."""
 
 class CertificateServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Issues the certificates of one trust domain. Keys never travel: a member makes its own, sends a
-    signing request and gets a chain.
+    """Issues the certificates of one trust domain, and says which other domains are believed. Keys never
+    travel: a member makes its own, sends a signing request and gets a chain.
     """
 
     @_abc_1.abstractmethod
@@ -97,8 +183,9 @@ class CertificateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _certificate_service_pb2.EnrollMemberRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_certificate_service_pb2.Certificate, _abc.Awaitable[_certificate_service_pb2.Certificate]]:
-        """Exchanges a join token and a signing request for a certificate. Anybody with a token, on the
-        enrolment listener or the ordinary one.
+        """Exchanges a signing request for a certificate. Anybody with a join token, on the enrolment
+        listener or the ordinary one; without a token, members of other facilities for whom the policy has
+        an identity here, on the ordinary one.
         """
 
     @_abc_1.abstractmethod
@@ -115,7 +202,60 @@ class CertificateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _certificate_service_pb2.GetTrustBundleRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_certificate_service_pb2.TrustBundle, _abc.Awaitable[_certificate_service_pb2.TrustBundle]]:
-        """Reads the trust bundle of the facility. Anybody."""
+        """Reads what is believed of one trust domain. Anybody, of the facility itself; of others, members."""
+
+    @_abc_1.abstractmethod
+    def ListTrustBundles(
+        self,
+        request: _certificate_service_pb2.ListTrustBundlesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.ListTrustBundlesResponse, _abc.Awaitable[_certificate_service_pb2.ListTrustBundlesResponse]]:
+        """Lists the trust domains that are believed, the facility's own first. Members."""
+
+    @_abc_1.abstractmethod
+    def WatchTrustBundles(
+        self,
+        request: _certificate_service_pb2.WatchTrustBundlesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_certificate_service_pb2.WatchTrustBundlesResponse], _abc.AsyncIterator[_certificate_service_pb2.WatchTrustBundlesResponse]]:
+        """Sends every trust bundle that the caller may read at once, and each again after every change: new
+        roots, new revocations. A domain that is believed no more is sent once with `removed`. Anybody;
+        anonymous callers, and members of other facilities, are told of the facility itself only.
+        """
+
+    @_abc_1.abstractmethod
+    def IntroduceFacility(
+        self,
+        request: _certificate_service_pb2.IntroduceFacilityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.IntroduceFacilityResponse, _abc.Awaitable[_certificate_service_pb2.IntroduceFacilityResponse]]:
+        """Makes the introduction by which another facility comes to believe this one. Operators."""
+
+    @_abc_1.abstractmethod
+    def AcceptIntroduction(
+        self,
+        request: _certificate_service_pb2.AcceptIntroductionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.TrustBundle, _abc.Awaitable[_certificate_service_pb2.TrustBundle]]:
+        """Begins to believe the members of another facility. What they may do is for the policy to say.
+        Operators.
+        """
+
+    @_abc_1.abstractmethod
+    def RefreshTrustBundle(
+        self,
+        request: _certificate_service_pb2.RefreshTrustBundleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.TrustBundle, _abc.Awaitable[_certificate_service_pb2.TrustBundle]]:
+        """Asks the other facility for its roots and revocations now, and says what came. Operators."""
+
+    @_abc_1.abstractmethod
+    def DeleteTrustBundle(
+        self,
+        request: _certificate_service_pb2.DeleteTrustBundleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.DeleteTrustBundleResponse, _abc.Awaitable[_certificate_service_pb2.DeleteTrustBundleResponse]]:
+        """Believes another facility no more: its members are refused and cut off. Operators."""
 
     @_abc_1.abstractmethod
     def GetCertificate(
@@ -132,5 +272,90 @@ class CertificateServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_certificate_service_pb2.ListCertificatesResponse, _abc.Awaitable[_certificate_service_pb2.ListCertificatesResponse]]:
         """Lists the ledger, newest first. A user sees only what was issued to them."""
+
+    @_abc_1.abstractmethod
+    def RevokeMember(
+        self,
+        request: _certificate_service_pb2.RevokeMemberRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.RevokeMemberResponse, _abc.Awaitable[_certificate_service_pb2.RevokeMemberResponse]]:
+        """Ends a member's certificates before their time, or one of them; its calls, streams and data
+        connections are cut. A member that is revoked as a whole cannot enrol or renew until it is
+        reinstated. Operators.
+        """
+
+    @_abc_1.abstractmethod
+    def ReinstateMember(
+        self,
+        request: _certificate_service_pb2.ReinstateMemberRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.ReinstateMemberResponse, _abc.Awaitable[_certificate_service_pb2.ReinstateMemberResponse]]:
+        """Lets a member that was revoked enrol again. Its old certificates stay revoked. Operators."""
+
+    @_abc_1.abstractmethod
+    def ExplainCertificate(
+        self,
+        request: _certificate_service_pb2.ExplainCertificateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.ExplainCertificateResponse, _abc.Awaitable[_certificate_service_pb2.ExplainCertificateResponse]]:
+        """Says whether a certificate would be believed here, and which check it fails. Members."""
+
+    @_abc_1.abstractmethod
+    def WhoAmI(
+        self,
+        request: _certificate_service_pb2.WhoAmIRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.WhoAmIResponse, _abc.Awaitable[_certificate_service_pb2.WhoAmIResponse]]:
+        """Says who the caller is here: identity, role, the rule of the policy that says so. Members."""
+
+    @_abc_1.abstractmethod
+    def CheckAccess(
+        self,
+        request: _certificate_service_pb2.CheckAccessRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.CheckAccessResponse, _abc.Awaitable[_certificate_service_pb2.CheckAccessResponse]]:
+        """Says whether the caller, or for operators anybody, may call a method or read a dataset, and why.
+        Whose a resource is, the service that has it says. Members.
+        """
+
+    @_abc_1.abstractmethod
+    def CreateDelegationToken(
+        self,
+        request: _certificate_service_pb2.CreateDelegationTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.DelegationToken, _abc.Awaitable[_certificate_service_pb2.DelegationToken]]:
+        """Makes a token that hands a part of the caller's rights to somebody else. Users, operators."""
+
+    @_abc_1.abstractmethod
+    def RevokeDelegationToken(
+        self,
+        request: _certificate_service_pb2.RevokeDelegationTokenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.RevokeDelegationTokenResponse, _abc.Awaitable[_certificate_service_pb2.RevokeDelegationTokenResponse]]:
+        """Ends a token, and all that were narrowed from it. Who made it, operators."""
+
+    @_abc_1.abstractmethod
+    def DescribeAuthority(
+        self,
+        request: _certificate_service_pb2.DescribeAuthorityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.DescribeAuthorityResponse, _abc.Awaitable[_certificate_service_pb2.DescribeAuthorityResponse]]:
+        """Reads which authority signs and which roots are trusted. Services, operators."""
+
+    @_abc_1.abstractmethod
+    def RotateAuthority(
+        self,
+        request: _certificate_service_pb2.RotateAuthorityRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.RotateAuthorityResponse, _abc.Awaitable[_certificate_service_pb2.RotateAuthorityResponse]]:
+        """Takes the rotation of the authority one step further. Operators."""
+
+    @_abc_1.abstractmethod
+    def ListAuditRecords(
+        self,
+        request: _certificate_service_pb2.ListAuditRecordsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_certificate_service_pb2.ListAuditRecordsResponse, _abc.Awaitable[_certificate_service_pb2.ListAuditRecordsResponse]]:
+        """Lists what was done with certificates, trust and tokens, newest first: who, what, to whom. Operators."""
 
 def add_CertificateServiceServicer_to_server(servicer: CertificateServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import descriptor_pb2 as google_dot_protobuf_dot_descriptor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x62\x65\x61mwire/common/v1/access.proto\x12\x12\x62\x65\x61mwire.common.v1\x1a google/protobuf/descriptor.proto\"X\n\x06\x41\x63\x63\x65ss\x12\'\n\x05roles\x18\x01 \x03(\x0e\x32\x18.beamwire.common.v1.Role\x12\x12\n\nowner_only\x18\x02 \x01(\x08\x12\x11\n\tanonymous\x18\x03 \x01(\x08*n\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x10\n\x0cROLE_SERVICE\x10\x02\x12\x0c\n\x08ROLE_JOB\x10\x03\x12\x0e\n\nROLE_CACHE\x10\x04\x12\x11\n\rROLE_OPERATOR\x10\x05:L\n\x06\x61\x63\x63\x65ss\x12\x1e.google.protobuf.MethodOptions\x18\xf5\x89\x03 \x01(\x0b\x32\x1a.beamwire.common.v1.AccessB[\n\x16org.beamwire.common.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/common/v1;commonv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x62\x65\x61mwire/common/v1/access.proto\x12\x12\x62\x65\x61mwire.common.v1\x1a google/protobuf/descriptor.proto\"X\n\x06\x41\x63\x63\x65ss\x12\'\n\x05roles\x18\x01 \x03(\x0e\x32\x18.beamwire.common.v1.Role\x12\x12\n\nowner_only\x18\x02 \x01(\x08\x12\x11\n\tanonymous\x18\x03 \x01(\x08*\x80\x01\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x10\n\x0cROLE_SERVICE\x10\x02\x12\x0c\n\x08ROLE_JOB\x10\x03\x12\x0e\n\nROLE_CACHE\x10\x04\x12\x11\n\rROLE_OPERATOR\x10\x05\x12\x10\n\x0cROLE_PARTNER\x10\x06:L\n\x06\x61\x63\x63\x65ss\x12\x1e.google.protobuf.MethodOptions\x18\xf5\x89\x03 \x01(\x0b\x32\x1a.beamwire.common.v1.AccessB[\n\x16org.beamwire.common.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/common/v1;commonv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'beamwire.common.v1.access_p
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\026org.beamwire.common.v1P\001Z?github.com/beamwire/beamwire/gen/go/beamwire/common/v1;commonv1'
-  _globals['_ROLE']._serialized_start=179
-  _globals['_ROLE']._serialized_end=289
+  _globals['_ROLE']._serialized_start=180
+  _globals['_ROLE']._serialized_end=308
   _globals['_ACCESS']._serialized_start=89
   _globals['_ACCESS']._serialized_end=177
 # @@protoc_insertion_point(module_scope)

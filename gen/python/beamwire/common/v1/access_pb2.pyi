@@ -41,10 +41,13 @@ class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType],
     """The cache process behind a buffer: `cache/<id>`."""
     ROLE_OPERATOR: _Role.ValueType  # 5
     """A person who runs the facility: `operator/<name>`. May see and end everything."""
+    ROLE_PARTNER: _Role.ValueType  # 6
+    """A service of another facility that the policy lets in. Has what it asked for itself, no more."""
 
 class Role(_Role, metaclass=_RoleEnumTypeWrapper):
     """The kind of member that calls. The first segment of the path of the caller's
-    SPIFFE id decides it: `spiffe://<domain>/user/alice` is a ROLE_USER.
+    SPIFFE id decides it: `spiffe://<domain>/user/alice` is a ROLE_USER. A member of another facility has
+    a role only if the policy gives it one: users ROLE_USER, jobs ROLE_JOB, services ROLE_PARTNER.
     """
 
 ROLE_UNSPECIFIED: Role.ValueType  # 0
@@ -59,6 +62,8 @@ ROLE_CACHE: Role.ValueType  # 4
 """The cache process behind a buffer: `cache/<id>`."""
 ROLE_OPERATOR: Role.ValueType  # 5
 """A person who runs the facility: `operator/<name>`. May see and end everything."""
+ROLE_PARTNER: Role.ValueType  # 6
+"""A service of another facility that the policy lets in. Has what it asked for itself, no more."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
 @_typing.final
@@ -73,7 +78,7 @@ class Access(_message.Message):
     OWNER_ONLY_FIELD_NUMBER: _builtins.int
     ANONYMOUS_FIELD_NUMBER: _builtins.int
     owner_only: _builtins.bool
-    """If true, a caller of ROLE_USER, ROLE_JOB or ROLE_CACHE reaches only the resources that it
+    """If true, a caller of ROLE_USER, ROLE_JOB, ROLE_CACHE or ROLE_PARTNER reaches only the resources that it
     owns. Services and operators reach all.
     """
     anonymous: _builtins.bool

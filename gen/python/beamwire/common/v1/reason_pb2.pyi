@@ -32,6 +32,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: a request_id that was used before with another body."""
     ERROR_REASON_INVALID_JOIN_TOKEN: _ErrorReason.ValueType  # 4
     """INVALID_ARGUMENT: the join token is unknown, spent or expired."""
+    ERROR_REASON_INVALID_INTRODUCTION: _ErrorReason.ValueType  # 5
+    """INVALID_ARGUMENT: the introduction is damaged, expired, or not the one that was read out."""
     ERROR_REASON_RESOURCE_NOT_FOUND: _ErrorReason.ValueType  # 10
     """NOT_FOUND: no resource of that name."""
     ERROR_REASON_DATASET_NOT_FOUND: _ErrorReason.ValueType  # 11
@@ -58,6 +60,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED: a ticket is missing, malformed, or made for somebody or something else."""
     ERROR_REASON_TICKET_EXPIRED: _ErrorReason.ValueType  # 36
     """PERMISSION_DENIED: a ticket was good and is no longer."""
+    ERROR_REASON_CERTIFICATE_REVOKED: _ErrorReason.ValueType  # 37
+    """UNAUTHENTICATED: the certificate was revoked by its authority."""
+    ERROR_REASON_POLICY_REFUSED: _ErrorReason.ValueType  # 38
+    """PERMISSION_DENIED: the policy of the facility does not allow this to the caller."""
+    ERROR_REASON_TOKEN_REFUSED: _ErrorReason.ValueType  # 39
+    """PERMISSION_DENIED: a delegation token is malformed, expired, revoked, or does not allow this."""
     ERROR_REASON_LIMIT_REACHED: _ErrorReason.ValueType  # 40
     """RESOURCE_EXHAUSTED: a limit was reached; QuotaFailure says which."""
     ERROR_REASON_SERVICE_UNAVAILABLE: _ErrorReason.ValueType  # 41
@@ -105,6 +113,8 @@ ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 3
 """INVALID_ARGUMENT: a request_id that was used before with another body."""
 ERROR_REASON_INVALID_JOIN_TOKEN: ErrorReason.ValueType  # 4
 """INVALID_ARGUMENT: the join token is unknown, spent or expired."""
+ERROR_REASON_INVALID_INTRODUCTION: ErrorReason.ValueType  # 5
+"""INVALID_ARGUMENT: the introduction is damaged, expired, or not the one that was read out."""
 ERROR_REASON_RESOURCE_NOT_FOUND: ErrorReason.ValueType  # 10
 """NOT_FOUND: no resource of that name."""
 ERROR_REASON_DATASET_NOT_FOUND: ErrorReason.ValueType  # 11
@@ -131,6 +141,12 @@ ERROR_REASON_TICKET_INVALID: ErrorReason.ValueType  # 35
 """PERMISSION_DENIED: a ticket is missing, malformed, or made for somebody or something else."""
 ERROR_REASON_TICKET_EXPIRED: ErrorReason.ValueType  # 36
 """PERMISSION_DENIED: a ticket was good and is no longer."""
+ERROR_REASON_CERTIFICATE_REVOKED: ErrorReason.ValueType  # 37
+"""UNAUTHENTICATED: the certificate was revoked by its authority."""
+ERROR_REASON_POLICY_REFUSED: ErrorReason.ValueType  # 38
+"""PERMISSION_DENIED: the policy of the facility does not allow this to the caller."""
+ERROR_REASON_TOKEN_REFUSED: ErrorReason.ValueType  # 39
+"""PERMISSION_DENIED: a delegation token is malformed, expired, revoked, or does not allow this."""
 ERROR_REASON_LIMIT_REACHED: ErrorReason.ValueType  # 40
 """RESOURCE_EXHAUSTED: a limit was reached; QuotaFailure says which."""
 ERROR_REASON_SERVICE_UNAVAILABLE: ErrorReason.ValueType  # 41

@@ -27,8 +27,9 @@ if _version_not_supported:
 
 class JobServiceStub:
     """Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-    job is an arbitrary program under the facility's account, only services and operators create them;
-    a user sees and cancels the jobs that were created for them.
+    job is an arbitrary program under the facility's account, only services and operators create them,
+    and services of other facilities as far as the policy names the programs; a user sees and cancels the
+    jobs that were created for them.
     """
 
     def __init__(self, channel):
@@ -76,12 +77,14 @@ class JobServiceStub:
 
 class JobServiceServicer:
     """Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-    job is an arbitrary program under the facility's account, only services and operators create them;
-    a user sees and cancels the jobs that were created for them.
+    job is an arbitrary program under the facility's account, only services and operators create them,
+    and services of other facilities as far as the policy names the programs; a user sees and cancels the
+    jobs that were created for them.
     """
 
     def CreateJob(self, request, context):
-        """Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators.
+        """Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
+        and partners, for whom the policy names the executables they may run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -126,7 +129,7 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteJob(self, request, context):
-        """Cancels the job if it runs, and forgets it with its directory. Services, operators.
+        """Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -180,8 +183,9 @@ def add_JobServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class JobService:
     """Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-    job is an arbitrary program under the facility's account, only services and operators create them;
-    a user sees and cancels the jobs that were created for them.
+    job is an arbitrary program under the facility's account, only services and operators create them,
+    and services of other facilities as far as the policy names the programs; a user sees and cancels the
+    jobs that were created for them.
     """
 
     @staticmethod

@@ -28,8 +28,9 @@ GRPC_VERSION: str
 
 class JobServiceStub:
     """Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-    job is an arbitrary program under the facility's account, only services and operators create them;
-    a user sees and cancels the jobs that were created for them.
+    job is an arbitrary program under the facility's account, only services and operators create them,
+    and services of other facilities as far as the policy names the programs; a user sees and cancels the
+    jobs that were created for them.
     """
 
     @_typing.overload
@@ -37,7 +38,9 @@ class JobServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> JobServiceAsyncStub: ...
     CreateJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.CreateJobRequest, _job_service_pb2.Job]
-    """Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators."""
+    """Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
+    and partners, for whom the policy names the executables they may run.
+    """
     GetJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.Job]
     """Reads one job. Owner, services, operators."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ListJobsRequest, _job_service_pb2.ListJobsResponse]
@@ -55,18 +58,21 @@ class JobServiceStub:
     ended if asked to follow. Owner, services, operators.
     """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]
-    """Cancels the job if it runs, and forgets it with its directory. Services, operators."""
+    """Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators."""
 
 @_typing.type_check_only
 class JobServiceAsyncStub(JobServiceStub):
     """Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-    job is an arbitrary program under the facility's account, only services and operators create them;
-    a user sees and cancels the jobs that were created for them.
+    job is an arbitrary program under the facility's account, only services and operators create them,
+    and services of other facilities as far as the policy names the programs; a user sees and cancels the
+    jobs that were created for them.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.CreateJobRequest, _job_service_pb2.Job]  # type: ignore[assignment]
-    """Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators."""
+    """Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
+    and partners, for whom the policy names the executables they may run.
+    """
     GetJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.Job]  # type: ignore[assignment]
     """Reads one job. Owner, services, operators."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListJobsRequest, _job_service_pb2.ListJobsResponse]  # type: ignore[assignment]
@@ -84,12 +90,13 @@ class JobServiceAsyncStub(JobServiceStub):
     ended if asked to follow. Owner, services, operators.
     """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]  # type: ignore[assignment]
-    """Cancels the job if it runs, and forgets it with its directory. Services, operators."""
+    """Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators."""
 
 class JobServiceServicer(metaclass=_abc_1.ABCMeta):
     """Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-    job is an arbitrary program under the facility's account, only services and operators create them;
-    a user sees and cancels the jobs that were created for them.
+    job is an arbitrary program under the facility's account, only services and operators create them,
+    and services of other facilities as far as the policy names the programs; a user sees and cancels the
+    jobs that were created for them.
     """
 
     @_abc_1.abstractmethod
@@ -98,7 +105,9 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_service_pb2.CreateJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.Job, _abc.Awaitable[_job_service_pb2.Job]]:
-        """Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators."""
+        """Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
+        and partners, for whom the policy names the executables they may run.
+        """
 
     @_abc_1.abstractmethod
     def GetJob(
@@ -152,6 +161,6 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_service_pb2.DeleteJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.DeleteJobResponse, _abc.Awaitable[_job_service_pb2.DeleteJobResponse]]:
-        """Cancels the job if it runs, and forgets it with its directory. Services, operators."""
+        """Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators."""
 
 def add_JobServiceServicer_to_server(servicer: JobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

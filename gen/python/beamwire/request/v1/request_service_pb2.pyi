@@ -5,6 +5,7 @@ Transfers: data requests, and what became of them."""
 
 from beamwire.buffer.v1 import buffer_service_pb2 as _buffer_service_pb2
 from beamwire.common.v1 import account_pb2 as _account_pb2
+from beamwire.job.v1 import job_service_pb2 as _job_service_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
@@ -409,6 +410,7 @@ class Transfer(_message.Message):
     END_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    CONSUMER_JOBS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`transfers/{transfer}`."""
     process_count: _builtins.int
@@ -471,6 +473,12 @@ class Transfer(_message.Message):
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When the lease ends."""
 
+    @_builtins.property
+    def consumer_jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConsumerJob]:
+        """Programs that consume the events, each placed at some facility when the buffer is ready: each is a
+        group's consumer of its own, under the identity that its facility gives to the job.
+        """
+
     def __init__(
         self,
         *,
@@ -494,14 +502,51 @@ class Transfer(_message.Message):
         end_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        consumer_jobs: _abc.Iterable[Global___ConsumerJob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["buffer_spec", b"buffer_spec", "config", b"config", "counters", b"counters", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "expire_time", b"expire_time", "lease", b"lease", "receipt", b"receipt", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "buffer_spec", b"buffer_spec", "config", b"config", "connect_string", b"connect_string", "counters", b"counters", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "etag", b"etag", "expire_time", b"expire_time", "job", b"job", "labels", b"labels", "lease", b"lease", "name", b"name", "owner", b"owner", "process_count", b"process_count", "receipt", b"receipt", "state", b"state", "trace_id", b"trace_id", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "buffer_spec", b"buffer_spec", "config", b"config", "connect_string", b"connect_string", "consumer_jobs", b"consumer_jobs", "counters", b"counters", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "etag", b"etag", "expire_time", b"expire_time", "job", b"job", "labels", b"labels", "lease", b"lease", "name", b"name", "owner", b"owner", "process_count", b"process_count", "receipt", b"receipt", "state", b"state", "trace_id", b"trace_id", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Transfer: _TypeAlias = Transfer  # noqa: Y015
+
+@_typing.final
+class ConsumerJob(_message.Message):
+    """A program that consumes a transfer where its facility runs it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRUST_DOMAIN_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    JOB_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    trust_domain: _builtins.str
+    """The facility that runs it; must be believed here, and let this one place jobs. Empty: this one."""
+    job: _builtins.str
+    """`jobs/{job}` at its facility, once it is placed."""
+    identity: _builtins.str
+    """The SPIFFE id that it consumes as, once it is placed."""
+    @_builtins.property
+    def spec(self) -> _job_service_pb2.JobSpec:
+        """The program. BEAMWIRE_CONNECT in its environment says where to dial; it enrols as `job/<id>`."""
+
+    def __init__(
+        self,
+        *,
+        trust_domain: _builtins.str = ...,
+        spec: _job_service_pb2.JobSpec | None = ...,
+        job: _builtins.str = ...,
+        identity: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "job", b"job", "spec", b"spec", "trust_domain", b"trust_domain"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConsumerJob: _TypeAlias = ConsumerJob  # noqa: Y015
 
 @_typing.final
 class CreateTransferRequest(_message.Message):

@@ -538,6 +538,8 @@ class TicketClaims(_message.Message):
     NOT_BEFORE_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     TICKET_ID_FIELD_NUMBER: _builtins.int
+    DELEGATED_BY_FIELD_NUMBER: _builtins.int
+    DELEGATION_IDS_FIELD_NUMBER: _builtins.int
     buffer: _builtins.str
     """The buffer, `buffers/{buffer}`."""
     identity: _builtins.str
@@ -550,6 +552,8 @@ class TicketClaims(_message.Message):
     """
     ticket_id: _builtins.str
     """Makes each ticket another one."""
+    delegated_by: _builtins.str
+    """Whose right its holder uses, if a delegation token handed it over: a SPIFFE id."""
     @_builtins.property
     def not_before_time(self) -> _timestamp_pb2.Timestamp:
         """From when."""
@@ -557,6 +561,10 @@ class TicketClaims(_message.Message):
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """Until when."""
+
+    @_builtins.property
+    def delegation_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The revocation ids of that token, in hexadecimal."""
 
     def __init__(
         self,
@@ -568,10 +576,12 @@ class TicketClaims(_message.Message):
         not_before_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         ticket_id: _builtins.str = ...,
+        delegated_by: _builtins.str = ...,
+        delegation_ids: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "not_before_time", b"not_before_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "certificate_sha256", b"certificate_sha256", "expire_time", b"expire_time", "identity", b"identity", "not_before_time", b"not_before_time", "role", b"role", "ticket_id", b"ticket_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "certificate_sha256", b"certificate_sha256", "delegated_by", b"delegated_by", "delegation_ids", b"delegation_ids", "expire_time", b"expire_time", "identity", b"identity", "not_before_time", b"not_before_time", "role", b"role", "ticket_id", b"ticket_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,7 @@
 import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
 import type { Message } from "@bufbuild/protobuf";
 import type { Duration, Timestamp } from "@bufbuild/protobuf/wkt";
+import type { Role } from "../../common/v1/access_pb.js";
 
 /**
  * Describes the file beamwire/certificate/v1/certificate_service.proto.
@@ -74,6 +75,27 @@ export declare type Certificate = Message<"beamwire.certificate.v1.Certificate">
    * @generated from field: google.protobuf.Timestamp expire_time = 8;
    */
   expireTime?: Timestamp | undefined;
+
+  /**
+   * When it was revoked; absent if it was not.
+   *
+   * @generated from field: google.protobuf.Timestamp revoke_time = 9;
+   */
+  revokeTime?: Timestamp | undefined;
+
+  /**
+   * Why it was revoked, in words.
+   *
+   * @generated from field: string revoke_reason = 10;
+   */
+  revokeReason: string;
+
+  /**
+   * Which generation of the authority signed it.
+   *
+   * @generated from field: int32 authority_generation = 11;
+   */
+  authorityGeneration: number;
 };
 
 /**
@@ -115,6 +137,20 @@ export enum Certificate_Grant {
    * @generated from enum value: GRANT_RENEWAL = 3;
    */
   RENEWAL = 3,
+
+  /**
+   * A certificate of another facility, for which the policy has an identity here.
+   *
+   * @generated from enum value: GRANT_INTRODUCTION = 4;
+   */
+  INTRODUCTION = 4,
+
+  /**
+   * A join token that a service minted for a job or a cache that it started.
+   *
+   * @generated from enum value: GRANT_JOB_TOKEN = 5;
+   */
+  JOB_TOKEN = 5,
 }
 
 /**
@@ -123,7 +159,8 @@ export enum Certificate_Grant {
 export declare const Certificate_GrantSchema: GenEnum<Certificate_Grant>;
 
 /**
- * The roots that vouch for the members of one trust domain.
+ * What is believed of one trust domain: the roots that vouch for its members, and who is believed no
+ * more. Bundles of different domains are never put together: each vouches for its own domain alone.
  *
  * @generated from message beamwire.certificate.v1.TrustBundle
  */
@@ -143,11 +180,76 @@ export declare type TrustBundle = Message<"beamwire.certificate.v1.TrustBundle">
   rootsPem: string;
 
   /**
-   * Counts the changes of the bundle.
+   * Counts the changes of the bundle, its revocations included.
    *
    * @generated from field: int64 sequence = 3;
    */
   sequence: bigint;
+
+  /**
+   * The certificates that were revoked: an X.509 CRL (DER), signed by an authority under the roots.
+   * Empty before the first.
+   *
+   * @generated from field: bytes revocation_list = 4;
+   */
+  revocationList: Uint8Array;
+
+  /**
+   * The certificate (DER) of the authority that signed `revocation_list`.
+   *
+   * @generated from field: bytes revocation_issuer = 5;
+   */
+  revocationIssuer: Uint8Array;
+
+  /**
+   * The facility's Ed25519 public key for delegation tokens; own bundle only.
+   *
+   * @generated from field: bytes token_root = 6;
+   */
+  tokenRoot: Uint8Array;
+
+  /**
+   * Delegation tokens that were revoked and have not expired: their revocation ids in hexadecimal; own
+   * bundle only.
+   *
+   * @generated from field: repeated string revoked_tokens = 7;
+   */
+  revokedTokens: string[];
+
+  /**
+   * Where the services of the domain are called, `host:port` or as in a join token.
+   *
+   * @generated from field: string address = 8;
+   */
+  address: string;
+
+  /**
+   * Where its bundle is read without a certificate.
+   *
+   * @generated from field: string enroll_address = 9;
+   */
+  enrollAddress: string;
+
+  /**
+   * When it was last read from the other facility; now, for the own one.
+   *
+   * @generated from field: google.protobuf.Timestamp refresh_time = 10;
+   */
+  refreshTime?: Timestamp | undefined;
+
+  /**
+   * Why it could not be read since, if it could not.
+   *
+   * @generated from field: string refresh_error = 11;
+   */
+  refreshError: string;
+
+  /**
+   * When it was first believed.
+   *
+   * @generated from field: google.protobuf.Timestamp create_time = 12;
+   */
+  createTime?: Timestamp | undefined;
 };
 
 /**
@@ -155,6 +257,48 @@ export declare type TrustBundle = Message<"beamwire.certificate.v1.TrustBundle">
  * Use `create(TrustBundleSchema)` to create a new message.
  */
 export declare const TrustBundleSchema: GenMessage<TrustBundle>;
+
+/**
+ * What one facility hands to another so that it is believed: no secret, but to be carried on a way
+ * that nobody can change it on, or compared by its fingerprint.
+ *
+ * @generated from message beamwire.certificate.v1.IntroduceFacilityResponse
+ */
+export declare type IntroduceFacilityResponse = Message<"beamwire.certificate.v1.IntroduceFacilityResponse"> & {
+  /**
+   * The introduction as one word: name, addresses and roots of the facility, signed by its authority.
+   *
+   * @generated from field: string document = 1;
+   */
+  document: string;
+
+  /**
+   * The trust domain it introduces.
+   *
+   * @generated from field: string trust_domain = 2;
+   */
+  trustDomain: string;
+
+  /**
+   * SHA-256 of the document as groups of hexadecimal digits, to be read out over the telephone.
+   *
+   * @generated from field: string fingerprint = 3;
+   */
+  fingerprint: string;
+
+  /**
+   * When the document ends.
+   *
+   * @generated from field: google.protobuf.Timestamp expire_time = 4;
+   */
+  expireTime?: Timestamp | undefined;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.IntroduceFacilityResponse.
+ * Use `create(IntroduceFacilityResponseSchema)` to create a new message.
+ */
+export declare const IntroduceFacilityResponseSchema: GenMessage<IntroduceFacilityResponse>;
 
 /**
  * A one-time right to enrol.
@@ -235,7 +379,7 @@ export declare const CreateJoinTokenRequestSchema: GenMessage<CreateJoinTokenReq
  */
 export declare type EnrollMemberRequest = Message<"beamwire.certificate.v1.EnrollMemberRequest"> & {
   /**
-   * The secret of the token.
+   * The secret of the token. Empty for a member of another facility, whose certificate is its right.
    *
    * @generated from field: string secret = 1;
    */
@@ -351,7 +495,8 @@ export declare type ListCertificatesRequest = Message<"beamwire.certificate.v1.L
   pageToken: string;
 
   /**
-   * `identity="spiffe://…"`, joined by AND.
+   * `identity="spiffe://…"`, `state="ISSUED"`, `grant="JOIN_TOKEN"`, `granted_by="spiffe://…"`, joined by
+   * AND.
    *
    * @generated from field: string filter = 3;
    */
@@ -392,8 +537,982 @@ export declare type ListCertificatesResponse = Message<"beamwire.certificate.v1.
 export declare const ListCertificatesResponseSchema: GenMessage<ListCertificatesResponse>;
 
 /**
- * Issues the certificates of one trust domain. Keys never travel: a member makes its own, sends a
- * signing request and gets a chain.
+ * Asks for a page of trust bundles.
+ *
+ * @generated from message beamwire.certificate.v1.ListTrustBundlesRequest
+ */
+export declare type ListTrustBundlesRequest = Message<"beamwire.certificate.v1.ListTrustBundlesRequest"> & {
+  /**
+   * The most to return; default 50, at most 1000.
+   *
+   * @generated from field: int32 page_size = 1;
+   */
+  pageSize: number;
+
+  /**
+   * `next_page_token` of the page before.
+   *
+   * @generated from field: string page_token = 2;
+   */
+  pageToken: string;
+
+  /**
+   * Nothing can be asked for yet: must be empty.
+   *
+   * @generated from field: string filter = 3;
+   */
+  filter: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.ListTrustBundlesRequest.
+ * Use `create(ListTrustBundlesRequestSchema)` to create a new message.
+ */
+export declare const ListTrustBundlesRequestSchema: GenMessage<ListTrustBundlesRequest>;
+
+/**
+ * A page of trust bundles.
+ *
+ * @generated from message beamwire.certificate.v1.ListTrustBundlesResponse
+ */
+export declare type ListTrustBundlesResponse = Message<"beamwire.certificate.v1.ListTrustBundlesResponse"> & {
+  /**
+   * The own one first, then by name.
+   *
+   * @generated from field: repeated beamwire.certificate.v1.TrustBundle trust_bundles = 1;
+   */
+  trustBundles: TrustBundle[];
+
+  /**
+   * Empty on the last page.
+   *
+   * @generated from field: string next_page_token = 2;
+   */
+  nextPageToken: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.ListTrustBundlesResponse.
+ * Use `create(ListTrustBundlesResponseSchema)` to create a new message.
+ */
+export declare const ListTrustBundlesResponseSchema: GenMessage<ListTrustBundlesResponse>;
+
+/**
+ * Asks to be told of trust.
+ *
+ * @generated from message beamwire.certificate.v1.WatchTrustBundlesRequest
+ */
+export declare type WatchTrustBundlesRequest = Message<"beamwire.certificate.v1.WatchTrustBundlesRequest"> & {
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.WatchTrustBundlesRequest.
+ * Use `create(WatchTrustBundlesRequestSchema)` to create a new message.
+ */
+export declare const WatchTrustBundlesRequestSchema: GenMessage<WatchTrustBundlesRequest>;
+
+/**
+ * One trust bundle as it is now.
+ *
+ * @generated from message beamwire.certificate.v1.WatchTrustBundlesResponse
+ */
+export declare type WatchTrustBundlesResponse = Message<"beamwire.certificate.v1.WatchTrustBundlesResponse"> & {
+  /**
+   * All of it; only the name if `removed`.
+   *
+   * @generated from field: beamwire.certificate.v1.TrustBundle trust_bundle = 1;
+   */
+  trustBundle?: TrustBundle | undefined;
+
+  /**
+   * True if the domain is believed no more.
+   *
+   * @generated from field: bool removed = 2;
+   */
+  removed: boolean;
+
+  /**
+   * True if everything was sent once: what the caller knows and was not told is no longer so.
+   *
+   * @generated from field: bool synchronized = 3;
+   */
+  synchronized: boolean;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.WatchTrustBundlesResponse.
+ * Use `create(WatchTrustBundlesResponseSchema)` to create a new message.
+ */
+export declare const WatchTrustBundlesResponseSchema: GenMessage<WatchTrustBundlesResponse>;
+
+/**
+ * Asks for an introduction of the facility.
+ *
+ * @generated from message beamwire.certificate.v1.IntroduceFacilityRequest
+ */
+export declare type IntroduceFacilityRequest = Message<"beamwire.certificate.v1.IntroduceFacilityRequest"> & {
+  /**
+   * How long it may be accepted. Default one day, at most 30.
+   *
+   * @generated from field: google.protobuf.Duration ttl = 1;
+   */
+  ttl?: Duration | undefined;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.IntroduceFacilityRequest.
+ * Use `create(IntroduceFacilityRequestSchema)` to create a new message.
+ */
+export declare const IntroduceFacilityRequestSchema: GenMessage<IntroduceFacilityRequest>;
+
+/**
+ * Hands over the introduction of another facility.
+ *
+ * @generated from message beamwire.certificate.v1.AcceptIntroductionRequest
+ */
+export declare type AcceptIntroductionRequest = Message<"beamwire.certificate.v1.AcceptIntroductionRequest"> & {
+  /**
+   * The document.
+   *
+   * @generated from field: string document = 1;
+   */
+  document: string;
+
+  /**
+   * The fingerprint that the other operator read out; compared unless empty.
+   *
+   * @generated from field: string fingerprint = 2;
+   */
+  fingerprint: string;
+
+  /**
+   * A UUID4 that makes repeating the call harmless.
+   *
+   * @generated from field: string request_id = 3;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.AcceptIntroductionRequest.
+ * Use `create(AcceptIntroductionRequestSchema)` to create a new message.
+ */
+export declare const AcceptIntroductionRequestSchema: GenMessage<AcceptIntroductionRequest>;
+
+/**
+ * Names a trust bundle to read again.
+ *
+ * @generated from message beamwire.certificate.v1.RefreshTrustBundleRequest
+ */
+export declare type RefreshTrustBundleRequest = Message<"beamwire.certificate.v1.RefreshTrustBundleRequest"> & {
+  /**
+   * `trustBundles/{trust_domain}`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * A UUID4 that makes repeating the call harmless.
+   *
+   * @generated from field: string request_id = 2;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.RefreshTrustBundleRequest.
+ * Use `create(RefreshTrustBundleRequestSchema)` to create a new message.
+ */
+export declare const RefreshTrustBundleRequestSchema: GenMessage<RefreshTrustBundleRequest>;
+
+/**
+ * Names a trust domain to believe no more.
+ *
+ * @generated from message beamwire.certificate.v1.DeleteTrustBundleRequest
+ */
+export declare type DeleteTrustBundleRequest = Message<"beamwire.certificate.v1.DeleteTrustBundleRequest"> & {
+  /**
+   * `trustBundles/{trust_domain}`; not the own one.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * A UUID4 that makes repeating the call harmless.
+   *
+   * @generated from field: string request_id = 2;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.DeleteTrustBundleRequest.
+ * Use `create(DeleteTrustBundleRequestSchema)` to create a new message.
+ */
+export declare const DeleteTrustBundleRequestSchema: GenMessage<DeleteTrustBundleRequest>;
+
+/**
+ * Nothing.
+ *
+ * @generated from message beamwire.certificate.v1.DeleteTrustBundleResponse
+ */
+export declare type DeleteTrustBundleResponse = Message<"beamwire.certificate.v1.DeleteTrustBundleResponse"> & {
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.DeleteTrustBundleResponse.
+ * Use `create(DeleteTrustBundleResponseSchema)` to create a new message.
+ */
+export declare const DeleteTrustBundleResponseSchema: GenMessage<DeleteTrustBundleResponse>;
+
+/**
+ * Says whose certificates end.
+ *
+ * @generated from message beamwire.certificate.v1.RevokeMemberRequest
+ */
+export declare type RevokeMemberRequest = Message<"beamwire.certificate.v1.RevokeMemberRequest"> & {
+  /**
+   * The SPIFFE id. All its certificates end, and it gets no new ones.
+   *
+   * @generated from field: string identity = 1;
+   */
+  identity: string;
+
+  /**
+   * `certificates/{certificate}`: this one alone ends. One of the two must be there.
+   *
+   * @generated from field: string certificate = 2;
+   */
+  certificate: string;
+
+  /**
+   * Why, in words, for the ledger and for the member.
+   *
+   * @generated from field: string reason = 3;
+   */
+  reason: string;
+
+  /**
+   * A UUID4 that makes repeating the call harmless.
+   *
+   * @generated from field: string request_id = 4;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.RevokeMemberRequest.
+ * Use `create(RevokeMemberRequestSchema)` to create a new message.
+ */
+export declare const RevokeMemberRequestSchema: GenMessage<RevokeMemberRequest>;
+
+/**
+ * What was ended.
+ *
+ * @generated from message beamwire.certificate.v1.RevokeMemberResponse
+ */
+export declare type RevokeMemberResponse = Message<"beamwire.certificate.v1.RevokeMemberResponse"> & {
+  /**
+   * The certificates that were good until now.
+   *
+   * @generated from field: repeated beamwire.certificate.v1.Certificate certificates = 1;
+   */
+  certificates: Certificate[];
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.RevokeMemberResponse.
+ * Use `create(RevokeMemberResponseSchema)` to create a new message.
+ */
+export declare const RevokeMemberResponseSchema: GenMessage<RevokeMemberResponse>;
+
+/**
+ * Says who may enrol again.
+ *
+ * @generated from message beamwire.certificate.v1.ReinstateMemberRequest
+ */
+export declare type ReinstateMemberRequest = Message<"beamwire.certificate.v1.ReinstateMemberRequest"> & {
+  /**
+   * The SPIFFE id.
+   *
+   * @generated from field: string identity = 1;
+   */
+  identity: string;
+
+  /**
+   * A UUID4 that makes repeating the call harmless.
+   *
+   * @generated from field: string request_id = 2;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.ReinstateMemberRequest.
+ * Use `create(ReinstateMemberRequestSchema)` to create a new message.
+ */
+export declare const ReinstateMemberRequestSchema: GenMessage<ReinstateMemberRequest>;
+
+/**
+ * Nothing.
+ *
+ * @generated from message beamwire.certificate.v1.ReinstateMemberResponse
+ */
+export declare type ReinstateMemberResponse = Message<"beamwire.certificate.v1.ReinstateMemberResponse"> & {
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.ReinstateMemberResponse.
+ * Use `create(ReinstateMemberResponseSchema)` to create a new message.
+ */
+export declare const ReinstateMemberResponseSchema: GenMessage<ReinstateMemberResponse>;
+
+/**
+ * Shows a certificate.
+ *
+ * @generated from message beamwire.certificate.v1.ExplainCertificateRequest
+ */
+export declare type ExplainCertificateRequest = Message<"beamwire.certificate.v1.ExplainCertificateRequest"> & {
+  /**
+   * The chain as PEM, leaf first. Empty: the one the caller came with.
+   *
+   * @generated from field: string chain_pem = 1;
+   */
+  chainPem: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.ExplainCertificateRequest.
+ * Use `create(ExplainCertificateRequestSchema)` to create a new message.
+ */
+export declare const ExplainCertificateRequestSchema: GenMessage<ExplainCertificateRequest>;
+
+/**
+ * What is to be said of a certificate.
+ *
+ * @generated from message beamwire.certificate.v1.ExplainCertificateResponse
+ */
+export declare type ExplainCertificateResponse = Message<"beamwire.certificate.v1.ExplainCertificateResponse"> & {
+  /**
+   * Whether it would be believed.
+   *
+   * @generated from field: bool accepted = 1;
+   */
+  accepted: boolean;
+
+  /**
+   * The SPIFFE id on it; empty if it has none that can be read.
+   *
+   * @generated from field: string identity = 2;
+   */
+  identity: string;
+
+  /**
+   * In the order in which they are made. Those after the first that fails may be missing.
+   *
+   * @generated from field: repeated beamwire.certificate.v1.ExplainCertificateResponse.Check checks = 3;
+   */
+  checks: ExplainCertificateResponse_Check[];
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.ExplainCertificateResponse.
+ * Use `create(ExplainCertificateResponseSchema)` to create a new message.
+ */
+export declare const ExplainCertificateResponseSchema: GenMessage<ExplainCertificateResponse>;
+
+/**
+ * One thing that was looked at.
+ *
+ * @generated from message beamwire.certificate.v1.ExplainCertificateResponse.Check
+ */
+export declare type ExplainCertificateResponse_Check = Message<"beamwire.certificate.v1.ExplainCertificateResponse.Check"> & {
+  /**
+   * `name`, `domain`, `chain`, `usage`, `time`, `revocation` or `policy`.
+   *
+   * @generated from field: string check = 1;
+   */
+  check: string;
+
+  /**
+   * Whether it is well.
+   *
+   * @generated from field: bool passed = 2;
+   */
+  passed: boolean;
+
+  /**
+   * What was found, and what to do about it.
+   *
+   * @generated from field: string detail = 3;
+   */
+  detail: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.ExplainCertificateResponse.Check.
+ * Use `create(ExplainCertificateResponse_CheckSchema)` to create a new message.
+ */
+export declare const ExplainCertificateResponse_CheckSchema: GenMessage<ExplainCertificateResponse_Check>;
+
+/**
+ * Asks who the caller is.
+ *
+ * @generated from message beamwire.certificate.v1.WhoAmIRequest
+ */
+export declare type WhoAmIRequest = Message<"beamwire.certificate.v1.WhoAmIRequest"> & {
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.WhoAmIRequest.
+ * Use `create(WhoAmIRequestSchema)` to create a new message.
+ */
+export declare const WhoAmIRequestSchema: GenMessage<WhoAmIRequest>;
+
+/**
+ * Who the caller is.
+ *
+ * @generated from message beamwire.certificate.v1.WhoAmIResponse
+ */
+export declare type WhoAmIResponse = Message<"beamwire.certificate.v1.WhoAmIResponse"> & {
+  /**
+   * The SPIFFE id.
+   *
+   * @generated from field: string identity = 1;
+   */
+  identity: string;
+
+  /**
+   * What it may call by its own right.
+   *
+   * @generated from field: beamwire.common.v1.Role role = 2;
+   */
+  role: Role;
+
+  /**
+   * The rule of the policy that gives the role; empty if it is the facility's own default.
+   *
+   * @generated from field: string rule = 3;
+   */
+  rule: string;
+
+  /**
+   * The datasets that it may read, as patterns.
+   *
+   * @generated from field: repeated string datasets = 4;
+   */
+  datasets: string[];
+
+  /**
+   * When its certificate ends.
+   *
+   * @generated from field: google.protobuf.Timestamp expire_time = 5;
+   */
+  expireTime?: Timestamp | undefined;
+
+  /**
+   * Whose rights the token that came with the call hands over; empty without.
+   *
+   * @generated from field: string delegated_by = 6;
+   */
+  delegatedBy: string;
+
+  /**
+   * What that token allows, in words.
+   *
+   * @generated from field: repeated string delegation = 7;
+   */
+  delegation: string[];
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.WhoAmIResponse.
+ * Use `create(WhoAmIResponseSchema)` to create a new message.
+ */
+export declare const WhoAmIResponseSchema: GenMessage<WhoAmIResponse>;
+
+/**
+ * Asks whether something would be allowed.
+ *
+ * @generated from message beamwire.certificate.v1.CheckAccessRequest
+ */
+export declare type CheckAccessRequest = Message<"beamwire.certificate.v1.CheckAccessRequest"> & {
+  /**
+   * The method, `beamwire.request.v1.RequestService/CreateTransfer` or `RequestService/CreateTransfer`.
+   *
+   * @generated from field: string method = 1;
+   */
+  method: string;
+
+  /**
+   * The dataset, `exp:tmoc00118` or `path:/data/file.h5`.
+   *
+   * @generated from field: string dataset = 2;
+   */
+  dataset: string;
+
+  /**
+   * Who: a SPIFFE id. Empty: the caller. Anybody else, operators only.
+   *
+   * @generated from field: string identity = 3;
+   */
+  identity: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.CheckAccessRequest.
+ * Use `create(CheckAccessRequestSchema)` to create a new message.
+ */
+export declare const CheckAccessRequestSchema: GenMessage<CheckAccessRequest>;
+
+/**
+ * Whether something would be allowed, and why.
+ *
+ * @generated from message beamwire.certificate.v1.CheckAccessResponse
+ */
+export declare type CheckAccessResponse = Message<"beamwire.certificate.v1.CheckAccessResponse"> & {
+  /**
+   * Whether it would.
+   *
+   * @generated from field: bool allowed = 1;
+   */
+  allowed: boolean;
+
+  /**
+   * Why, in the order in which it was decided.
+   *
+   * @generated from field: repeated string reasons = 2;
+   */
+  reasons: string[];
+
+  /**
+   * The rule of the policy that decided; empty if none did.
+   *
+   * @generated from field: string rule = 3;
+   */
+  rule: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.CheckAccessResponse.
+ * Use `create(CheckAccessResponseSchema)` to create a new message.
+ */
+export declare const CheckAccessResponseSchema: GenMessage<CheckAccessResponse>;
+
+/**
+ * Asks for a token.
+ *
+ * @generated from message beamwire.certificate.v1.CreateDelegationTokenRequest
+ */
+export declare type CreateDelegationTokenRequest = Message<"beamwire.certificate.v1.CreateDelegationTokenRequest"> & {
+  /**
+   * The one resource it is for, `transfers/{transfer}`. Empty: all the caller's own.
+   *
+   * @generated from field: string resource = 1;
+   */
+  resource: string;
+
+  /**
+   * If true, it may be used to look and to consume, not to change or end anything. A token never
+   * creates anything.
+   *
+   * @generated from field: bool read_only = 2;
+   */
+  readOnly: boolean;
+
+  /**
+   * How long. Default one hour, at most as long as the policy says: one day unless it says otherwise.
+   *
+   * @generated from field: google.protobuf.Duration ttl = 3;
+   */
+  ttl?: Duration | undefined;
+
+  /**
+   * Who may use it: a SPIFFE id. Required.
+   *
+   * @generated from field: string holder = 4;
+   */
+  holder: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.CreateDelegationTokenRequest.
+ * Use `create(CreateDelegationTokenRequestSchema)` to create a new message.
+ */
+export declare const CreateDelegationTokenRequestSchema: GenMessage<CreateDelegationTokenRequest>;
+
+/**
+ * A part of somebody's rights, to be used by somebody else.
+ *
+ * @generated from message beamwire.certificate.v1.DelegationToken
+ */
+export declare type DelegationToken = Message<"beamwire.certificate.v1.DelegationToken"> & {
+  /**
+   * The token: a Biscuit in URL-safe base64. A secret in part: without the holder's key it is useless.
+   *
+   * @generated from field: string token = 1;
+   */
+  token: string;
+
+  /**
+   * Its revocation ids in hexadecimal, one for each block.
+   *
+   * @generated from field: repeated string revocation_ids = 2;
+   */
+  revocationIds: string[];
+
+  /**
+   * When it ends.
+   *
+   * @generated from field: google.protobuf.Timestamp expire_time = 3;
+   */
+  expireTime?: Timestamp | undefined;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.DelegationToken.
+ * Use `create(DelegationTokenSchema)` to create a new message.
+ */
+export declare const DelegationTokenSchema: GenMessage<DelegationToken>;
+
+/**
+ * Says which token ends.
+ *
+ * @generated from message beamwire.certificate.v1.RevokeDelegationTokenRequest
+ */
+export declare type RevokeDelegationTokenRequest = Message<"beamwire.certificate.v1.RevokeDelegationTokenRequest"> & {
+  /**
+   * The revocation id of one of its blocks, in hexadecimal.
+   *
+   * @generated from field: string revocation_id = 1;
+   */
+  revocationId: string;
+
+  /**
+   * A UUID4 that makes repeating the call harmless.
+   *
+   * @generated from field: string request_id = 2;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.RevokeDelegationTokenRequest.
+ * Use `create(RevokeDelegationTokenRequestSchema)` to create a new message.
+ */
+export declare const RevokeDelegationTokenRequestSchema: GenMessage<RevokeDelegationTokenRequest>;
+
+/**
+ * Nothing.
+ *
+ * @generated from message beamwire.certificate.v1.RevokeDelegationTokenResponse
+ */
+export declare type RevokeDelegationTokenResponse = Message<"beamwire.certificate.v1.RevokeDelegationTokenResponse"> & {
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.RevokeDelegationTokenResponse.
+ * Use `create(RevokeDelegationTokenResponseSchema)` to create a new message.
+ */
+export declare const RevokeDelegationTokenResponseSchema: GenMessage<RevokeDelegationTokenResponse>;
+
+/**
+ * Asks about the authority.
+ *
+ * @generated from message beamwire.certificate.v1.DescribeAuthorityRequest
+ */
+export declare type DescribeAuthorityRequest = Message<"beamwire.certificate.v1.DescribeAuthorityRequest"> & {
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.DescribeAuthorityRequest.
+ * Use `create(DescribeAuthorityRequestSchema)` to create a new message.
+ */
+export declare const DescribeAuthorityRequestSchema: GenMessage<DescribeAuthorityRequest>;
+
+/**
+ * The authority as it is.
+ *
+ * @generated from message beamwire.certificate.v1.DescribeAuthorityResponse
+ */
+export declare type DescribeAuthorityResponse = Message<"beamwire.certificate.v1.DescribeAuthorityResponse"> & {
+  /**
+   * All of it.
+   *
+   * @generated from field: beamwire.certificate.v1.AuthorityStatus authority = 1;
+   */
+  authority?: AuthorityStatus | undefined;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.DescribeAuthorityResponse.
+ * Use `create(DescribeAuthorityResponseSchema)` to create a new message.
+ */
+export declare const DescribeAuthorityResponseSchema: GenMessage<DescribeAuthorityResponse>;
+
+/**
+ * The authority of the facility, and how far its rotation is.
+ *
+ * @generated from message beamwire.certificate.v1.AuthorityStatus
+ */
+export declare type AuthorityStatus = Message<"beamwire.certificate.v1.AuthorityStatus"> & {
+  /**
+   * How far the rotation is.
+   *
+   * @generated from field: beamwire.certificate.v1.AuthorityStatus.Phase phase = 1;
+   */
+  phase: AuthorityStatus_Phase;
+
+  /**
+   * Which generation signs.
+   *
+   * @generated from field: int32 generation = 2;
+   */
+  generation: number;
+
+  /**
+   * SHA-256 of the trusted roots in hexadecimal, the one that signs first.
+   *
+   * @generated from field: repeated string root_fingerprints = 3;
+   */
+  rootFingerprints: string[];
+
+  /**
+   * When the authority that signs ends.
+   *
+   * @generated from field: google.protobuf.Timestamp expire_time = 4;
+   */
+  expireTime?: Timestamp | undefined;
+
+  /**
+   * Certificates of the generation before that have not ended: what the end of the rotation waits for.
+   *
+   * @generated from field: int32 outstanding_certificate_count = 5;
+   */
+  outstandingCertificateCount: number;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.AuthorityStatus.
+ * Use `create(AuthorityStatusSchema)` to create a new message.
+ */
+export declare const AuthorityStatusSchema: GenMessage<AuthorityStatus>;
+
+/**
+ * `STABLE -> ANNOUNCED -> ACTIVATED -> STABLE`; ANNOUNCED may also go back to STABLE.
+ *
+ * @generated from enum beamwire.certificate.v1.AuthorityStatus.Phase
+ */
+export enum AuthorityStatus_Phase {
+  /**
+   * Never.
+   *
+   * @generated from enum value: PHASE_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * One root is trusted, and its authority signs.
+   *
+   * @generated from enum value: PHASE_STABLE = 1;
+   */
+  STABLE = 1,
+
+  /**
+   * The next root is trusted too; the present authority signs.
+   *
+   * @generated from enum value: PHASE_ANNOUNCED = 2;
+   */
+  ANNOUNCED = 2,
+
+  /**
+   * The next authority signs; the root before it is still trusted.
+   *
+   * @generated from enum value: PHASE_ACTIVATED = 3;
+   */
+  ACTIVATED = 3,
+}
+
+/**
+ * Describes the enum beamwire.certificate.v1.AuthorityStatus.Phase.
+ */
+export declare const AuthorityStatus_PhaseSchema: GenEnum<AuthorityStatus_Phase>;
+
+/**
+ * Takes the rotation one step further.
+ *
+ * @generated from message beamwire.certificate.v1.RotateAuthorityRequest
+ */
+export declare type RotateAuthorityRequest = Message<"beamwire.certificate.v1.RotateAuthorityRequest"> & {
+  /**
+   * Where to: ANNOUNCED, ACTIVATED, or STABLE to finish (or to give up what was announced).
+   *
+   * @generated from field: beamwire.certificate.v1.AuthorityStatus.Phase phase = 1;
+   */
+  phase: AuthorityStatus_Phase;
+
+  /**
+   * If true, finish although certificates of the generation before are still good: they end by it.
+   *
+   * @generated from field: bool force = 2;
+   */
+  force: boolean;
+
+  /**
+   * A UUID4 that makes repeating the call harmless.
+   *
+   * @generated from field: string request_id = 3;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.RotateAuthorityRequest.
+ * Use `create(RotateAuthorityRequestSchema)` to create a new message.
+ */
+export declare const RotateAuthorityRequestSchema: GenMessage<RotateAuthorityRequest>;
+
+/**
+ * The authority after the step.
+ *
+ * @generated from message beamwire.certificate.v1.RotateAuthorityResponse
+ */
+export declare type RotateAuthorityResponse = Message<"beamwire.certificate.v1.RotateAuthorityResponse"> & {
+  /**
+   * All of it.
+   *
+   * @generated from field: beamwire.certificate.v1.AuthorityStatus authority = 1;
+   */
+  authority?: AuthorityStatus | undefined;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.RotateAuthorityResponse.
+ * Use `create(RotateAuthorityResponseSchema)` to create a new message.
+ */
+export declare const RotateAuthorityResponseSchema: GenMessage<RotateAuthorityResponse>;
+
+/**
+ * One thing that was done.
+ *
+ * @generated from message beamwire.certificate.v1.AuditRecord
+ */
+export declare type AuditRecord = Message<"beamwire.certificate.v1.AuditRecord"> & {
+  /**
+   * `auditRecords/{audit_record}`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * Who: a SPIFFE id, or `anonymous`.
+   *
+   * @generated from field: string actor = 2;
+   */
+  actor: string;
+
+  /**
+   * What: `ENROLLED`, `RENEWED`, `REVOKED`, `TOKEN_CREATED` and so on.
+   *
+   * @generated from field: string action = 3;
+   */
+  action: string;
+
+  /**
+   * To whom or what: a SPIFFE id, a trust domain, a resource name.
+   *
+   * @generated from field: string subject = 4;
+   */
+  subject: string;
+
+  /**
+   * More, in words. Never a secret.
+   *
+   * @generated from field: string detail = 5;
+   */
+  detail: string;
+
+  /**
+   * When.
+   *
+   * @generated from field: google.protobuf.Timestamp create_time = 6;
+   */
+  createTime?: Timestamp | undefined;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.AuditRecord.
+ * Use `create(AuditRecordSchema)` to create a new message.
+ */
+export declare const AuditRecordSchema: GenMessage<AuditRecord>;
+
+/**
+ * Asks for a page of the audit.
+ *
+ * @generated from message beamwire.certificate.v1.ListAuditRecordsRequest
+ */
+export declare type ListAuditRecordsRequest = Message<"beamwire.certificate.v1.ListAuditRecordsRequest"> & {
+  /**
+   * The most to return; default 50, at most 1000.
+   *
+   * @generated from field: int32 page_size = 1;
+   */
+  pageSize: number;
+
+  /**
+   * `next_page_token` of the page before.
+   *
+   * @generated from field: string page_token = 2;
+   */
+  pageToken: string;
+
+  /**
+   * `action="REVOKED"`, `actor="spiffe://…"`, `subject="spiffe://…"`, joined by AND.
+   *
+   * @generated from field: string filter = 3;
+   */
+  filter: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.ListAuditRecordsRequest.
+ * Use `create(ListAuditRecordsRequestSchema)` to create a new message.
+ */
+export declare const ListAuditRecordsRequestSchema: GenMessage<ListAuditRecordsRequest>;
+
+/**
+ * A page of the audit.
+ *
+ * @generated from message beamwire.certificate.v1.ListAuditRecordsResponse
+ */
+export declare type ListAuditRecordsResponse = Message<"beamwire.certificate.v1.ListAuditRecordsResponse"> & {
+  /**
+   * Newest first.
+   *
+   * @generated from field: repeated beamwire.certificate.v1.AuditRecord audit_records = 1;
+   */
+  auditRecords: AuditRecord[];
+
+  /**
+   * Empty on the last page.
+   *
+   * @generated from field: string next_page_token = 2;
+   */
+  nextPageToken: string;
+};
+
+/**
+ * Describes the message beamwire.certificate.v1.ListAuditRecordsResponse.
+ * Use `create(ListAuditRecordsResponseSchema)` to create a new message.
+ */
+export declare const ListAuditRecordsResponseSchema: GenMessage<ListAuditRecordsResponse>;
+
+/**
+ * Issues the certificates of one trust domain, and says which other domains are believed. Keys never
+ * travel: a member makes its own, sends a signing request and gets a chain.
  *
  * @generated from service beamwire.certificate.v1.CertificateService
  */
@@ -410,8 +1529,9 @@ export declare const CertificateService: GenService<{
     output: typeof JoinTokenSchema;
   },
   /**
-   * Exchanges a join token and a signing request for a certificate. Anybody with a token, on the
-   * enrolment listener or the ordinary one.
+   * Exchanges a signing request for a certificate. Anybody with a join token, on the enrolment
+   * listener or the ordinary one; without a token, members of other facilities for whom the policy has
+   * an identity here, on the ordinary one.
    *
    * @generated from rpc beamwire.certificate.v1.CertificateService.EnrollMember
    */
@@ -431,7 +1551,7 @@ export declare const CertificateService: GenService<{
     output: typeof CertificateSchema;
   },
   /**
-   * Reads the trust bundle of the facility. Anybody.
+   * Reads what is believed of one trust domain. Anybody, of the facility itself; of others, members.
    *
    * @generated from rpc beamwire.certificate.v1.CertificateService.GetTrustBundle
    */
@@ -439,6 +1559,69 @@ export declare const CertificateService: GenService<{
     methodKind: "unary";
     input: typeof GetTrustBundleRequestSchema;
     output: typeof TrustBundleSchema;
+  },
+  /**
+   * Lists the trust domains that are believed, the facility's own first. Members.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.ListTrustBundles
+   */
+  listTrustBundles: {
+    methodKind: "unary";
+    input: typeof ListTrustBundlesRequestSchema;
+    output: typeof ListTrustBundlesResponseSchema;
+  },
+  /**
+   * Sends every trust bundle that the caller may read at once, and each again after every change: new
+   * roots, new revocations. A domain that is believed no more is sent once with `removed`. Anybody;
+   * anonymous callers, and members of other facilities, are told of the facility itself only.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.WatchTrustBundles
+   */
+  watchTrustBundles: {
+    methodKind: "server_streaming";
+    input: typeof WatchTrustBundlesRequestSchema;
+    output: typeof WatchTrustBundlesResponseSchema;
+  },
+  /**
+   * Makes the introduction by which another facility comes to believe this one. Operators.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.IntroduceFacility
+   */
+  introduceFacility: {
+    methodKind: "unary";
+    input: typeof IntroduceFacilityRequestSchema;
+    output: typeof IntroduceFacilityResponseSchema;
+  },
+  /**
+   * Begins to believe the members of another facility. What they may do is for the policy to say.
+   * Operators.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.AcceptIntroduction
+   */
+  acceptIntroduction: {
+    methodKind: "unary";
+    input: typeof AcceptIntroductionRequestSchema;
+    output: typeof TrustBundleSchema;
+  },
+  /**
+   * Asks the other facility for its roots and revocations now, and says what came. Operators.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.RefreshTrustBundle
+   */
+  refreshTrustBundle: {
+    methodKind: "unary";
+    input: typeof RefreshTrustBundleRequestSchema;
+    output: typeof TrustBundleSchema;
+  },
+  /**
+   * Believes another facility no more: its members are refused and cut off. Operators.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.DeleteTrustBundle
+   */
+  deleteTrustBundle: {
+    methodKind: "unary";
+    input: typeof DeleteTrustBundleRequestSchema;
+    output: typeof DeleteTrustBundleResponseSchema;
   },
   /**
    * Reads one entry of the ledger. The member it was issued to, services, operators.
@@ -459,6 +1642,109 @@ export declare const CertificateService: GenService<{
     methodKind: "unary";
     input: typeof ListCertificatesRequestSchema;
     output: typeof ListCertificatesResponseSchema;
+  },
+  /**
+   * Ends a member's certificates before their time, or one of them; its calls, streams and data
+   * connections are cut. A member that is revoked as a whole cannot enrol or renew until it is
+   * reinstated. Operators.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.RevokeMember
+   */
+  revokeMember: {
+    methodKind: "unary";
+    input: typeof RevokeMemberRequestSchema;
+    output: typeof RevokeMemberResponseSchema;
+  },
+  /**
+   * Lets a member that was revoked enrol again. Its old certificates stay revoked. Operators.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.ReinstateMember
+   */
+  reinstateMember: {
+    methodKind: "unary";
+    input: typeof ReinstateMemberRequestSchema;
+    output: typeof ReinstateMemberResponseSchema;
+  },
+  /**
+   * Says whether a certificate would be believed here, and which check it fails. Members.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.ExplainCertificate
+   */
+  explainCertificate: {
+    methodKind: "unary";
+    input: typeof ExplainCertificateRequestSchema;
+    output: typeof ExplainCertificateResponseSchema;
+  },
+  /**
+   * Says who the caller is here: identity, role, the rule of the policy that says so. Members.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.WhoAmI
+   */
+  whoAmI: {
+    methodKind: "unary";
+    input: typeof WhoAmIRequestSchema;
+    output: typeof WhoAmIResponseSchema;
+  },
+  /**
+   * Says whether the caller, or for operators anybody, may call a method or read a dataset, and why.
+   * Whose a resource is, the service that has it says. Members.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.CheckAccess
+   */
+  checkAccess: {
+    methodKind: "unary";
+    input: typeof CheckAccessRequestSchema;
+    output: typeof CheckAccessResponseSchema;
+  },
+  /**
+   * Makes a token that hands a part of the caller's rights to somebody else. Users, operators.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.CreateDelegationToken
+   */
+  createDelegationToken: {
+    methodKind: "unary";
+    input: typeof CreateDelegationTokenRequestSchema;
+    output: typeof DelegationTokenSchema;
+  },
+  /**
+   * Ends a token, and all that were narrowed from it. Who made it, operators.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.RevokeDelegationToken
+   */
+  revokeDelegationToken: {
+    methodKind: "unary";
+    input: typeof RevokeDelegationTokenRequestSchema;
+    output: typeof RevokeDelegationTokenResponseSchema;
+  },
+  /**
+   * Reads which authority signs and which roots are trusted. Services, operators.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.DescribeAuthority
+   */
+  describeAuthority: {
+    methodKind: "unary";
+    input: typeof DescribeAuthorityRequestSchema;
+    output: typeof DescribeAuthorityResponseSchema;
+  },
+  /**
+   * Takes the rotation of the authority one step further. Operators.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.RotateAuthority
+   */
+  rotateAuthority: {
+    methodKind: "unary";
+    input: typeof RotateAuthorityRequestSchema;
+    output: typeof RotateAuthorityResponseSchema;
+  },
+  /**
+   * Lists what was done with certificates, trust and tokens, newest first: who, what, to whom. Operators.
+   *
+   * @generated from rpc beamwire.certificate.v1.CertificateService.ListAuditRecords
+   */
+  listAuditRecords: {
+    methodKind: "unary";
+    input: typeof ListAuditRecordsRequestSchema;
+    output: typeof ListAuditRecordsResponseSchema;
   },
 }>;
 

@@ -15,7 +15,7 @@ import { file_google_protobuf_duration, file_google_protobuf_timestamp } from "@
  * Describes the file beamwire/certificate/v1/certificate_service.proto.
  */
 export const file_beamwire_certificate_v1_certificate_service = /*@__PURE__*/
-  fileDesc("CjFiZWFtd2lyZS9jZXJ0aWZpY2F0ZS92MS9jZXJ0aWZpY2F0ZV9zZXJ2aWNlLnByb3RvEhdiZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MSLrAwoLQ2VydGlmaWNhdGUSEgoEbmFtZRgBIAEoCUIE4kEBCBIWCghpZGVudGl0eRgCIAEoCUIE4kEBAxIaCgxzZXJ2ZXJfbmFtZXMYAyADKAlCBOJBAQMSFwoJY2hhaW5fcGVtGAQgASgJQgTiQQEDEj8KBWdyYW50GAUgASgOMiouYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuQ2VydGlmaWNhdGUuR3JhbnRCBOJBAQMSGAoKZ3JhbnRlZF9ieRgGIAEoCUIE4kEBAxI1CgtjcmVhdGVfdGltZRgHIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXBCBOJBAQMSNQoLZXhwaXJlX3RpbWUYCCABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wQgTiQQEDIlwKBUdyYW50EhUKEUdSQU5UX1VOU1BFQ0lGSUVEEAASEwoPR1JBTlRfQk9PVFNUUkFQEAESFAoQR1JBTlRfSk9JTl9UT0tFThACEhEKDUdSQU5UX1JFTkVXQUwQAzpU6kFRChhiZWFtd2lyZS5vcmcvQ2VydGlmaWNhdGUSGmNlcnRpZmljYXRlcy97Y2VydGlmaWNhdGV9KgxjZXJ0aWZpY2F0ZXMyC2NlcnRpZmljYXRlIqkBCgtUcnVzdEJ1bmRsZRISCgRuYW1lGAEgASgJQgTiQQEIEhcKCXJvb3RzX3BlbRgCIAEoCUIE4kEBAxIWCghzZXF1ZW5jZRgDIAEoA0IE4kEBAzpV6kFSChhiZWFtd2lyZS5vcmcvVHJ1c3RCdW5kbGUSG3RydXN0QnVuZGxlcy97dHJ1c3RfYnVuZGxlfSoMdHJ1c3RCdW5kbGVzMgt0cnVzdEJ1bmRsZSJdCglKb2luVG9rZW4SDQoFdG9rZW4YASABKAkSEAoIaWRlbnRpdHkYAiABKAkSLwoLZXhwaXJlX3RpbWUYAyABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wInoKFkNyZWF0ZUpvaW5Ub2tlblJlcXVlc3QSFgoIaWRlbnRpdHkYASABKAlCBOJBAQISLAoDdHRsGAIgASgLMhkuZ29vZ2xlLnByb3RvYnVmLkR1cmF0aW9uQgTiQQEBEhoKDHNlcnZlcl9uYW1lcxgDIAMoCUIE4kEBASJcChNFbnJvbGxNZW1iZXJSZXF1ZXN0EhQKBnNlY3JldBgBIAEoCUIE4kEBAhIVCgdjc3JfcGVtGAIgASgJQgTiQQECEhgKCnJlcXVlc3RfaWQYAyABKAlCBOJBAQEiSgoXUmVuZXdDZXJ0aWZpY2F0ZVJlcXVlc3QSFQoHY3NyX3BlbRgBIAEoCUIE4kEBAhIYCgpyZXF1ZXN0X2lkGAIgASgJQgTiQQEBIkgKFUdldFRydXN0QnVuZGxlUmVxdWVzdBIvCgRuYW1lGAEgASgJQiHiQQEC+kEaChhiZWFtd2lyZS5vcmcvVHJ1c3RCdW5kbGUiSAoVR2V0Q2VydGlmaWNhdGVSZXF1ZXN0Ei8KBG5hbWUYASABKAlCIeJBAQL6QRoKGGJlYW13aXJlLm9yZy9DZXJ0aWZpY2F0ZSJiChdMaXN0Q2VydGlmaWNhdGVzUmVxdWVzdBIXCglwYWdlX3NpemUYASABKAVCBOJBAQESGAoKcGFnZV90b2tlbhgCIAEoCUIE4kEBARIUCgZmaWx0ZXIYAyABKAlCBOJBAQEibwoYTGlzdENlcnRpZmljYXRlc1Jlc3BvbnNlEjoKDGNlcnRpZmljYXRlcxgBIAMoCzIkLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkNlcnRpZmljYXRlEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCTLzBQoSQ2VydGlmaWNhdGVTZXJ2aWNlEnAKD0NyZWF0ZUpvaW5Ub2tlbhIvLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkNyZWF0ZUpvaW5Ub2tlblJlcXVlc3QaIi5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5Kb2luVG9rZW4iCKrPGAQKAgIFEnEKDEVucm9sbE1lbWJlchIsLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkVucm9sbE1lbWJlclJlcXVlc3QaJC5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5DZXJ0aWZpY2F0ZSINqs8YCQoFAQIDBAUYARJ3ChBSZW5ld0NlcnRpZmljYXRlEjAuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuUmVuZXdDZXJ0aWZpY2F0ZVJlcXVlc3QaJC5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5DZXJ0aWZpY2F0ZSILqs8YBwoFAQIDBAUSfAoOR2V0VHJ1c3RCdW5kbGUSLi5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5HZXRUcnVzdEJ1bmRsZVJlcXVlc3QaJC5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5UcnVzdEJ1bmRsZSIU2kEEbmFtZarPGAkKBQECAwQFGAESegoOR2V0Q2VydGlmaWNhdGUSLi5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5HZXRDZXJ0aWZpY2F0ZVJlcXVlc3QaJC5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5DZXJ0aWZpY2F0ZSIS2kEEbmFtZarPGAcKAwECBRABEoQBChBMaXN0Q2VydGlmaWNhdGVzEjAuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuTGlzdENlcnRpZmljYXRlc1JlcXVlc3QaMS5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5MaXN0Q2VydGlmaWNhdGVzUmVzcG9uc2UiC6rPGAcKAwECBRABQmoKG29yZy5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MVABWklnaXRodWIuY29tL2JlYW13aXJlL2JlYW13aXJlL2dlbi9nby9iZWFtd2lyZS9jZXJ0aWZpY2F0ZS92MTtjZXJ0aWZpY2F0ZXYxYgZwcm90bzM", [file_beamwire_common_v1_access, file_google_api_client, file_google_api_field_behavior, file_google_api_resource, file_google_protobuf_duration, file_google_protobuf_timestamp]);
+  fileDesc("CjFiZWFtd2lyZS9jZXJ0aWZpY2F0ZS92MS9jZXJ0aWZpY2F0ZV9zZXJ2aWNlLnByb3RvEhdiZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MSKRBQoLQ2VydGlmaWNhdGUSEgoEbmFtZRgBIAEoCUIE4kEBCBIWCghpZGVudGl0eRgCIAEoCUIE4kEBAxIaCgxzZXJ2ZXJfbmFtZXMYAyADKAlCBOJBAQMSFwoJY2hhaW5fcGVtGAQgASgJQgTiQQEDEj8KBWdyYW50GAUgASgOMiouYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuQ2VydGlmaWNhdGUuR3JhbnRCBOJBAQMSGAoKZ3JhbnRlZF9ieRgGIAEoCUIE4kEBAxI1CgtjcmVhdGVfdGltZRgHIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXBCBOJBAQMSNQoLZXhwaXJlX3RpbWUYCCABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wQgTiQQEDEjUKC3Jldm9rZV90aW1lGAkgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcEIE4kEBAxIbCg1yZXZva2VfcmVhc29uGAogASgJQgTiQQEDEiIKFGF1dGhvcml0eV9nZW5lcmF0aW9uGAsgASgFQgTiQQEDIokBCgVHcmFudBIVChFHUkFOVF9VTlNQRUNJRklFRBAAEhMKD0dSQU5UX0JPT1RTVFJBUBABEhQKEEdSQU5UX0pPSU5fVE9LRU4QAhIRCg1HUkFOVF9SRU5FV0FMEAMSFgoSR1JBTlRfSU5UUk9EVUNUSU9OEAQSEwoPR1JBTlRfSk9CX1RPS0VOEAU6VOpBUQoYYmVhbXdpcmUub3JnL0NlcnRpZmljYXRlEhpjZXJ0aWZpY2F0ZXMve2NlcnRpZmljYXRlfSoMY2VydGlmaWNhdGVzMgtjZXJ0aWZpY2F0ZSLiAwoLVHJ1c3RCdW5kbGUSEgoEbmFtZRgBIAEoCUIE4kEBCBIXCglyb290c19wZW0YAiABKAlCBOJBAQMSFgoIc2VxdWVuY2UYAyABKANCBOJBAQMSHQoPcmV2b2NhdGlvbl9saXN0GAQgASgMQgTiQQEDEh8KEXJldm9jYXRpb25faXNzdWVyGAUgASgMQgTiQQEDEhgKCnRva2VuX3Jvb3QYBiABKAxCBOJBAQMSHAoOcmV2b2tlZF90b2tlbnMYByADKAlCBOJBAQMSFQoHYWRkcmVzcxgIIAEoCUIE4kEBAxIcCg5lbnJvbGxfYWRkcmVzcxgJIAEoCUIE4kEBAxI2CgxyZWZyZXNoX3RpbWUYCiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wQgTiQQEDEhsKDXJlZnJlc2hfZXJyb3IYCyABKAlCBOJBAQMSNQoLY3JlYXRlX3RpbWUYDCABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wQgTiQQEDOlXqQVIKGGJlYW13aXJlLm9yZy9UcnVzdEJ1bmRsZRIbdHJ1c3RCdW5kbGVzL3t0cnVzdF9idW5kbGV9Kgx0cnVzdEJ1bmRsZXMyC3RydXN0QnVuZGxlIokBChlJbnRyb2R1Y2VGYWNpbGl0eVJlc3BvbnNlEhAKCGRvY3VtZW50GAEgASgJEhQKDHRydXN0X2RvbWFpbhgCIAEoCRITCgtmaW5nZXJwcmludBgDIAEoCRIvCgtleHBpcmVfdGltZRgEIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAiXQoJSm9pblRva2VuEg0KBXRva2VuGAEgASgJEhAKCGlkZW50aXR5GAIgASgJEi8KC2V4cGlyZV90aW1lGAMgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcCJ6ChZDcmVhdGVKb2luVG9rZW5SZXF1ZXN0EhYKCGlkZW50aXR5GAEgASgJQgTiQQECEiwKA3R0bBgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkIE4kEBARIaCgxzZXJ2ZXJfbmFtZXMYAyADKAlCBOJBAQEiXAoTRW5yb2xsTWVtYmVyUmVxdWVzdBIUCgZzZWNyZXQYASABKAlCBOJBAQESFQoHY3NyX3BlbRgCIAEoCUIE4kEBAhIYCgpyZXF1ZXN0X2lkGAMgASgJQgTiQQEBIkoKF1JlbmV3Q2VydGlmaWNhdGVSZXF1ZXN0EhUKB2Nzcl9wZW0YASABKAlCBOJBAQISGAoKcmVxdWVzdF9pZBgCIAEoCUIE4kEBASJIChVHZXRUcnVzdEJ1bmRsZVJlcXVlc3QSLwoEbmFtZRgBIAEoCUIh4kEBAvpBGgoYYmVhbXdpcmUub3JnL1RydXN0QnVuZGxlIkgKFUdldENlcnRpZmljYXRlUmVxdWVzdBIvCgRuYW1lGAEgASgJQiHiQQEC+kEaChhiZWFtd2lyZS5vcmcvQ2VydGlmaWNhdGUiYgoXTGlzdENlcnRpZmljYXRlc1JlcXVlc3QSFwoJcGFnZV9zaXplGAEgASgFQgTiQQEBEhgKCnBhZ2VfdG9rZW4YAiABKAlCBOJBAQESFAoGZmlsdGVyGAMgASgJQgTiQQEBIm8KGExpc3RDZXJ0aWZpY2F0ZXNSZXNwb25zZRI6CgxjZXJ0aWZpY2F0ZXMYASADKAsyJC5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5DZXJ0aWZpY2F0ZRIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkiYgoXTGlzdFRydXN0QnVuZGxlc1JlcXVlc3QSFwoJcGFnZV9zaXplGAEgASgFQgTiQQEBEhgKCnBhZ2VfdG9rZW4YAiABKAlCBOJBAQESFAoGZmlsdGVyGAMgASgJQgTiQQEBInAKGExpc3RUcnVzdEJ1bmRsZXNSZXNwb25zZRI7Cg10cnVzdF9idW5kbGVzGAEgAygLMiQuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuVHJ1c3RCdW5kbGUSFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJIhoKGFdhdGNoVHJ1c3RCdW5kbGVzUmVxdWVzdCJ+ChlXYXRjaFRydXN0QnVuZGxlc1Jlc3BvbnNlEjoKDHRydXN0X2J1bmRsZRgBIAEoCzIkLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLlRydXN0QnVuZGxlEg8KB3JlbW92ZWQYAiABKAgSFAoMc3luY2hyb25pemVkGAMgASgIIkgKGEludHJvZHVjZUZhY2lsaXR5UmVxdWVzdBIsCgN0dGwYASABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb25CBOJBAQEiaAoZQWNjZXB0SW50cm9kdWN0aW9uUmVxdWVzdBIWCghkb2N1bWVudBgBIAEoCUIE4kEBAhIZCgtmaW5nZXJwcmludBgCIAEoCUIE4kEBARIYCgpyZXF1ZXN0X2lkGAMgASgJQgTiQQEBImYKGVJlZnJlc2hUcnVzdEJ1bmRsZVJlcXVlc3QSLwoEbmFtZRgBIAEoCUIh4kEBAvpBGgoYYmVhbXdpcmUub3JnL1RydXN0QnVuZGxlEhgKCnJlcXVlc3RfaWQYAiABKAlCBOJBAQEiZQoYRGVsZXRlVHJ1c3RCdW5kbGVSZXF1ZXN0Ei8KBG5hbWUYASABKAlCIeJBAQL6QRoKGGJlYW13aXJlLm9yZy9UcnVzdEJ1bmRsZRIYCgpyZXF1ZXN0X2lkGAIgASgJQgTiQQEBIhsKGURlbGV0ZVRydXN0QnVuZGxlUmVzcG9uc2UilQEKE1Jldm9rZU1lbWJlclJlcXVlc3QSFgoIaWRlbnRpdHkYASABKAlCBOJBAQESNgoLY2VydGlmaWNhdGUYAiABKAlCIeJBAQH6QRoKGGJlYW13aXJlLm9yZy9DZXJ0aWZpY2F0ZRIUCgZyZWFzb24YAyABKAlCBOJBAQESGAoKcmVxdWVzdF9pZBgEIAEoCUIE4kEBASJSChRSZXZva2VNZW1iZXJSZXNwb25zZRI6CgxjZXJ0aWZpY2F0ZXMYASADKAsyJC5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5DZXJ0aWZpY2F0ZSJKChZSZWluc3RhdGVNZW1iZXJSZXF1ZXN0EhYKCGlkZW50aXR5GAEgASgJQgTiQQECEhgKCnJlcXVlc3RfaWQYAiABKAlCBOJBAQEiGQoXUmVpbnN0YXRlTWVtYmVyUmVzcG9uc2UiNAoZRXhwbGFpbkNlcnRpZmljYXRlUmVxdWVzdBIXCgljaGFpbl9wZW0YASABKAlCBOJBAQEiwwEKGkV4cGxhaW5DZXJ0aWZpY2F0ZVJlc3BvbnNlEhAKCGFjY2VwdGVkGAEgASgIEhAKCGlkZW50aXR5GAIgASgJEkkKBmNoZWNrcxgDIAMoCzI5LmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkV4cGxhaW5DZXJ0aWZpY2F0ZVJlc3BvbnNlLkNoZWNrGjYKBUNoZWNrEg0KBWNoZWNrGAEgASgJEg4KBnBhc3NlZBgCIAEoCBIOCgZkZXRhaWwYAyABKAkiDwoNV2hvQW1JUmVxdWVzdCLFAQoOV2hvQW1JUmVzcG9uc2USEAoIaWRlbnRpdHkYASABKAkSJgoEcm9sZRgCIAEoDjIYLmJlYW13aXJlLmNvbW1vbi52MS5Sb2xlEgwKBHJ1bGUYAyABKAkSEAoIZGF0YXNldHMYBCADKAkSLwoLZXhwaXJlX3RpbWUYBSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEhQKDGRlbGVnYXRlZF9ieRgGIAEoCRISCgpkZWxlZ2F0aW9uGAcgAygJIlkKEkNoZWNrQWNjZXNzUmVxdWVzdBIUCgZtZXRob2QYASABKAlCBOJBAQESFQoHZGF0YXNldBgCIAEoCUIE4kEBARIWCghpZGVudGl0eRgDIAEoCUIE4kEBASJFChNDaGVja0FjY2Vzc1Jlc3BvbnNlEg8KB2FsbG93ZWQYASABKAgSDwoHcmVhc29ucxgCIAMoCRIMCgRydWxlGAMgASgJIpMBChxDcmVhdGVEZWxlZ2F0aW9uVG9rZW5SZXF1ZXN0EhYKCHJlc291cmNlGAEgASgJQgTiQQEBEhcKCXJlYWRfb25seRgCIAEoCEIE4kEBARIsCgN0dGwYAyABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb25CBOJBAQESFAoGaG9sZGVyGAQgASgJQgTiQQECImkKD0RlbGVnYXRpb25Ub2tlbhINCgV0b2tlbhgBIAEoCRIWCg5yZXZvY2F0aW9uX2lkcxgCIAMoCRIvCgtleHBpcmVfdGltZRgDIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXAiVQocUmV2b2tlRGVsZWdhdGlvblRva2VuUmVxdWVzdBIbCg1yZXZvY2F0aW9uX2lkGAEgASgJQgTiQQECEhgKCnJlcXVlc3RfaWQYAiABKAlCBOJBAQEiHwodUmV2b2tlRGVsZWdhdGlvblRva2VuUmVzcG9uc2UiGgoYRGVzY3JpYmVBdXRob3JpdHlSZXF1ZXN0IlgKGURlc2NyaWJlQXV0aG9yaXR5UmVzcG9uc2USOwoJYXV0aG9yaXR5GAEgASgLMiguYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuQXV0aG9yaXR5U3RhdHVzIrMCCg9BdXRob3JpdHlTdGF0dXMSPQoFcGhhc2UYASABKA4yLi5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5BdXRob3JpdHlTdGF0dXMuUGhhc2USEgoKZ2VuZXJhdGlvbhgCIAEoBRIZChFyb290X2ZpbmdlcnByaW50cxgDIAMoCRIvCgtleHBpcmVfdGltZRgEIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASJQodb3V0c3RhbmRpbmdfY2VydGlmaWNhdGVfY291bnQYBSABKAUiWgoFUGhhc2USFQoRUEhBU0VfVU5TUEVDSUZJRUQQABIQCgxQSEFTRV9TVEFCTEUQARITCg9QSEFTRV9BTk5PVU5DRUQQAhITCg9QSEFTRV9BQ1RJVkFURUQQAyKMAQoWUm90YXRlQXV0aG9yaXR5UmVxdWVzdBJDCgVwaGFzZRgBIAEoDjIuLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkF1dGhvcml0eVN0YXR1cy5QaGFzZUIE4kEBAhITCgVmb3JjZRgCIAEoCEIE4kEBARIYCgpyZXF1ZXN0X2lkGAMgASgJQgTiQQEBIlYKF1JvdGF0ZUF1dGhvcml0eVJlc3BvbnNlEjsKCWF1dGhvcml0eRgBIAEoCzIoLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkF1dGhvcml0eVN0YXR1cyKHAgoLQXVkaXRSZWNvcmQSEgoEbmFtZRgBIAEoCUIE4kEBCBITCgVhY3RvchgCIAEoCUIE4kEBAxIUCgZhY3Rpb24YAyABKAlCBOJBAQMSFQoHc3ViamVjdBgEIAEoCUIE4kEBAxIUCgZkZXRhaWwYBSABKAlCBOJBAQMSNQoLY3JlYXRlX3RpbWUYBiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wQgTiQQEDOlXqQVIKGGJlYW13aXJlLm9yZy9BdWRpdFJlY29yZBIbYXVkaXRSZWNvcmRzL3thdWRpdF9yZWNvcmR9KgxhdWRpdFJlY29yZHMyC2F1ZGl0UmVjb3JkImIKF0xpc3RBdWRpdFJlY29yZHNSZXF1ZXN0EhcKCXBhZ2Vfc2l6ZRgBIAEoBUIE4kEBARIYCgpwYWdlX3Rva2VuGAIgASgJQgTiQQEBEhQKBmZpbHRlchgDIAEoCUIE4kEBASJwChhMaXN0QXVkaXRSZWNvcmRzUmVzcG9uc2USOwoNYXVkaXRfcmVjb3JkcxgBIAMoCzIkLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkF1ZGl0UmVjb3JkEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCTKfFgoSQ2VydGlmaWNhdGVTZXJ2aWNlEnAKD0NyZWF0ZUpvaW5Ub2tlbhIvLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkNyZWF0ZUpvaW5Ub2tlblJlcXVlc3QaIi5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5Kb2luVG9rZW4iCKrPGAQKAgIFEnIKDEVucm9sbE1lbWJlchIsLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkVucm9sbE1lbWJlclJlcXVlc3QaJC5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5DZXJ0aWZpY2F0ZSIOqs8YCgoGAQIDBAUGGAESdwoQUmVuZXdDZXJ0aWZpY2F0ZRIwLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLlJlbmV3Q2VydGlmaWNhdGVSZXF1ZXN0GiQuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuQ2VydGlmaWNhdGUiC6rPGAcKBQECAwQFEn0KDkdldFRydXN0QnVuZGxlEi4uYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuR2V0VHJ1c3RCdW5kbGVSZXF1ZXN0GiQuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuVHJ1c3RCdW5kbGUiFdpBBG5hbWWqzxgKCgYBAgMEBQYYARKFAQoQTGlzdFRydXN0QnVuZGxlcxIwLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkxpc3RUcnVzdEJ1bmRsZXNSZXF1ZXN0GjEuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuTGlzdFRydXN0QnVuZGxlc1Jlc3BvbnNlIgyqzxgICgYBAgMEBQYSjAEKEVdhdGNoVHJ1c3RCdW5kbGVzEjEuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuV2F0Y2hUcnVzdEJ1bmRsZXNSZXF1ZXN0GjIuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuV2F0Y2hUcnVzdEJ1bmRsZXNSZXNwb25zZSIOqs8YCgoGAQIDBAUGGAEwARKDAQoRSW50cm9kdWNlRmFjaWxpdHkSMS5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5JbnRyb2R1Y2VGYWNpbGl0eVJlcXVlc3QaMi5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5JbnRyb2R1Y2VGYWNpbGl0eVJlc3BvbnNlIgeqzxgDCgEFEncKEkFjY2VwdEludHJvZHVjdGlvbhIyLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkFjY2VwdEludHJvZHVjdGlvblJlcXVlc3QaJC5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5UcnVzdEJ1bmRsZSIHqs8YAwoBBRJ+ChJSZWZyZXNoVHJ1c3RCdW5kbGUSMi5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5SZWZyZXNoVHJ1c3RCdW5kbGVSZXF1ZXN0GiQuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuVHJ1c3RCdW5kbGUiDtpBBG5hbWWqzxgDCgEFEooBChFEZWxldGVUcnVzdEJ1bmRsZRIxLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkRlbGV0ZVRydXN0QnVuZGxlUmVxdWVzdBoyLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkRlbGV0ZVRydXN0QnVuZGxlUmVzcG9uc2UiDtpBBG5hbWWqzxgDCgEFEnoKDkdldENlcnRpZmljYXRlEi4uYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuR2V0Q2VydGlmaWNhdGVSZXF1ZXN0GiQuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuQ2VydGlmaWNhdGUiEtpBBG5hbWWqzxgHCgMBAgUQARKEAQoQTGlzdENlcnRpZmljYXRlcxIwLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkxpc3RDZXJ0aWZpY2F0ZXNSZXF1ZXN0GjEuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuTGlzdENlcnRpZmljYXRlc1Jlc3BvbnNlIguqzxgHCgMBAgUQARJ0CgxSZXZva2VNZW1iZXISLC5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5SZXZva2VNZW1iZXJSZXF1ZXN0Gi0uYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuUmV2b2tlTWVtYmVyUmVzcG9uc2UiB6rPGAMKAQUSfQoPUmVpbnN0YXRlTWVtYmVyEi8uYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuUmVpbnN0YXRlTWVtYmVyUmVxdWVzdBowLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLlJlaW5zdGF0ZU1lbWJlclJlc3BvbnNlIgeqzxgDCgEFEosBChJFeHBsYWluQ2VydGlmaWNhdGUSMi5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5FeHBsYWluQ2VydGlmaWNhdGVSZXF1ZXN0GjMuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuRXhwbGFpbkNlcnRpZmljYXRlUmVzcG9uc2UiDKrPGAgKBgECAwQFBhJnCgZXaG9BbUkSJi5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5XaG9BbUlSZXF1ZXN0GicuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuV2hvQW1JUmVzcG9uc2UiDKrPGAgKBgECAwQFBhJ2CgtDaGVja0FjY2VzcxIrLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkNoZWNrQWNjZXNzUmVxdWVzdBosLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkNoZWNrQWNjZXNzUmVzcG9uc2UiDKrPGAgKBgECAwQFBhKCAQoVQ3JlYXRlRGVsZWdhdGlvblRva2VuEjUuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuQ3JlYXRlRGVsZWdhdGlvblRva2VuUmVxdWVzdBooLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkRlbGVnYXRpb25Ub2tlbiIIqs8YBAoCAQUSkgEKFVJldm9rZURlbGVnYXRpb25Ub2tlbhI1LmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLlJldm9rZURlbGVnYXRpb25Ub2tlblJlcXVlc3QaNi5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5SZXZva2VEZWxlZ2F0aW9uVG9rZW5SZXNwb25zZSIKqs8YBgoCAQUQARKEAQoRRGVzY3JpYmVBdXRob3JpdHkSMS5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5EZXNjcmliZUF1dGhvcml0eVJlcXVlc3QaMi5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5EZXNjcmliZUF1dGhvcml0eVJlc3BvbnNlIgiqzxgECgICBRJ9Cg9Sb3RhdGVBdXRob3JpdHkSLy5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5Sb3RhdGVBdXRob3JpdHlSZXF1ZXN0GjAuYmVhbXdpcmUuY2VydGlmaWNhdGUudjEuUm90YXRlQXV0aG9yaXR5UmVzcG9uc2UiB6rPGAMKAQUSgAEKEExpc3RBdWRpdFJlY29yZHMSMC5iZWFtd2lyZS5jZXJ0aWZpY2F0ZS52MS5MaXN0QXVkaXRSZWNvcmRzUmVxdWVzdBoxLmJlYW13aXJlLmNlcnRpZmljYXRlLnYxLkxpc3RBdWRpdFJlY29yZHNSZXNwb25zZSIHqs8YAwoBBUJqChtvcmcuYmVhbXdpcmUuY2VydGlmaWNhdGUudjFQAVpJZ2l0aHViLmNvbS9iZWFtd2lyZS9iZWFtd2lyZS9nZW4vZ28vYmVhbXdpcmUvY2VydGlmaWNhdGUvdjE7Y2VydGlmaWNhdGV2MWIGcHJvdG8z", [file_beamwire_common_v1_access, file_google_api_client, file_google_api_field_behavior, file_google_api_resource, file_google_protobuf_duration, file_google_protobuf_timestamp]);
 
 /**
  * Describes the message beamwire.certificate.v1.Certificate.
@@ -46,64 +46,309 @@ export const TrustBundleSchema = /*@__PURE__*/
   messageDesc(file_beamwire_certificate_v1_certificate_service, 1);
 
 /**
+ * Describes the message beamwire.certificate.v1.IntroduceFacilityResponse.
+ * Use `create(IntroduceFacilityResponseSchema)` to create a new message.
+ */
+export const IntroduceFacilityResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 2);
+
+/**
  * Describes the message beamwire.certificate.v1.JoinToken.
  * Use `create(JoinTokenSchema)` to create a new message.
  */
 export const JoinTokenSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_certificate_v1_certificate_service, 2);
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 3);
 
 /**
  * Describes the message beamwire.certificate.v1.CreateJoinTokenRequest.
  * Use `create(CreateJoinTokenRequestSchema)` to create a new message.
  */
 export const CreateJoinTokenRequestSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_certificate_v1_certificate_service, 3);
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 4);
 
 /**
  * Describes the message beamwire.certificate.v1.EnrollMemberRequest.
  * Use `create(EnrollMemberRequestSchema)` to create a new message.
  */
 export const EnrollMemberRequestSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_certificate_v1_certificate_service, 4);
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 5);
 
 /**
  * Describes the message beamwire.certificate.v1.RenewCertificateRequest.
  * Use `create(RenewCertificateRequestSchema)` to create a new message.
  */
 export const RenewCertificateRequestSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_certificate_v1_certificate_service, 5);
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 6);
 
 /**
  * Describes the message beamwire.certificate.v1.GetTrustBundleRequest.
  * Use `create(GetTrustBundleRequestSchema)` to create a new message.
  */
 export const GetTrustBundleRequestSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_certificate_v1_certificate_service, 6);
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 7);
 
 /**
  * Describes the message beamwire.certificate.v1.GetCertificateRequest.
  * Use `create(GetCertificateRequestSchema)` to create a new message.
  */
 export const GetCertificateRequestSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_certificate_v1_certificate_service, 7);
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 8);
 
 /**
  * Describes the message beamwire.certificate.v1.ListCertificatesRequest.
  * Use `create(ListCertificatesRequestSchema)` to create a new message.
  */
 export const ListCertificatesRequestSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_certificate_v1_certificate_service, 8);
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 9);
 
 /**
  * Describes the message beamwire.certificate.v1.ListCertificatesResponse.
  * Use `create(ListCertificatesResponseSchema)` to create a new message.
  */
 export const ListCertificatesResponseSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_certificate_v1_certificate_service, 9);
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 10);
 
 /**
- * Issues the certificates of one trust domain. Keys never travel: a member makes its own, sends a
- * signing request and gets a chain.
+ * Describes the message beamwire.certificate.v1.ListTrustBundlesRequest.
+ * Use `create(ListTrustBundlesRequestSchema)` to create a new message.
+ */
+export const ListTrustBundlesRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 11);
+
+/**
+ * Describes the message beamwire.certificate.v1.ListTrustBundlesResponse.
+ * Use `create(ListTrustBundlesResponseSchema)` to create a new message.
+ */
+export const ListTrustBundlesResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 12);
+
+/**
+ * Describes the message beamwire.certificate.v1.WatchTrustBundlesRequest.
+ * Use `create(WatchTrustBundlesRequestSchema)` to create a new message.
+ */
+export const WatchTrustBundlesRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 13);
+
+/**
+ * Describes the message beamwire.certificate.v1.WatchTrustBundlesResponse.
+ * Use `create(WatchTrustBundlesResponseSchema)` to create a new message.
+ */
+export const WatchTrustBundlesResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 14);
+
+/**
+ * Describes the message beamwire.certificate.v1.IntroduceFacilityRequest.
+ * Use `create(IntroduceFacilityRequestSchema)` to create a new message.
+ */
+export const IntroduceFacilityRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 15);
+
+/**
+ * Describes the message beamwire.certificate.v1.AcceptIntroductionRequest.
+ * Use `create(AcceptIntroductionRequestSchema)` to create a new message.
+ */
+export const AcceptIntroductionRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 16);
+
+/**
+ * Describes the message beamwire.certificate.v1.RefreshTrustBundleRequest.
+ * Use `create(RefreshTrustBundleRequestSchema)` to create a new message.
+ */
+export const RefreshTrustBundleRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 17);
+
+/**
+ * Describes the message beamwire.certificate.v1.DeleteTrustBundleRequest.
+ * Use `create(DeleteTrustBundleRequestSchema)` to create a new message.
+ */
+export const DeleteTrustBundleRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 18);
+
+/**
+ * Describes the message beamwire.certificate.v1.DeleteTrustBundleResponse.
+ * Use `create(DeleteTrustBundleResponseSchema)` to create a new message.
+ */
+export const DeleteTrustBundleResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 19);
+
+/**
+ * Describes the message beamwire.certificate.v1.RevokeMemberRequest.
+ * Use `create(RevokeMemberRequestSchema)` to create a new message.
+ */
+export const RevokeMemberRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 20);
+
+/**
+ * Describes the message beamwire.certificate.v1.RevokeMemberResponse.
+ * Use `create(RevokeMemberResponseSchema)` to create a new message.
+ */
+export const RevokeMemberResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 21);
+
+/**
+ * Describes the message beamwire.certificate.v1.ReinstateMemberRequest.
+ * Use `create(ReinstateMemberRequestSchema)` to create a new message.
+ */
+export const ReinstateMemberRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 22);
+
+/**
+ * Describes the message beamwire.certificate.v1.ReinstateMemberResponse.
+ * Use `create(ReinstateMemberResponseSchema)` to create a new message.
+ */
+export const ReinstateMemberResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 23);
+
+/**
+ * Describes the message beamwire.certificate.v1.ExplainCertificateRequest.
+ * Use `create(ExplainCertificateRequestSchema)` to create a new message.
+ */
+export const ExplainCertificateRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 24);
+
+/**
+ * Describes the message beamwire.certificate.v1.ExplainCertificateResponse.
+ * Use `create(ExplainCertificateResponseSchema)` to create a new message.
+ */
+export const ExplainCertificateResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 25);
+
+/**
+ * Describes the message beamwire.certificate.v1.ExplainCertificateResponse.Check.
+ * Use `create(ExplainCertificateResponse_CheckSchema)` to create a new message.
+ */
+export const ExplainCertificateResponse_CheckSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 25, 0);
+
+/**
+ * Describes the message beamwire.certificate.v1.WhoAmIRequest.
+ * Use `create(WhoAmIRequestSchema)` to create a new message.
+ */
+export const WhoAmIRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 26);
+
+/**
+ * Describes the message beamwire.certificate.v1.WhoAmIResponse.
+ * Use `create(WhoAmIResponseSchema)` to create a new message.
+ */
+export const WhoAmIResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 27);
+
+/**
+ * Describes the message beamwire.certificate.v1.CheckAccessRequest.
+ * Use `create(CheckAccessRequestSchema)` to create a new message.
+ */
+export const CheckAccessRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 28);
+
+/**
+ * Describes the message beamwire.certificate.v1.CheckAccessResponse.
+ * Use `create(CheckAccessResponseSchema)` to create a new message.
+ */
+export const CheckAccessResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 29);
+
+/**
+ * Describes the message beamwire.certificate.v1.CreateDelegationTokenRequest.
+ * Use `create(CreateDelegationTokenRequestSchema)` to create a new message.
+ */
+export const CreateDelegationTokenRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 30);
+
+/**
+ * Describes the message beamwire.certificate.v1.DelegationToken.
+ * Use `create(DelegationTokenSchema)` to create a new message.
+ */
+export const DelegationTokenSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 31);
+
+/**
+ * Describes the message beamwire.certificate.v1.RevokeDelegationTokenRequest.
+ * Use `create(RevokeDelegationTokenRequestSchema)` to create a new message.
+ */
+export const RevokeDelegationTokenRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 32);
+
+/**
+ * Describes the message beamwire.certificate.v1.RevokeDelegationTokenResponse.
+ * Use `create(RevokeDelegationTokenResponseSchema)` to create a new message.
+ */
+export const RevokeDelegationTokenResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 33);
+
+/**
+ * Describes the message beamwire.certificate.v1.DescribeAuthorityRequest.
+ * Use `create(DescribeAuthorityRequestSchema)` to create a new message.
+ */
+export const DescribeAuthorityRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 34);
+
+/**
+ * Describes the message beamwire.certificate.v1.DescribeAuthorityResponse.
+ * Use `create(DescribeAuthorityResponseSchema)` to create a new message.
+ */
+export const DescribeAuthorityResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 35);
+
+/**
+ * Describes the message beamwire.certificate.v1.AuthorityStatus.
+ * Use `create(AuthorityStatusSchema)` to create a new message.
+ */
+export const AuthorityStatusSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 36);
+
+/**
+ * Describes the enum beamwire.certificate.v1.AuthorityStatus.Phase.
+ */
+export const AuthorityStatus_PhaseSchema = /*@__PURE__*/
+  enumDesc(file_beamwire_certificate_v1_certificate_service, 36, 0);
+
+/**
+ * `STABLE -> ANNOUNCED -> ACTIVATED -> STABLE`; ANNOUNCED may also go back to STABLE.
+ *
+ * @generated from enum beamwire.certificate.v1.AuthorityStatus.Phase
+ */
+export const AuthorityStatus_Phase = /*@__PURE__*/
+  tsEnum(AuthorityStatus_PhaseSchema);
+
+/**
+ * Describes the message beamwire.certificate.v1.RotateAuthorityRequest.
+ * Use `create(RotateAuthorityRequestSchema)` to create a new message.
+ */
+export const RotateAuthorityRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 37);
+
+/**
+ * Describes the message beamwire.certificate.v1.RotateAuthorityResponse.
+ * Use `create(RotateAuthorityResponseSchema)` to create a new message.
+ */
+export const RotateAuthorityResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 38);
+
+/**
+ * Describes the message beamwire.certificate.v1.AuditRecord.
+ * Use `create(AuditRecordSchema)` to create a new message.
+ */
+export const AuditRecordSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 39);
+
+/**
+ * Describes the message beamwire.certificate.v1.ListAuditRecordsRequest.
+ * Use `create(ListAuditRecordsRequestSchema)` to create a new message.
+ */
+export const ListAuditRecordsRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 40);
+
+/**
+ * Describes the message beamwire.certificate.v1.ListAuditRecordsResponse.
+ * Use `create(ListAuditRecordsResponseSchema)` to create a new message.
+ */
+export const ListAuditRecordsResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_certificate_v1_certificate_service, 41);
+
+/**
+ * Issues the certificates of one trust domain, and says which other domains are believed. Keys never
+ * travel: a member makes its own, sends a signing request and gets a chain.
  *
  * @generated from service beamwire.certificate.v1.CertificateService
  */

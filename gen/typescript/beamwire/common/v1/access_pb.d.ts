@@ -29,7 +29,7 @@ export declare type Access = Message<"beamwire.common.v1.Access"> & {
   roles: Role[];
 
   /**
-   * If true, a caller of ROLE_USER, ROLE_JOB or ROLE_CACHE reaches only the resources that it
+   * If true, a caller of ROLE_USER, ROLE_JOB, ROLE_CACHE or ROLE_PARTNER reaches only the resources that it
    * owns. Services and operators reach all.
    *
    * @generated from field: bool owner_only = 2;
@@ -53,7 +53,8 @@ export declare const AccessSchema: GenMessage<Access>;
 
 /**
  * The kind of member that calls. The first segment of the path of the caller's
- * SPIFFE id decides it: `spiffe://<domain>/user/alice` is a ROLE_USER.
+ * SPIFFE id decides it: `spiffe://<domain>/user/alice` is a ROLE_USER. A member of another facility has
+ * a role only if the policy gives it one: users ROLE_USER, jobs ROLE_JOB, services ROLE_PARTNER.
  *
  * @generated from enum beamwire.common.v1.Role
  */
@@ -99,6 +100,13 @@ export enum Role {
    * @generated from enum value: ROLE_OPERATOR = 5;
    */
   OPERATOR = 5,
+
+  /**
+   * A service of another facility that the policy lets in. Has what it asked for itself, no more.
+   *
+   * @generated from enum value: ROLE_PARTNER = 6;
+   */
+  PARTNER = 6,
 }
 
 /**

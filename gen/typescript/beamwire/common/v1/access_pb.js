@@ -12,7 +12,7 @@ import { file_google_protobuf_descriptor } from "@bufbuild/protobuf/wkt";
  * Describes the file beamwire/common/v1/access.proto.
  */
 export const file_beamwire_common_v1_access = /*@__PURE__*/
-  fileDesc("Ch9iZWFtd2lyZS9jb21tb24vdjEvYWNjZXNzLnByb3RvEhJiZWFtd2lyZS5jb21tb24udjEiWAoGQWNjZXNzEicKBXJvbGVzGAEgAygOMhguYmVhbXdpcmUuY29tbW9uLnYxLlJvbGUSEgoKb3duZXJfb25seRgCIAEoCBIRCglhbm9ueW1vdXMYAyABKAgqbgoEUm9sZRIUChBST0xFX1VOU1BFQ0lGSUVEEAASDQoJUk9MRV9VU0VSEAESEAoMUk9MRV9TRVJWSUNFEAISDAoIUk9MRV9KT0IQAxIOCgpST0xFX0NBQ0hFEAQSEQoNUk9MRV9PUEVSQVRPUhAFOlQKBmFjY2VzcxIeLmdvb2dsZS5wcm90b2J1Zi5NZXRob2RPcHRpb25zGPWJAyABKAsyGi5iZWFtd2lyZS5jb21tb24udjEuQWNjZXNzUgZhY2Nlc3NCWwoWb3JnLmJlYW13aXJlLmNvbW1vbi52MVABWj9naXRodWIuY29tL2JlYW13aXJlL2JlYW13aXJlL2dlbi9nby9iZWFtd2lyZS9jb21tb24vdjE7Y29tbW9udjFiBnByb3RvMw", [file_google_protobuf_descriptor]);
+  fileDesc("Ch9iZWFtd2lyZS9jb21tb24vdjEvYWNjZXNzLnByb3RvEhJiZWFtd2lyZS5jb21tb24udjEiWAoGQWNjZXNzEicKBXJvbGVzGAEgAygOMhguYmVhbXdpcmUuY29tbW9uLnYxLlJvbGUSEgoKb3duZXJfb25seRgCIAEoCBIRCglhbm9ueW1vdXMYAyABKAgqgAEKBFJvbGUSFAoQUk9MRV9VTlNQRUNJRklFRBAAEg0KCVJPTEVfVVNFUhABEhAKDFJPTEVfU0VSVklDRRACEgwKCFJPTEVfSk9CEAMSDgoKUk9MRV9DQUNIRRAEEhEKDVJPTEVfT1BFUkFUT1IQBRIQCgxST0xFX1BBUlRORVIQBjpUCgZhY2Nlc3MSHi5nb29nbGUucHJvdG9idWYuTWV0aG9kT3B0aW9ucxj1iQMgASgLMhouYmVhbXdpcmUuY29tbW9uLnYxLkFjY2Vzc1IGYWNjZXNzQlsKFm9yZy5iZWFtd2lyZS5jb21tb24udjFQAVo/Z2l0aHViLmNvbS9iZWFtd2lyZS9iZWFtd2lyZS9nZW4vZ28vYmVhbXdpcmUvY29tbW9uL3YxO2NvbW1vbnYxYgZwcm90bzM", [file_google_protobuf_descriptor]);
 
 /**
  * Describes the message beamwire.common.v1.Access.
@@ -29,7 +29,8 @@ export const RoleSchema = /*@__PURE__*/
 
 /**
  * The kind of member that calls. The first segment of the path of the caller's
- * SPIFFE id decides it: `spiffe://<domain>/user/alice` is a ROLE_USER.
+ * SPIFFE id decides it: `spiffe://<domain>/user/alice` is a ROLE_USER. A member of another facility has
+ * a role only if the policy gives it one: users ROLE_USER, jobs ROLE_JOB, services ROLE_PARTNER.
  *
  * @generated from enum beamwire.common.v1.Role
  */

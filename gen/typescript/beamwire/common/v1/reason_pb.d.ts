@@ -53,6 +53,13 @@ export enum ErrorReason {
   INVALID_JOIN_TOKEN = 4,
 
   /**
+   * INVALID_ARGUMENT: the introduction is damaged, expired, or not the one that was read out.
+   *
+   * @generated from enum value: ERROR_REASON_INVALID_INTRODUCTION = 5;
+   */
+  INVALID_INTRODUCTION = 5,
+
+  /**
    * NOT_FOUND: no resource of that name.
    *
    * @generated from enum value: ERROR_REASON_RESOURCE_NOT_FOUND = 10;
@@ -142,6 +149,27 @@ export enum ErrorReason {
    * @generated from enum value: ERROR_REASON_TICKET_EXPIRED = 36;
    */
   TICKET_EXPIRED = 36,
+
+  /**
+   * UNAUTHENTICATED: the certificate was revoked by its authority.
+   *
+   * @generated from enum value: ERROR_REASON_CERTIFICATE_REVOKED = 37;
+   */
+  CERTIFICATE_REVOKED = 37,
+
+  /**
+   * PERMISSION_DENIED: the policy of the facility does not allow this to the caller.
+   *
+   * @generated from enum value: ERROR_REASON_POLICY_REFUSED = 38;
+   */
+  POLICY_REFUSED = 38,
+
+  /**
+   * PERMISSION_DENIED: a delegation token is malformed, expired, revoked, or does not allow this.
+   *
+   * @generated from enum value: ERROR_REASON_TOKEN_REFUSED = 39;
+   */
+  TOKEN_REFUSED = 39,
 
   /**
    * RESOURCE_EXHAUSTED: a limit was reached; QuotaFailure says which.

@@ -671,14 +671,16 @@ export declare const LogStreamSchema: GenEnum<LogStream>;
 
 /**
  * Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
- * job is an arbitrary program under the facility's account, only services and operators create them;
- * a user sees and cancels the jobs that were created for them.
+ * job is an arbitrary program under the facility's account, only services and operators create them,
+ * and services of other facilities as far as the policy names the programs; a user sees and cancels the
+ * jobs that were created for them.
  *
  * @generated from service beamwire.job.v1.JobService
  */
 export declare const JobService: GenService<{
   /**
-   * Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators.
+   * Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
+   * and partners, for whom the policy names the executables they may run.
    *
    * @generated from rpc beamwire.job.v1.JobService.CreateJob
    */
@@ -741,7 +743,7 @@ export declare const JobService: GenService<{
     output: typeof TailLogsResponseSchema;
   },
   /**
-   * Cancels the job if it runs, and forgets it with its directory. Services, operators.
+   * Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators.
    *
    * @generated from rpc beamwire.job.v1.JobService.DeleteJob
    */

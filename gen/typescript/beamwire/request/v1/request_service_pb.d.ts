@@ -10,6 +10,7 @@ import type { EndCause, Loss } from "../../common/v1/account_pb.js";
 import type { Duration, Timestamp } from "@bufbuild/protobuf/wkt";
 import type { BufferSpec, ConsumerCounters, GroupCounters, ProducerCounters } from "../../buffer/v1/buffer_service_pb.js";
 import type { Status } from "../../../google/rpc/status_pb.js";
+import type { JobSpec } from "../../job/v1/job_service_pb.js";
 
 /**
  * Describes the file beamwire/request/v1/request_service.proto.
@@ -476,6 +477,14 @@ export declare type Transfer = Message<"beamwire.request.v1.Transfer"> & {
    * @generated from field: string etag = 20;
    */
   etag: string;
+
+  /**
+   * Programs that consume the events, each placed at some facility when the buffer is ready: each is a
+   * group's consumer of its own, under the identity that its facility gives to the job.
+   *
+   * @generated from field: repeated beamwire.request.v1.ConsumerJob consumer_jobs = 21;
+   */
+  consumerJobs: ConsumerJob[];
 };
 
 /**
@@ -566,6 +575,47 @@ export enum Transfer_State {
  * Describes the enum beamwire.request.v1.Transfer.State.
  */
 export declare const Transfer_StateSchema: GenEnum<Transfer_State>;
+
+/**
+ * A program that consumes a transfer where its facility runs it.
+ *
+ * @generated from message beamwire.request.v1.ConsumerJob
+ */
+export declare type ConsumerJob = Message<"beamwire.request.v1.ConsumerJob"> & {
+  /**
+   * The facility that runs it; must be believed here, and let this one place jobs. Empty: this one.
+   *
+   * @generated from field: string trust_domain = 1;
+   */
+  trustDomain: string;
+
+  /**
+   * The program. BEAMWIRE_CONNECT in its environment says where to dial; it enrols as `job/<id>`.
+   *
+   * @generated from field: beamwire.job.v1.JobSpec spec = 2;
+   */
+  spec?: JobSpec | undefined;
+
+  /**
+   * `jobs/{job}` at its facility, once it is placed.
+   *
+   * @generated from field: string job = 3;
+   */
+  job: string;
+
+  /**
+   * The SPIFFE id that it consumes as, once it is placed.
+   *
+   * @generated from field: string identity = 4;
+   */
+  identity: string;
+};
+
+/**
+ * Describes the message beamwire.request.v1.ConsumerJob.
+ * Use `create(ConsumerJobSchema)` to create a new message.
+ */
+export declare const ConsumerJobSchema: GenMessage<ConsumerJob>;
 
 /**
  * Asks for a transfer.

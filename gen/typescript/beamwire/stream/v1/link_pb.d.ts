@@ -620,6 +620,20 @@ export declare type TicketClaims = Message<"beamwire.stream.v1.TicketClaims"> & 
    * @generated from field: string ticket_id = 7;
    */
   ticketId: string;
+
+  /**
+   * Whose right its holder uses, if a delegation token handed it over: a SPIFFE id.
+   *
+   * @generated from field: string delegated_by = 8;
+   */
+  delegatedBy: string;
+
+  /**
+   * The revocation ids of that token, in hexadecimal.
+   *
+   * @generated from field: repeated string delegation_ids = 9;
+   */
+  delegationIds: string[];
 };
 
 /**

@@ -11,6 +11,7 @@ from beamwire.mesh import telemetry
 from beamwire.mesh.errors import Reason
 from beamwire.mesh.stream.link import Link, to_message
 from beamwire.mesh.stream.sockets import Connection
+from beamwire.mesh.stream.tls import TlsConnection
 from beamwire.services.buffer.cache.admission import Admission, Pass
 from beamwire.services.buffer.cache.groups import Sink, Step
 from beamwire.services.buffer.cache.hangups import Hangups
@@ -22,6 +23,7 @@ from beamwire.stream.v1.link_pb2 import Hello, Placed, Signal, Welcome
 
 # A consumer may have frames before it that take long; one whose host is gone is noticed by keepalive.
 CONFIRM_TIMEOUT: Final = 300.0
+HANDOVER_TIMEOUT: Final = 60.0
 # Messages of this size and more cost less copied from the ring than sent, in bytes.
 _SMALLEST_PLACED: Final = 64 * 1024
 
@@ -82,16 +84,29 @@ class PushEgress(_Egress):
     def run(self, identity: str, address: str) -> None:
         """Return when the consumer has confirmed or left."""
         sink, _ = self._relay.join(Peer(identity, address, self._bell.ring, self._connection.interrupt))
-        confirmed = False
+        confirmed = taken = False
         try:
             with self._hangups.watching(self._connection, sink):
                 ending = self._relay_until_end(sink)
             if ending:
                 self._connection.set_timeout(CONFIRM_TIMEOUT)
-                self._connection.finish()
-                confirmed = True
+                confirmed = self._confirmed()
+                taken = not confirmed
+            elif isinstance(self._connection, TlsConnection):
+                # Of those without a certificate nobody asks for an end before END.
+                taken = self._connection.hand_over(HANDOVER_TIMEOUT)
         finally:
-            self._relay.leave(sink, confirmed=confirmed)
+            self._relay.leave(sink, confirmed=confirmed, taken=taken)
+
+    def _confirmed(self) -> bool:
+        """Whether the consumer confirms END; False if it had asked for an end before, and has everything."""
+        try:
+            self._connection.finish()
+        except OSError:
+            if isinstance(self._connection, TlsConnection) and self._connection.hand_over(HANDOVER_TIMEOUT):
+                return False
+            raise
+        return True
 
     def _relay_until_end(self, sink: Sink) -> bool:
         """Whether END was sent."""
@@ -166,6 +181,7 @@ class AckedEgress(_Egress):
 
     def _advance(self, sink: Sink) -> bool:
         """Do what is to be done next; False if the consumer has left."""
+        self._granted.check()
         step = self._relay.next(sink)
         if isinstance(step, list):
             self._send(sink, step)

@@ -89,8 +89,7 @@ class _Ingest(ABC):
     def _accept(self, message: memoryview) -> None:
         entrance = self._entrance
         assert entrance is not None
-        if self._granted.void:
-            raise RefusedError("its right to this buffer has ended", Reason.ROLE_NOT_ALLOWED)
+        self._granted.check()
         header = self._parse(message)
         self._check(header)
         if header.kind == FRAME_KIND_MARK:
@@ -173,9 +172,11 @@ class PushIngest(_Ingest):
                     self._arrive(message)
                 finally:
                     self._discard()
-            if not self._ended:
-                # It left without END, or a seal ended the reading: what it sent meanwhile was not taken.
+            if not self._ended and self._relay.state != "READY":
+                # A seal ended the reading: what it sent meanwhile was not taken.
                 return
+            # Before it is told that all was read: another connection of it may come at once.
+            self._leave()
             self._connection.abort_on_close(False)
             self._connection.finish()
         except SealedError:
@@ -270,6 +271,7 @@ class AckedIngest(_Ingest):
 
     def _receive(self) -> bool:
         """Take the next message; False if there will be none."""
+        self._granted.check()
         if not self._link.wait(0):
             self._accept_arrived()
             self._acknowledge()
@@ -316,6 +318,7 @@ class AckedIngest(_Ingest):
 
     def _linger(self) -> None:
         """While there is no room: the producer is to know what is stored, and that we live."""
+        self._granted.check()
         self._accept_arrived()
         self._acknowledge()
         self._link.pulse()

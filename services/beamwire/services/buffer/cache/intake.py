@@ -25,9 +25,11 @@ from beamwire.services.buffer.cache.vault import Vault
 from beamwire.stream.v1.frame_pb2 import FRAME_KIND_BUNDLE, FRAME_KIND_DATA, FrameHeader
 
 _MOST_EVENTS: Final = 2**53
-# What is held beyond this waits for consumers that are at work, for so many seconds at most: see `_holds_back`.
+# What is held beyond this waits for consumers that are at work, for so many seconds per MiB of a message at most: see
+# `_holds_back`.
 _WARM_BYTES: Final = 16 * 1024 * 1024
 _PATIENCE: Final = 0.005
+_LONGEST_PATIENCE: Final = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class Intake:
                         slot = self._reserve(length)
                         if slot is not None or self._config.overflow_policy == "DROP_NEWEST":
                             return slot
-                    notified = turn.wait(_PATIENCE if holds_back else period)
+                    notified = turn.wait(_patience(length) if holds_back else period)
                     if holds_back and not notified:
                         self._patient, notified = False, True
 
@@ -308,6 +310,11 @@ class Intake:
                 words[at.NEVER_RECEIVED] + missing,
             ]
         )
+
+
+def _patience(length: int) -> float:
+    """How long consumers at work may take for a message, in seconds."""
+    return min(max(length / 2**20, 1.0) * _PATIENCE, _LONGEST_PATIENCE)
 
 
 def _message(frame: bytes | memoryview) -> bytes:

@@ -152,11 +152,15 @@ class Listener:
         try:
             self._strangers.replace(threading.current_thread(), secured)
             secured.do_handshake()
-            certificate = read_certificate(secured, self._credentials)
-        except (OSError, BeamwireError) as error:
+        except OSError as error:
             _part(secured)
             raise RefusedError(_reason(error)) from error
-        return TlsConnection(secured), certificate
+        connection = TlsConnection(secured)
+        try:
+            return connection, read_certificate(secured, self._credentials)
+        except BeamwireError as error:
+            _turn_away(connection, Refusal(reason=error.reason.value, message=error.message))  # type: ignore[arg-type]
+            raise RefusedError(f"its certificate is not valid: {error}", error.reason) from error
 
     def _greet(self, connection: Connection, certificate: Certificate, address: str, who: str) -> None:
         """Exchange greetings, and serve the role that the peer's asks for."""
@@ -190,7 +194,7 @@ class Listener:
         try:
             hello = _receive_hello(link)
             self._check_delivery()
-            granted = self._admission.admit(certificate, hello.role, hello.ticket, link.interrupt)
+            granted = self._admission.admit(certificate, hello.role, hello.ticket, link.interrupt, link.wake)
             self._strangers.remove(threading.current_thread())
             try:
                 _log.info("%s %s", who, "produces" if hello.role == LINK_ROLE_PRODUCE else "consumes")
@@ -219,6 +223,22 @@ class Listener:
         # TLS vouches for every byte, and so does the kernel for what does not leave the host.
         verify = verify and self._path is None and not ip_address(address.rpartition(":")[0]).is_loopback
         AckedIngest(self._relay, link, granted, self._admission, verify=verify).run(hello)
+
+
+def _turn_away(connection: Connection, refusal: Refusal) -> None:
+    """Tell one who is not let in why, if it speaks a protocol that has words for it, and close."""
+    link = Link(connection)
+    try:
+        connection.set_deadline(_HANDSHAKE_TIMEOUT)
+        if connection.receive_greeting() == PAIR:
+            connection.send_greeting(PAIR)
+            _receive_hello(link)
+            link.send_signal(Signal(refusal=refusal))
+            link.finish()
+    except (OSError, ValueError, RefusedError) as error:
+        _log.debug("one who is turned away cannot be told why: %s", error)
+    finally:
+        link.close()
 
 
 def _receive_hello(link: Link) -> Hello:

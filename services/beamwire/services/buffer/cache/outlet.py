@@ -100,14 +100,19 @@ class Outlet:
         group.sinks.add(sink)
         return sink, evicted
 
-    def leave(self, sink: Sink, *, confirmed: bool) -> None:
-        """A consumer is gone; `confirmed` if it is one of NNG's own and closed in good order after END."""
+    def leave(self, sink: Sink, *, confirmed: bool, taken: bool = False) -> None:
+        """A consumer is gone; `confirmed` if it is one of NNG's own and closed in good order after END.
+
+        `taken` if it left in good order before: it has what was pushed to it.
+        """
         group = sink.group
         group.sinks.discard(sink)
         sink.idle = False
         if confirmed and not sink.given_up:
             sink.confirmed = True
             self.groups.confirm(group)
+        if taken and not sink.given_up:
+            sink.confirmed = True
         if self._pushes:
             self._resolve(sink)
         self.roll.left(sink)

@@ -217,10 +217,10 @@ class Relay:
             self._outlet.reject(sink, number)
         self._on_change(False)
 
-    def leave(self, sink: Sink, *, confirmed: bool = False) -> None:
-        """A consumer is gone. One that was given up did not confirm: its connection was closed from here."""
+    def leave(self, sink: Sink, *, confirmed: bool = False, taken: bool = False) -> None:
+        """A consumer is gone; see `Outlet.leave`. One that was given up did not confirm: it was closed from here."""
         with self._lock:
-            self._outlet.leave(sink, confirmed=confirmed)
+            self._outlet.leave(sink, confirmed=confirmed, taken=taken)
             changed = self._settle()
         self._on_change(changed)
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Literal
@@ -14,11 +15,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.errors import BeamwireError
 from beamwire.mesh.stream.local import listen_local
+from beamwire.mesh.trust import DomainTrust
 from beamwire.services.buffer.cache.admission import Admission
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.listener import Listener
 from beamwire.services.buffer.cache.relay import Relay
+from beamwire.services.buffer.cache.renewals import keep_renewed
 from beamwire.services.buffer.cache.vault import open_vault
 from beamwire.services.buffer.control import CONTROL_SOCKET
 
@@ -27,7 +31,8 @@ _log = logging.getLogger(__name__)
 _WATCH_PERIOD: Final = 0.1
 _SEAL_GRACE: Final = 10.0
 _STOP_GRACE: Final = 7.0
-_LINE_LIMIT: Final = 64 * 1024
+# What is told of trust has a list of revoked certificates in it.
+_LINE_LIMIT: Final = 16 * 1024 * 1024
 # How often leases, tickets and certificates are looked at, in seconds.
 _REAP_PERIOD: Final = 0.25
 
@@ -37,10 +42,11 @@ class _Question(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    op: Literal["status", "watch", "seal", "stop", "revoke"]
+    op: Literal["status", "watch", "seal", "stop", "revoke", "trust"]
     identity: str = ""
     cause: Literal["DONE", "FAILED", "CANCELLED", "EXPIRED", "TRUNCATED"] = "DONE"
     detail: str = ""
+    domains: tuple[str, ...] = ()
 
 
 class CacheServer:
@@ -54,7 +60,8 @@ class CacheServer:
         self._told = False
         self._stopping = False
         self._relay = Relay(config, self._vault, self._changed_in_thread)
-        self._admission = Admission(config)
+        self._credentials = credentials
+        self._admission = Admission(config, credentials)
         for identity in self._vault.facts.revoked:
             self._admission.revoke(identity)
         self._listener = Listener(self._relay, credentials, self._admission, directory)
@@ -68,11 +75,15 @@ class CacheServer:
             self._loop.add_signal_handler(number, self._stop)
         self._listener.start()
         self._reap()
+        renewal = asyncio.create_task(keep_renewed(self._credentials)) if self._credentials is not None else None
         control = listen_local(self._directory / CONTROL_SOCKET)
         server = await asyncio.start_unix_server(self._answer, sock=control, limit=_LINE_LIMIT)
         try:
             await self._done.wait()
         finally:
+            if renewal is not None:
+                renewal.cancel()
+                await asyncio.wait([renewal])
             self._listener.close()
             server.close()
             for watcher in self._watchers:
@@ -138,6 +149,12 @@ class CacheServer:
             return
         if question.op == "seal":
             self._seal(question)
+        if question.op == "trust":
+            try:
+                self._believe(question.domains)
+            except (BeamwireError, OSError, ValueError) as error:
+                _write(writer, json.dumps({"error": f"the cache cannot believe that: {error}"}))
+                return
         if question.op == "revoke":
             self._admission.revoke(question.identity)
             self._vault.journal.note(fact="revoked", identity=question.identity)
@@ -145,6 +162,13 @@ class CacheServer:
         await writer.drain()
         if question.op == "stop":
             self._stop()
+
+    def _believe(self, domains: Sequence[str]) -> None:
+        """Take what is now believed of all trust domains; who is believed no more is put out at once."""
+        if self._credentials is not None:
+            told = [DomainTrust.from_json(domain) for domain in domains]
+            self._credentials.change_trust(lambda trust: trust.told(told, complete=True))
+            self._admission.reap()
 
     def _seal(self, question: _Question) -> None:
         cause = account_pb2.EndCause.Value(f"END_CAUSE_{question.cause}")

@@ -63,7 +63,7 @@ class BufferDataHandler:
     def send(self, message: Message) -> None:
         """Sends one frame; blocks while the buffer is full."""
         if message.data is None:
-            self._producer.send(message.arrays, message.event_ids)
+            self._producer.send(message.arrays, message.event_ids, lasting=message.lasting)
         else:
             self._producer.send_opaque(message.data, message.media_type, message.event_ids)
 

@@ -222,7 +222,9 @@ class Handlers:
 
 
 def _kept(message: Message) -> Message:
-    """The message with memory of its own: the stages and the serializer use theirs again."""
+    """The message with memory of its own, unless it has that: the stages and the serializer use theirs again."""
+    if message.lasting:
+        return message
     arrays = {name: value.copy() for name, value in message.arrays.items()}
     data = None if message.data is None else bytes(message.data)
     return replace(message, event_ids=message.event_ids.copy(), arrays=arrays, data=data)

@@ -102,7 +102,7 @@ class NativeSerializer:
         arrays: Mapping[str, Value] = batch.arrays
         if self._compression:
             arrays = {name: self._encoded(name, values) for name, values in arrays.items()}
-        yield Message(batch.event_ids, arrays)
+        yield Message(batch.event_ids, arrays, lasting=batch.lasting and not self._compression)
 
     def end(self) -> Iterable[Message]:
         """Nothing."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from beamwire.mesh.errors import BeamwireError
 from beamwire.services.streamer.components import ComponentParameters, Event, SourceContext
+from beamwire.services.streamer.named import Dataset, files
 from beamwire.services.streamer.sources import hdf5_files
 from beamwire.services.streamer.sources.files import named_files, not_found
 
@@ -63,6 +64,12 @@ class DectrisEventSource:
 
     class Parameters(ComponentParameters):
         """None."""
+
+    @staticmethod
+    def datasets(parameters: DectrisEventSource.Parameters, identifier: str) -> Iterator[Dataset]:
+        """The files that the source identifier names."""
+        del parameters
+        return files(identifier)
 
     def __init__(self, parameters: DectrisEventSource.Parameters, context: SourceContext) -> None:
         del parameters

@@ -41,8 +41,15 @@ def _matches(part: str) -> list[Path]:
         raise not_found(f"{path} is a directory; name the files in it, as in {path}/*")
     if not has_magic(part):
         raise not_found(f"there is no file {path}")
-    root = Path(path.anchor)
-    found = sorted(path for path in root.glob(str(path.relative_to(root))) if path.is_file() and path.name[0] != ".")
+    found = fitting(part)
     if not found:
         raise not_found(f"no file fits {part}")
     return found
+
+
+def fitting(pattern: str) -> list[Path]:
+    """The files that fit a pattern, by their names; those that begin with a dot are hidden."""
+    path = Path(pattern)
+    root = Path(path.anchor)
+    found = root.glob(str(path.relative_to(root)))
+    return sorted(path for path in found if path.is_file() and path.name[0] != ".")

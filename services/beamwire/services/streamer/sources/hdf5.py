@@ -12,6 +12,7 @@ from pydantic import Field
 
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason, invalid_field
 from beamwire.services.streamer.components import Array, ComponentParameters, Event, EventSource, SourceContext
+from beamwire.services.streamer.named import Dataset, files
 from beamwire.services.streamer.sources import hdf5_files
 from beamwire.services.streamer.sources.files import named_files, not_found
 from beamwire.services.streamer.sources.hdf5_rows import ROW_OFFSETS, VALUES, Rows, as_text
@@ -36,6 +37,12 @@ class HDF5EventSource:
         """The dataset of the ids, uint64; two are seconds and nanoseconds, and give seconds << 32 | nanoseconds."""
 
         id_path: Annotated[list[str], Field(min_length=1, max_length=2)] | str | None = None
+
+    @staticmethod
+    def datasets(parameters: HDF5EventSource.Parameters, identifier: str) -> Iterator[Dataset]:
+        """The files that the source identifier names."""
+        del parameters
+        return files(identifier)
 
     def __init__(self, parameters: HDF5EventSource.Parameters, context: SourceContext) -> None:
         self.context = context

@@ -15,7 +15,9 @@ from pydantic import model_validator
 
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.services.streamer.components import Array, ComponentParameters, Event, EventSource, SourceContext
+from beamwire.services.streamer.named import Dataset, directory, experiment
 from beamwire.services.streamer.registry import nearest
+from beamwire.services.streamer.sources.files import FIELD
 from beamwire.services.streamer.sources.generated import EventId
 from beamwire.services.streamer.sources.psana_values import (
     DetectorParameters,
@@ -41,6 +43,25 @@ class Psana1EventSource:
 
     class Parameters(ComponentParameters):
         """None: the source identifier has them."""
+
+    @staticmethod
+    def datasets(parameters: Psana1EventSource.Parameters, identifier: str) -> Iterator[Dataset]:
+        """The experiment, the shared memory, the directory that the source identifier names."""
+        del parameters
+        for part in identifier.split(":"):
+            key, _, value = part.partition("=")
+            if key == "exp":
+                # psana1 also takes the instrument before it: CXI/cxilr6716.
+                instrument, slash, name = value.rpartition("/")
+                if slash:
+                    experiment(FIELD, instrument)
+                yield experiment(FIELD, name)
+            elif key == "shmem":
+                yield Dataset(FIELD, f"shmem:{value}", (f"shmem:{value}",))
+            elif key == "dir":
+                yield directory(FIELD, value, "**/*")
+            elif "/" in part:
+                raise invalid(f"{part[:100]!r} is not a part of it that the policy of the facility has words for")
 
     def __init__(self, parameters: Psana1EventSource.Parameters, context: SourceContext) -> None:
         del parameters

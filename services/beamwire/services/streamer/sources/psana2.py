@@ -13,8 +13,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from beamwire.mesh.errors import Reason
 from beamwire.services.streamer.components import ComponentParameters, Event, SourceContext
+from beamwire.services.streamer.named import Dataset, directory, experiment, file
 from beamwire.services.streamer.registry import nearest
 from beamwire.services.streamer.sources import psana2_constants, psana2_files
+from beamwire.services.streamer.sources.files import FIELD
 from beamwire.services.streamer.sources.psana2_run import OpenRun, import_psana
 from beamwire.services.streamer.sources.psana2_streams import Patience, Stream, StreamFiles, groups
 from beamwire.services.streamer.sources.smalldata import invalid
@@ -113,6 +115,18 @@ class Psana2EventSource:
 
         calibration: Path | None = None
         live_silence: Annotated[float, Field(gt=0)] = 60.0
+
+    @staticmethod
+    def datasets(parameters: Psana2EventSource.Parameters, identifier: str) -> Iterator[Dataset]:
+        """The experiment, or the files or the directory that the source identifier names instead."""
+        del parameters
+        named = parse_identifier(identifier)
+        for path in named.files:
+            yield file(FIELD, path)
+        if named.exp:
+            runs = [f"{experiment(FIELD, named.exp).named.removeprefix('exp:')}-r{run:04d}-s*" for run in named.run]
+            patterns = [*runs, *(f"smalldata/{run}" for run in runs)]
+            yield directory(FIELD, named.dir, *patterns) if named.dir else experiment(FIELD, named.exp)
 
     def __init__(self, parameters: Psana2EventSource.Parameters, context: SourceContext) -> None:
         self.context = context

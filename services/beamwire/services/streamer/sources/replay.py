@@ -17,6 +17,7 @@ from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.stream import frame as frames
 from beamwire.mesh.stream.frame import Frame
 from beamwire.services.streamer.components import Array, ComponentParameters, Event, EventSource, SourceContext
+from beamwire.services.streamer.named import Dataset, files_or_directory
 from beamwire.services.streamer.registry import nearest
 from beamwire.services.streamer.sources.files import named_files, not_found
 from beamwire.stream.v1 import frame_pb2
@@ -58,6 +59,12 @@ class ReplayEventSource:
             if self.speed is not None and self.events_per_second is not None:
                 raise ValueError("speed: there is events_per_second too; take one of them")
             return self
+
+    @staticmethod
+    def datasets(parameters: ReplayEventSource.Parameters, identifier: str) -> Iterator[Dataset]:
+        """The files that the source identifier names."""
+        del parameters
+        return files_or_directory(identifier, f"*{SUFFIX}")
 
     def __init__(self, parameters: ReplayEventSource.Parameters, context: SourceContext) -> None:
         self.context = context

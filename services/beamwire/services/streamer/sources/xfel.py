@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 from beamwire.services.streamer.components import Array, ComponentParameters, Event, SourceContext
+from beamwire.services.streamer.named import Dataset, files_or_directory
 from beamwire.services.streamer.registry import nearest
 from beamwire.services.streamer.sources.files import named_files, not_found
 
@@ -41,6 +42,12 @@ class XfelEventSource:
 
         events: Literal["trains", "pulses"] = "trains"
         detector: str | None = None
+
+    @staticmethod
+    def datasets(parameters: XfelEventSource.Parameters, identifier: str) -> Iterator[Dataset]:
+        """The files that the source identifier names."""
+        del parameters
+        return files_or_directory(identifier, "*.h5")
 
     def __init__(self, parameters: XfelEventSource.Parameters, context: SourceContext) -> None:
         self.context = context

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.services.streamer.components import Array, FieldSpec
+from beamwire.services.streamer.named import ArrayName, FileName
 from beamwire.services.streamer.stages.compiled import njit, readonly
 from beamwire.services.streamer.stages.one_field import EventIds, FieldParameters, OneField, constant
 
@@ -26,9 +27,9 @@ class AssembleParameters(FieldParameters):
     below 0 is left out.
     """
 
-    geometry: str = ""
-    rows: str = ""
-    columns: str = ""
+    geometry: FileName = ""
+    rows: ArrayName = ""
+    columns: ArrayName = ""
 
 
 class Assemble(OneField):

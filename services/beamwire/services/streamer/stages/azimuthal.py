@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from beamwire.mesh.errors import invalid_field
 from beamwire.mesh.stream.frame import Ragged
 from beamwire.services.streamer.components import Array, Batch, ComponentParameters, FieldSpec
+from beamwire.services.streamer.named import ArrayName, FileName
 from beamwire.services.streamer.stages.compiled import njit, readonly
 from beamwire.services.streamer.stages.constants import load
 from beamwire.services.streamer.stages.fields import behind, pick
@@ -57,7 +58,7 @@ class AzimuthalIntegration:
 
         field: str = "image"
         output: str = "radial"
-        poni: str = ""
+        poni: FileName = ""
         distance: Positive | None = None
         pixel_size: Positive | None = None
         beam_center: tuple[float, float] | None = None
@@ -68,7 +69,7 @@ class AzimuthalIntegration:
         bins: Annotated[int, Field(ge=1, le=1_000_000)] = 500
         range: tuple[float, float] | None = None
         split: Split = "no"
-        mask: str = ""
+        mask: ArrayName = ""
         solid_angle: bool = True
         polarization: Annotated[float, Field(ge=-1, le=1)] | None = None
 

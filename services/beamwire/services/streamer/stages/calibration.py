@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from beamwire.mesh.errors import invalid_field
 from beamwire.services.streamer.components import Array, FieldSpec
+from beamwire.services.streamer.named import ArrayName
 from beamwire.services.streamer.stages import constants
 from beamwire.services.streamer.stages.common_mode import Correction, Corrector, panels
 from beamwire.services.streamer.stages.compiled import njit, readonly
@@ -33,10 +34,10 @@ class CalibrateParameters(FieldParameters):
     """
 
     detector: Literal["plain", "jungfrau"] = "plain"
-    pedestal: str
-    offset: str = ""
-    gain: str = ""
-    bad: str = ""
+    pedestal: ArrayName
+    offset: ArrayName = ""
+    gain: ArrayName = ""
+    bad: ArrayName = ""
     bad_as: Literal["nan", "zero"] = "nan"
     common_mode: Correction | None = None
 

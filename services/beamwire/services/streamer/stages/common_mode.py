@@ -11,6 +11,7 @@ from pydantic import Field
 
 from beamwire.mesh.errors import invalid_field
 from beamwire.services.streamer.components import Array, ComponentParameters, FieldSpec
+from beamwire.services.streamer.named import ArrayName
 from beamwire.services.streamer.stages.compiled import njit, readonly
 from beamwire.services.streamer.stages.one_field import EventIds, FieldParameters, OneField, constant
 
@@ -38,7 +39,7 @@ class Correction(ComponentParameters):
 class CommonModeParameters(Correction, FieldParameters):
     """`mask` is a file with 0 for bad pixels: they do not count and stay as they are."""
 
-    mask: str = ""
+    mask: ArrayName = ""
 
 
 class CommonMode(OneField):

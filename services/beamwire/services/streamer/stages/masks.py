@@ -11,6 +11,7 @@ from pydantic import Field
 
 from beamwire.mesh.errors import invalid_field
 from beamwire.services.streamer.components import Array, FieldSpec
+from beamwire.services.streamer.named import ArrayName
 from beamwire.services.streamer.stages import constants
 from beamwire.services.streamer.stages.one_field import EventIds, FieldParameters, OneField, constant
 
@@ -26,8 +27,8 @@ class MaskParameters(FieldParameters):
     NaN, or 0.
     """
 
-    mask: str = ""
-    status: str = ""
+    mask: ArrayName = ""
+    status: ArrayName = ""
     status_bits: Annotated[int, Field(ge=1)] | None = None
     edges: tuple[Width, Width] = (0, 0)
     bad_as: Literal["nan", "zero"] = "nan"

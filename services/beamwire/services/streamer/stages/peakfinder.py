@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from beamwire.mesh.errors import invalid_field
 from beamwire.mesh.stream.frame import Ragged
 from beamwire.services.streamer.components import Array, Batch, ComponentParameters, FieldSpec
+from beamwire.services.streamer.named import ArrayName
 from beamwire.services.streamer.stages.compiled import njit, readonly
 from beamwire.services.streamer.stages.constants import load
 from beamwire.services.streamer.stages.fields import behind, pick
@@ -59,9 +60,9 @@ class PeakFinder8:
         min_res: Annotated[float, Field(ge=0)] = 0
         max_res: Annotated[float, Field(gt=0)] = 10_000
         max_num_peaks: Annotated[int, Field(ge=1, le=1_000_000)] = 2048
-        radius: str = ""
+        radius: ArrayName = ""
         beam_center: tuple[float, float] | None = None
-        mask: str = ""
+        mask: ArrayName = ""
         asic_nx: Annotated[int, Field(ge=1)] | None = None
         asic_ny: Annotated[int, Field(ge=1)] | None = None
         nasics_x: Annotated[int, Field(ge=1)] | None = None

@@ -13,6 +13,7 @@ from pydantic import Field
 from beamwire.mesh.errors import invalid_field
 from beamwire.mesh.stream.frame import Ragged
 from beamwire.services.streamer.components import Array, Batch, ComponentParameters, FieldSpec
+from beamwire.services.streamer.named import ArrayName
 from beamwire.services.streamer.stages.batching import BatchProcessingPipeline
 from beamwire.services.streamer.stages.compiled import njit, readonly
 from beamwire.services.streamer.stages.fields import NUMBERS, behind, pick
@@ -41,7 +42,7 @@ class PeaknetPreprocessingParameters(ComponentParameters):
     num_channels: Size = 1
     field: str = ""
     normalize: bool = False
-    mask: str = ""
+    mask: ArrayName = ""
 
 
 class PeaknetPreprocessingPipelineParameters(PeaknetPreprocessingParameters):

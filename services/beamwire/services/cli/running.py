@@ -1,0 +1,114 @@
+"""`beamwired serve`, `validate` and `clean`: what a facility needs to run, and what it leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from beamwire.mesh import telemetry
+from beamwire.mesh.database import is_open
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.services.cli.common import directory_option
+from beamwire.services.config import FILE_NAME, SERVICE_NAMES, Layout, ServiceName, load_facility
+
+
+@click.command()
+@click.argument("services", nargs=-1, type=click.Choice(SERVICE_NAMES))
+@directory_option
+@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help=f"The facility's {FILE_NAME}.")
+def serve(services: tuple[ServiceName, ...], directory: Path, config: Path | None) -> None:
+    """Serve the facility's SERVICES until SIGTERM or Ctrl-C; all four if none is named.
+
+    Jobs and caches go on when the services stop, and are taken up again when they start. `beamwired clean` ends them.
+    """
+    from beamwire.services.app import serve as serve_services
+
+    layout, settings = load_facility(config.parent if config else directory)
+    names: Sequence[ServiceName] = services or SERVICE_NAMES
+    telemetry.setup_logging("facility" if len(names) > 1 else "".join(names))
+
+    def ready(address: str) -> None:
+        click.echo(f"beamwired: {', '.join(names)} of {settings.trust_domain} at {address}", err=True)
+
+    def stopping() -> None:
+        click.echo("beamwired: stopping", err=True)
+
+    asyncio.run(serve_services(layout, settings, names, ready=ready, stopping=stopping))
+    still = sum(_running(layout))
+    if still:
+        click.echo(f"beamwired: still running: {_count(still)}; `beamwired clean` would end them", err=True)
+
+
+@click.command()
+@directory_option
+@click.option("--json", "as_json", is_flag=True, help="Print the settings as JSON.")
+def validate(directory: Path, as_json: bool) -> None:
+    """Check the facility's configuration, credentials and directories without serving."""
+    from beamwire.mesh.credentials import Credentials
+    from beamwire.mesh.policy import PolicyFile
+    from beamwire.mesh.renewal import issues_of
+    from beamwire.services.facility import load_authorities
+
+    layout, settings = load_facility(directory)
+    load_authorities(layout, settings)
+    PolicyFile(layout.policy, settings.trust_domain)
+    members = [Credentials.load(layout.member(f"service/{name}")) for name in (*SERVICE_NAMES, "facility")]
+    if as_json:
+        click.echo(json.dumps(settings.model_dump(mode="json"), indent=2))
+        return
+    click.echo(f"{layout.file}: ok")
+    click.echo(f"{layout.policy}: {'ok' if layout.policy.exists() else 'not there, the default policy counts'}")
+    for member in members:
+        issues = issues_of(member)
+        if not issues:
+            click.echo(f"{member.identity}: ok until {member.not_after:%Y-%m-%d %H:%M} UTC")
+        for issue in issues:
+            click.echo(f"{member.identity}: {issue}")
+
+
+@click.command()
+@directory_option
+def clean(directory: Path) -> None:
+    """End every job and cache that a facility which is no longer served has left running.
+
+    The frames that caches kept in shared memory are lost.
+    """
+    layout, _ = load_facility(directory)
+    for name in ("buffer", "job"):
+        if is_open(layout.database(name)):
+            raise BeamwireError(
+                Reason.ILLEGAL_STATE,
+                f"the {name} service of {layout.directory} is being served, and what it runs is in use; stop it first",
+            )
+    click.echo(f"ended {_count(asyncio.run(_clean(layout)))}")
+
+
+async def _clean(layout: Layout) -> int:
+    from beamwire.mesh.processes import Process
+    from beamwire.services.buffer.placement import Rings
+
+    ended = 0
+    for directory in layout.process_directories():
+        process = Process.attach(directory)
+        if process is not None and process.alive():
+            await process.terminate()
+            ended += 1
+    rings = Rings(layout.buffers)
+    for buffer_id in list(rings.buffers()):
+        rings.remove(buffer_id)
+    return ended
+
+
+def _count(processes: int) -> str:
+    return f"{processes} job or cache" if processes == 1 else f"{processes} jobs and caches"
+
+
+def _running(layout: Layout) -> list[bool]:
+    from beamwire.mesh.processes import Process
+
+    found = [Process.attach(directory) for directory in layout.process_directories()]
+    return [process.alive() for process in found if process is not None]
