@@ -9,7 +9,7 @@ from typing import Final
 
 import grpc
 
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 from bench.ends import Job, depth, payload
 from bench.meter import Meter
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 
 
 async def _echo(request: bytes, _context: object) -> bytes:

@@ -24,8 +24,8 @@ from beamwire.buffer.v1 import buffer_service_pb2, buffer_service_pb2_grpc
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
 from beamwire.client.request import parse_request
 from beamwire.job.v1 import job_service_pb2, job_service_pb2_grpc
-from beamwire.mesh.credentials import Credentials
-from beamwire.mesh.enrollment import JoinToken, enroll
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.enrollment import JoinToken, enroll
 from beamwire.mesh.policy import FILE_NAME, PolicyFile
 from beamwire.mesh.rpc.access import Gate, admit
 from beamwire.mesh.rpc.channel import connect

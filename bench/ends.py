@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 from bench.meter import Meter
 
 TIMEOUT: Final = 30.0

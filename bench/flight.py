@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow
 from pyarrow import flight
 
-from beamwire.mesh.credentials import BUNDLE_FILE, CHAIN_FILE, KEY_FILE
+from beamwire.mesh.identity.credentials import BUNDLE_FILE, CHAIN_FILE, KEY_FILE
 from bench.ends import Job, depth, payload
 from bench.meter import Meter
 

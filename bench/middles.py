@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.control import CacheControl
 from beamwire.testing.facility import Facility

@@ -8,7 +8,7 @@ from pathlib import Path
 import pynng
 from pynng import _nng
 
-from beamwire.mesh.credentials import BUNDLE_FILE, CHAIN_FILE, KEY_FILE
+from beamwire.mesh.identity.credentials import BUNDLE_FILE, CHAIN_FILE, KEY_FILE
 
 Tell = Callable[[int, int], None]
 

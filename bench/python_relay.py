@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.pool import allocate
 from beamwire.mesh.stream.sockets import PULL, PUSH, Connection, PlainConnection, listen, tune
 from beamwire.mesh.stream.tls import TlsConnection

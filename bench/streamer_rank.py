@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.services.streamer import config as configuration
 from beamwire.services.streamer.components import Batch, ComponentParameters, FieldSpec
 from beamwire.services.streamer.config import Part

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from beamwire.mesh.enrollment import JoinToken, enroll
+from beamwire.mesh.identity.enrollment import JoinToken, enroll
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 20.0

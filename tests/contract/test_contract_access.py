@@ -18,7 +18,7 @@ from beamwire.certificate.v1 import certificate_service_pb2, certificate_service
 from beamwire.common.v1 import access_pb2
 from beamwire.job.v1 import job_service_pb2, job_service_pb2_grpc
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import OWN_ROLES, Role
+from beamwire.mesh.identity.ids import OWN_ROLES, Role
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.rpc.status import error_from_rpc
 from beamwire.request.v1 import request_service_pb2, request_service_pb2_grpc

@@ -17,16 +17,16 @@ from google.protobuf.message_factory import GetMessageClass
 from beamwire.buffer.v1 import buffer_service_pb2, buffer_service_pb2_grpc
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
 from beamwire.job.v1 import job_service_pb2, job_service_pb2_grpc
-from beamwire.mesh.biscuits import TokenChecker, TokenKey, inspect
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import utcnow
+from beamwire.mesh.identity.biscuits import TokenChecker, TokenKey, inspect
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import utcnow
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.patterns import ANYTHING, Patterns
 from beamwire.mesh.policy import Policy, Rule
 from beamwire.mesh.rpc.access import Gate, check_owner, current_caller, owner_filter
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.rpc.server import Server, Service
-from beamwire.mesh.trust import DomainTrust
 from beamwire.request.v1 import request_service_pb2, request_service_pb2_grpc
 from beamwire.testing.facility import Facility
 from beamwire.testing.hostile_tokens import TokenMint, hostile_tokens

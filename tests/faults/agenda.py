@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.testing.facility import Facility
 from beamwire.testing.proxy import BOTH, Proxy, Way
 from tests.faults.parts import Cache, Peer

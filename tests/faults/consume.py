@@ -9,7 +9,7 @@ import struct
 import sys
 from pathlib import Path
 
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
 from tests.faults.frames import is_right

@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.services.buffer.control import CacheControl, CacheStatus
 from beamwire.testing.facility import LOCAL_NAMES, Facility

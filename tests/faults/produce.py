@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.producer import Producer
 from beamwire.stream.v1.frame_pb2 import StreamHeader

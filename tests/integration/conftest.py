@@ -15,7 +15,7 @@ from urllib.parse import quote
 import psutil
 import pytest
 
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.services.buffer.control import CacheControl, CacheStatus
 from beamwire.testing.facility import Facility

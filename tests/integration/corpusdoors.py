@@ -25,9 +25,9 @@ from cryptography.hazmat.primitives import serialization
 from beamwire.buffer.v1 import buffer_service_pb2, buffer_service_pb2_grpc
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-from beamwire.mesh.biscuits import TokenChecker, TokenKey
 from beamwire.mesh.database import Database
-from beamwire.mesh.identity import services_name
+from beamwire.mesh.identity.biscuits import TokenChecker, TokenKey
+from beamwire.mesh.identity.ids import services_name
 from beamwire.mesh.rpc.access import Gate, current_caller
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.rpc.status import error_from_rpc

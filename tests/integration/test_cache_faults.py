@@ -56,7 +56,7 @@ PEER = """
 import sys
 from pathlib import Path
 import numpy as np
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.producer import Producer

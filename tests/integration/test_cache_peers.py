@@ -12,8 +12,8 @@ import pynng
 import pytest
 
 from beamwire.common.v1 import account_pb2
-from beamwire.mesh.credentials import BUNDLE_FILE, CHAIN_FILE, KEY_FILE, Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import BUNDLE_FILE, CHAIN_FILE, KEY_FILE, Credentials
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.frame import decode

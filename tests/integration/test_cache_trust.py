@@ -19,13 +19,13 @@ import psutil
 import pytest
 from cryptography import x509
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import utcnow
-from beamwire.mesh.revocation import Revocation
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import utcnow
+from beamwire.mesh.identity.revocation import Revocation
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.producer import Producer
-from beamwire.mesh.trust import DomainTrust
 from beamwire.services.buffer.control import CacheControl
 from beamwire.stream.v1.frame_pb2 import StreamHeader
 from beamwire.testing.facility import Facility

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from beamwire.mesh.authority import Authority
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.revocation import Revocation
+from beamwire.mesh.identity.authority import Authority
+from beamwire.mesh.identity.revocation import Revocation
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.store import Store
-from beamwire.mesh.trust import DomainTrust
 from beamwire.services.certificate.board import SYNCHRONIZED, Change, TrustBoard
 from beamwire.services.certificate.model import TrustRecord
 

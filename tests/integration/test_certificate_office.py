@@ -13,14 +13,15 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from beamwire.mesh.config import read
-from beamwire.mesh.credentials import new_key_and_csr
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.generations import Generations, Phase
-from beamwire.mesh.identity import Role, SpiffeId, Verifier
+from beamwire.mesh.identity.credentials import new_key_and_csr
+from beamwire.mesh.identity.generations import Generations, Phase
+from beamwire.mesh.identity.ids import Role, SpiffeId
+from beamwire.mesh.identity.trust import DomainTrust
+from beamwire.mesh.identity.verifier import Verifier
 from beamwire.mesh.policy import Policy
 from beamwire.mesh.policy_file import Document
-from beamwire.mesh.trust import DomainTrust
 from beamwire.services.certificate.domain import Lifetimes
 from beamwire.services.certificate.model import ISSUED, CertificateRecord
 from beamwire.services.certificate.office import Office

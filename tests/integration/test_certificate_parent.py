@@ -13,11 +13,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from grpc_health.v1 import health_pb2
 
-from beamwire.mesh.authority import Authority
-from beamwire.mesh.credentials import Credentials, new_key_and_csr
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import SpiffeId
-from beamwire.mesh.signing import Signer
+from beamwire.mesh.identity.authority import Authority
+from beamwire.mesh.identity.credentials import Credentials, new_key_and_csr
+from beamwire.mesh.identity.ids import SpiffeId
+from beamwire.mesh.identity.signing import Signer
 from beamwire.testing.handshakes import check_health, shake_hands
 
 DOMAIN = "facility.test"

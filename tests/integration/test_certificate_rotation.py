@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from grpc_health.v1 import health_pb2
 
-from beamwire.mesh.authority import ROOT_KEY_FILE
-from beamwire.mesh.credentials import Credentials, new_key_and_csr
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.generations import Generations, Phase
-from beamwire.mesh.identity import SpiffeId
-from beamwire.mesh.renewal import is_superseded
-from beamwire.mesh.trust import Trust
+from beamwire.mesh.identity.authority import ROOT_KEY_FILE
+from beamwire.mesh.identity.credentials import Credentials, new_key_and_csr
+from beamwire.mesh.identity.generations import Generations, Phase
+from beamwire.mesh.identity.ids import SpiffeId
+from beamwire.mesh.identity.renewal import is_superseded
+from beamwire.mesh.identity.trust import Trust
 from beamwire.testing.handshakes import check_health, shake_hands
 
 DOMAIN = "facility.test"

@@ -23,10 +23,10 @@ from cryptography.x509.oid import NameOID
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-from beamwire.mesh.authority import Authority
-from beamwire.mesh.credentials import Credentials, new_key_and_csr
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.generations import Generations, Phase
+from beamwire.mesh.identity.authority import Authority
+from beamwire.mesh.identity.credentials import Credentials, new_key_and_csr
+from beamwire.mesh.identity.generations import Generations, Phase
 from beamwire.mesh.rpc.channel import connect
 from tests.conftest import LiveFacility, free_port, make_live_facility, wait_until
 

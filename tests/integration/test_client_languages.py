@@ -17,8 +17,8 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from beamwire.common.v1 import account_pb2
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.request.v1 import request_service_pb2 as pb
 from beamwire.request.v1 import request_service_pb2_grpc

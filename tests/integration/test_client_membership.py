@@ -17,13 +17,14 @@ import pytest
 from click.testing import CliRunner, Result
 from cryptography import x509
 
-from beamwire.client.aio import AsyncClient, _unseen
+from beamwire.client.aio import AsyncClient
 from beamwire.client.cli.app import cli
+from beamwire.client.following import _unseen
 from beamwire.job.v1 import job_service_pb2 as job_pb
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError
-from beamwire.mesh.membership import MembershipThread
-from beamwire.mesh.renewal import NOT_YET, RENEWED, half_life, is_due
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.membership import MembershipThread
+from beamwire.mesh.identity.renewal import NOT_YET, RENEWED, half_life, is_due
 from beamwire.services.streamer import run as streamer
 from beamwire.testing.facility import Facility
 from beamwire.testing.registry import Registry
@@ -119,7 +120,7 @@ async def test_a_renewal_that_fails_is_nothing_to_the_command(registry: Registry
 
 async def test_the_renewal_command_renews_when_it_is_time(registry: Registry, tmp_path: Path) -> None:
     member = enrolled(registry, tmp_path, SHORT)
-    command = [sys.executable, "-m", "beamwire.mesh.renewal", str(member.directory)]
+    command = [sys.executable, "-m", "beamwire.mesh.identity.renewal", str(member.directory)]
     assert (await asyncio.to_thread(subprocess.run, command, check=False)).returncode == NOT_YET
     await past_half_life(member)
     assert (await asyncio.to_thread(subprocess.run, command, check=False)).returncode == RENEWED

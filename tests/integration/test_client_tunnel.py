@@ -19,9 +19,9 @@ from beamwire.buffer.v1 import buffer_service_pb2 as pb
 from beamwire.buffer.v1 import buffer_service_pb2_grpc as pb_grpc
 from beamwire.client.tunnel import Tunnel
 from beamwire.common.v1.account_pb2 import END_CAUSE_DONE
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.rpc.access import current_caller
 from beamwire.mesh.rpc.channel import connect as open_channel
 from beamwire.mesh.rpc.server import Server, Service

@@ -15,7 +15,7 @@ from cryptography import x509
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
 from beamwire.mesh.errors import BeamwireError
-from beamwire.mesh.identity import Verifier
+from beamwire.mesh.identity.verifier import Verifier
 from beamwire.mesh.stream import ticket
 from beamwire.testing.corpus import POLICY, POSSESSION, Case
 from tests.integration.corpusdoors import (

@@ -15,10 +15,10 @@ from grpc.experimental.session_cache import ssl_session_cache_lru
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-from beamwire.mesh.credentials import CHAIN_FILE, KEY_FILE
 from beamwire.mesh.errors import Reason
-from beamwire.mesh.identity import services_name, utcnow
-from beamwire.mesh.revocation import Revocation, RevocationList
+from beamwire.mesh.identity.credentials import CHAIN_FILE, KEY_FILE
+from beamwire.mesh.identity.ids import services_name, utcnow
+from beamwire.mesh.identity.revocation import Revocation, RevocationList
 from beamwire.mesh.rpc.access import Gate, current_caller
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.rpc.status import error_from_rpc

@@ -15,9 +15,9 @@ import pytest_asyncio
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-from beamwire.mesh.delegation import METADATA_KEY
 from beamwire.mesh.errors import Reason
-from beamwire.mesh.identity import SpiffeId, utcnow
+from beamwire.mesh.identity.delegation import METADATA_KEY
+from beamwire.mesh.identity.ids import SpiffeId, utcnow
 from beamwire.mesh.stream import ticket
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_PRODUCE, TicketClaims
 from beamwire.testing.corpus import OWN

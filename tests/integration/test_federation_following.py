@@ -15,17 +15,17 @@ from google.protobuf.duration_pb2 import Duration
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-from beamwire.mesh.authority import Authority
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Role, SpiffeId, utcnow
-from beamwire.mesh.introduction import Introduction, fingerprint
-from beamwire.mesh.revocation import Revocation, RevocationList
+from beamwire.mesh.identity.authority import Authority
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import Role, SpiffeId, utcnow
+from beamwire.mesh.identity.introduction import Introduction, fingerprint
+from beamwire.mesh.identity.revocation import Revocation, RevocationList
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.rpc import access
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.store import Store
-from beamwire.mesh.trust import DomainTrust
 from beamwire.services.certificate import following
 from beamwire.services.certificate.audit import Audit
 from beamwire.services.certificate.board import TrustBoard
@@ -68,7 +68,7 @@ class Side:
     def __init__(self, directory: Path, trust_domain: str, board: TrustBoard, database: Database) -> None:
         self.facility = Facility(directory, trust_domain)
         self.board = board
-        self.publisher = Publisher(board)
+        self.publisher = Publisher(board)  # type: ignore[abstract]  # the stubs forget that methods have defaults
         audit = Audit(Store(database, AuditRecord))
         self.credentials = self.facility.member("service/certificate")
         self.federation = Federation(board, lambda: self.facility.authority, audit, self.credentials)

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.producer import Producer
-from beamwire.mesh.trust import DomainTrust
 from beamwire.stream.v1.frame_pb2 import StreamHeader
 from beamwire.testing.facility import Facility
 

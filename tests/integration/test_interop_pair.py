@@ -12,7 +12,7 @@ import pynng
 import pytest
 
 from beamwire.common.v1 import account_pb2
-from beamwire.mesh.credentials import BUNDLE_FILE, CHAIN_FILE, KEY_FILE
+from beamwire.mesh.identity.credentials import BUNDLE_FILE, CHAIN_FILE, KEY_FILE
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.frame import align, decode, parse_header
 from beamwire.mesh.stream.producer import Producer

@@ -14,8 +14,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from grpc_health.v1 import health_pb2
 
-from beamwire.mesh.credentials import BUNDLE_FILE, CHAIN_FILE, KEY_FILE
-from beamwire.mesh.identity import services_name
+from beamwire.mesh.identity.credentials import BUNDLE_FILE, CHAIN_FILE, KEY_FILE
+from beamwire.mesh.identity.ids import services_name
 from beamwire.testing.corpus import OWN, Corpus
 from tests.conftest import LiveFacility, free_port
 

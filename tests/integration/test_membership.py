@@ -17,14 +17,14 @@ from cryptography import x509
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-from beamwire.mesh.authority import Authority
-from beamwire.mesh.credentials import CHAIN_FILE, Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import utcnow
-from beamwire.mesh.membership import Membership
-from beamwire.mesh.renewal import half_life, issues_of, life, renew
+from beamwire.mesh.identity.authority import Authority
+from beamwire.mesh.identity.credentials import CHAIN_FILE, Credentials
+from beamwire.mesh.identity.ids import utcnow
+from beamwire.mesh.identity.membership import Membership
+from beamwire.mesh.identity.renewal import half_life, issues_of, life, renew
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.rpc.channel import connect
-from beamwire.mesh.trust import DomainTrust
 from beamwire.testing.facility import Facility
 from beamwire.testing.registry import Registry
 

@@ -12,7 +12,7 @@ import pytest
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 from beamwire.mesh.failure import Failure
-from beamwire.mesh.identity import SpiffeId, utcnow
+from beamwire.mesh.identity.ids import SpiffeId, utcnow
 from beamwire.mesh.patterns import Patterns
 from beamwire.mesh.policy import Grant
 from beamwire.mesh.rpc import access

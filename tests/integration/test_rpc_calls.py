@@ -20,10 +20,10 @@ from beamwire.buffer.v1 import buffer_service_pb2, buffer_service_pb2_grpc
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
 from beamwire.mesh import telemetry
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.idempotency import Idempotency
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.rpc.access import check_owner, current_caller, owner_filter
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.rpc.server import Server, Service
@@ -164,7 +164,7 @@ async def test_a_member_without_a_known_role_is_refused(
     served: Served, facility: Facility, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("beamwire.mesh.authority.SpiffeId.role", None)
+        patch.setattr("beamwire.mesh.identity.authority.SpiffeId.role", None)
         robot = facility.member("robot/r2d2")
     async with served.as_member(robot) as stub:
         error = await refusal(stub.GetTrustBundle(pb.GetTrustBundleRequest(name="trustBundles/x")))

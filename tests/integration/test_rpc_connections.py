@@ -18,9 +18,9 @@ from grpc.experimental.session_cache import ssl_session_cache_lru
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
 from beamwire.job.v1 import job_service_pb2, job_service_pb2_grpc
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import utcnow
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import utcnow
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.testing.facility import Facility

@@ -16,10 +16,10 @@ import pytest
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-from beamwire.mesh.authority import Authority
-from beamwire.mesh.credentials import Credentials
-from beamwire.mesh.enrollment import JoinToken, enroll
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.authority import Authority
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.enrollment import JoinToken, enroll
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.testing.facility import Facility
 

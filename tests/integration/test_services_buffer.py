@@ -19,8 +19,8 @@ from beamwire.buffer.v1 import buffer_service_pb2 as pb
 from beamwire.buffer.v1 import buffer_service_pb2_grpc as pb_grpc
 from beamwire.client.tunnel import Tunnel
 from beamwire.common.v1 import account_pb2
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.processes import Process
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.stream.connect import ConnectString

@@ -14,12 +14,13 @@ from google.protobuf.duration_pb2 import Duration
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-from beamwire.mesh.credentials import Credentials, new_key_and_csr
 from beamwire.mesh.database import Database
-from beamwire.mesh.enrollment import JoinToken, enroll
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.generations import Generations
-from beamwire.mesh.identity import Role, SpiffeId, spiffe_id_of
+from beamwire.mesh.identity.credentials import Credentials, new_key_and_csr
+from beamwire.mesh.identity.enrollment import JoinToken, enroll
+from beamwire.mesh.identity.generations import Generations
+from beamwire.mesh.identity.ids import Role, SpiffeId
+from beamwire.mesh.identity.verifier import spiffe_id_of
 from beamwire.mesh.policy import Policy
 from beamwire.mesh.rpc.channel import connect
 from beamwire.services.certificate.domain import Lifetimes

@@ -15,8 +15,8 @@ import pytest
 
 from beamwire.job.v1 import job_service_pb2 as pb
 from beamwire.job.v1 import job_service_pb2_grpc as pb_grpc
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.rpc.channel import connect
 from tests.conftest import wait_until
 

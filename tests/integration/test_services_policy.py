@@ -25,12 +25,12 @@ from beamwire.client.config import enrolled_facilities
 from beamwire.common.v1 import access_pb2
 from beamwire.job.v1 import job_service_pb2 as job_pb
 from beamwire.job.v1.job_service_pb2_grpc import JobServiceStub
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.introduction import Introduction
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.introduction import Introduction
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.processes import Process
 from beamwire.mesh.rpc.channel import connect
-from beamwire.mesh.trust import DomainTrust
 from beamwire.request.v1 import request_service_pb2 as pb
 from beamwire.request.v1.request_service_pb2_grpc import RequestServiceStub
 from beamwire.testing.facility import Facility

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from beamwire.common.v1 import account_pb2
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.frame import Frame
 from beamwire.services.streamer.handlers.buffer import BufferDataHandler

@@ -18,10 +18,10 @@ import numpy as np
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError
-from beamwire.mesh.membership import Membership
-from beamwire.mesh.renewal import renew
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.membership import Membership
+from beamwire.mesh.identity.renewal import renew
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.producer import Producer

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from beamwire.client import connect
-from beamwire.mesh.enrollment import JoinToken
+from beamwire.mesh.identity.enrollment import JoinToken
 from tests.conftest import LiveFacility, make_live_facility
 
 T = TypeVar("T")

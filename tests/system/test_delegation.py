@@ -16,8 +16,8 @@ import pytest
 from beamwire.buffer.v1.buffer_service_pb2 import BufferSpec
 from beamwire.client import BeamwireError, Client, Reason, connect
 from beamwire.client.session import Via
-from beamwire.mesh.biscuits import attenuate, inspect
-from beamwire.mesh.delegation import Restriction
+from beamwire.mesh.identity.biscuits import attenuate, inspect
+from beamwire.mesh.identity.delegation import Restriction
 from beamwire.request.v1.request_service_pb2 import Transfer
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME, LINK_ROLE_PRODUCE
 from tests.conftest import LiveFacility, free_port, wait_until

@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from beamwire.client.cli.failures import REFUSED
-from beamwire.mesh.credentials import Credentials, new_key_and_csr
-from beamwire.mesh.generations import Generations
-from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.identity.credentials import Credentials, new_key_and_csr
+from beamwire.mesh.identity.generations import Generations
+from beamwire.mesh.identity.ids import SpiffeId
 from beamwire.mesh.names import new_id
 from beamwire.testing.namespaces import Host, TwoHosts, namespaces_missing
 from tests.conftest import BIN, wait_until
@@ -140,7 +140,7 @@ class Two:
 
 
 def _fingerprint(document: Path) -> str:
-    from beamwire.mesh.introduction import fingerprint
+    from beamwire.mesh.identity.introduction import fingerprint
 
     return fingerprint(document.read_text().strip())
 

@@ -16,8 +16,8 @@ from beamwire.client.request import parse_request
 from beamwire.common.v1 import account_pb2
 from beamwire.job.v1 import job_service_pb2 as job_pb
 from beamwire.job.v1 import job_service_pb2_grpc as job_grpc
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.processes import Process
 from beamwire.mesh.rpc.channel import connect
 from beamwire.request.v1 import request_service_pb2 as pb
@@ -184,7 +184,7 @@ async def test_one_owner_cannot_have_more_than_the_limit(mallory: Member):
 
 async def test_only_a_service_is_taken_for_one(live_facility, tmp_path):
     """A cache has a certificate of the facility for the same host: it must not pass for the Request service."""
-    from beamwire.mesh.enrollment import JoinToken, enroll
+    from beamwire.mesh.identity.enrollment import JoinToken, enroll
     from beamwire.mesh.rpc.server import Server
 
     minted = await asyncio.to_thread(

@@ -19,9 +19,9 @@ from beamwire.buffer.v1.buffer_service_pb2_grpc import BufferServiceStub
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
 from beamwire.client.aio import AsyncClient
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.renewal import renew
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.renewal import renew
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer

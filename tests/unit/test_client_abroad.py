@@ -13,10 +13,10 @@ from beamwire.client.cli.app import cli
 from beamwire.client.config import EnrolledFacility, choose_facility
 from beamwire.client.operators import operated_facility
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import utcnow
-from beamwire.mesh.introduction import Introduction, fingerprint
+from beamwire.mesh.identity.ids import utcnow
+from beamwire.mesh.identity.introduction import Introduction, fingerprint
+from beamwire.mesh.identity.trust import DomainTrust, Trust
 from beamwire.mesh.stream.connect import ConnectString
-from beamwire.mesh.trust import DomainTrust, Trust
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME
 from beamwire.testing.facility import Facility
 

@@ -67,7 +67,7 @@ def test_a_process_that_was_forked_too_late_is_told(tmp_path: Path, monkeypatch:
     member = {"trust_domain": "facility.test", "address": "127.0.0.1:9", "enroll_address": ""}
     (directory / "member.json").write_text(json.dumps(member))
     # As in a child of a process that has called a facility.
-    monkeypatch.setattr("beamwire.client.aio._user_pid", 1)
+    monkeypatch.setattr("beamwire.client.forks._user_pid", 1)
     with Client(config_dir=tmp_path) as client, pytest.raises(BeamwireError, match="forked from one") as caught:
         client.get_transfer("x")
     assert caught.value.reason is Reason.ILLEGAL_STATE

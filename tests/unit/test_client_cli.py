@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 
 from beamwire.client.cli.app import cli
 from beamwire.client.cli.failures import TerminatedError, error_document, exit_code, explain
-from beamwire.mesh.enrollment import JoinToken
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
+from beamwire.mesh.identity.enrollment import JoinToken
 from beamwire.testing.facility import Facility
 
 COMMANDS = sorted(cli.commands)
@@ -55,8 +55,8 @@ def token_for(tmp_path: Path, domain: str = "facility.test") -> str:
 
 def test_the_commands_are_these() -> None:
     assert COMMANDS == [
-        "bench", "bridge", "can", "cancel", "cert", "completion", "describe", "enroll", "facilities", "get", "list", "logs",
-        "pull", "push", "receipt", "start", "token", "trust", "watch", "whoami",
+        "bench", "bridge", "can", "cancel", "cert", "completion", "describe", "enroll", "facilities", "get", "list",
+        "logs", "pull", "push", "receipt", "start", "token", "trust", "watch", "whoami",
     ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from beamwire.buffer.v1.buffer_service_pb2 import ConsumerCounters
 from beamwire.client import AsyncClient, BeamwireError, Client, Reason, connect
 from beamwire.client.portal import Portal
 from beamwire.common.v1.account_pb2 import END_CAUSE_DONE, END_CAUSE_FAILED
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.rpc.status import to_status
 from beamwire.mesh.stream.link import Link

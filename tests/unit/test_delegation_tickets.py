@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from beamwire.mesh.credentials import Credentials
-from beamwire.mesh.delegation import Delegation
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Role, SpiffeId
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.delegation import Delegation
+from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.rpc.access import Caller
 from beamwire.mesh.stream.ticket import LARGEST_TICKET, check
 from beamwire.services.buffer import tickets

@@ -14,8 +14,9 @@ from biscuit_auth import AuthorizationError, AuthorizerBuilder, Biscuit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from beamwire.mesh.biscuits import TokenChecker, TokenKey, attenuate, create, inspect
-from beamwire.mesh.delegation import (
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.biscuits import TokenChecker, TokenKey, attenuate, create, inspect
+from beamwire.mesh.identity.delegation import (
     LARGEST_TOKEN,
     Delegation,
     Restriction,
@@ -25,9 +26,8 @@ from beamwire.mesh.delegation import (
     next_block,
     read_blocks,
 )
-from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import SpiffeId
-from beamwire.mesh.trust import DomainTrust, Trust
+from beamwire.mesh.identity.ids import SpiffeId
+from beamwire.mesh.identity.trust import DomainTrust, Trust
 from beamwire.testing.hostile_tokens import TokenMint, hostile_tokens
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)

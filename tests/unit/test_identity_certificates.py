@@ -16,11 +16,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from beamwire.mesh.authority import Authority, IssuedCertificate
-from beamwire.mesh.credentials import new_key_and_csr
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import SpiffeId, Verifier, spiffe_id_of
-from beamwire.mesh.trust import Trust
+from beamwire.mesh.identity.authority import Authority, IssuedCertificate
+from beamwire.mesh.identity.credentials import new_key_and_csr
+from beamwire.mesh.identity.ids import SpiffeId
+from beamwire.mesh.identity.trust import Trust
+from beamwire.mesh.identity.verifier import Verifier, spiffe_id_of
 
 DOMAIN = "facility.test"
 ALICE = SpiffeId(DOMAIN, "user/alice")

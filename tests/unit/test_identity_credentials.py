@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from beamwire.mesh.credentials import Credentials, new_key_and_csr
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials, new_key_and_csr
 from beamwire.testing.facility import Facility
 
 

@@ -6,12 +6,12 @@ from datetime import timedelta
 
 import pytest
 
-from beamwire.mesh.authority import Authority
-from beamwire.mesh.credentials import new_key_and_csr
-from beamwire.mesh.explanation import CHECKS, explain
-from beamwire.mesh.identity import SpiffeId, utcnow
-from beamwire.mesh.revocation import Revocation
-from beamwire.mesh.trust import DomainTrust, Trust
+from beamwire.mesh.identity.authority import Authority
+from beamwire.mesh.identity.credentials import new_key_and_csr
+from beamwire.mesh.identity.explanation import CHECKS, explain
+from beamwire.mesh.identity.ids import SpiffeId, utcnow
+from beamwire.mesh.identity.revocation import Revocation
+from beamwire.mesh.identity.trust import DomainTrust, Trust
 from beamwire.testing.corpus import POSSESSION, Case, Corpus
 
 CORPUS = Corpus()

@@ -18,15 +18,16 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 
-from beamwire.mesh.authority import Authority
-from beamwire.mesh.credentials import new_key_and_csr
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.generations import Generations, Phase, State
-from beamwire.mesh.identity import SpiffeId, Verifier
-from beamwire.mesh.keys import KeyFiles, key_holder
-from beamwire.mesh.revocation import Revocation, RevocationList
-from beamwire.mesh.signing import Signer, load_certificate
-from beamwire.mesh.trust import Trust
+from beamwire.mesh.identity.authority import Authority
+from beamwire.mesh.identity.credentials import new_key_and_csr
+from beamwire.mesh.identity.generations import Generations, Phase, State
+from beamwire.mesh.identity.ids import SpiffeId
+from beamwire.mesh.identity.keys import KeyFiles, key_holder
+from beamwire.mesh.identity.revocation import Revocation, RevocationList
+from beamwire.mesh.identity.signing import Signer, load_certificate
+from beamwire.mesh.identity.trust import Trust
+from beamwire.mesh.identity.verifier import Verifier
 
 DOMAIN = "facility.test"
 ALICE = SpiffeId(DOMAIN, "user/alice")
@@ -127,7 +128,7 @@ def test_keys_are_private_and_go_with_their_generation(tmp_path: Path) -> None:
 KILLER = """
     import os, shutil, signal, sys
     from pathlib import Path
-    from beamwire.mesh.generations import Generations, Phase
+    from beamwire.mesh.identity.generations import Generations, Phase
     source, work, step = Path(sys.argv[1]), Path(sys.argv[2]), Phase(sys.argv[3])
     before = Generations.load(source).state
     points = 0

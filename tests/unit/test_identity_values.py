@@ -8,7 +8,7 @@ import pytest
 
 from beamwire.common.v1 import access_pb2, reason_pb2
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.identity import Role, SpiffeId
+from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.names import check_id, new_id, parse_name
 
 

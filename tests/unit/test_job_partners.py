@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Role
+from beamwire.mesh.identity.ids import Role
 from beamwire.mesh.patterns import Patterns
 from beamwire.mesh.policy import Grant
 from beamwire.services.job.model import JobSpec

@@ -13,11 +13,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from beamwire.mesh.authority import Authority
-from beamwire.mesh.credentials import new_key_and_csr
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import SpiffeId
-from beamwire.mesh.introduction import MAX_LENGTH, PREFIX, Introduction, check_fingerprint, fingerprint
+from beamwire.mesh.identity.authority import Authority
+from beamwire.mesh.identity.credentials import new_key_and_csr
+from beamwire.mesh.identity.ids import SpiffeId
+from beamwire.mesh.identity.introduction import MAX_LENGTH, PREFIX, Introduction, check_fingerprint, fingerprint
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 

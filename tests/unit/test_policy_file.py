@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Role, SpiffeId
+from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.patterns import Pattern, Patterns
 from beamwire.mesh.policy import LOOK_PERIOD, Policy, PolicyFile, check_quota, read_policy
 from beamwire.services.certificate.access import methods

@@ -8,12 +8,12 @@ import pytest
 
 from beamwire.certificate.v1 import certificate_service_pb2 as certificate_pb
 from beamwire.job.v1 import job_service_pb2 as job_pb
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Role
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import Role
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.policy import Policy, read_policy
 from beamwire.mesh.rpc.access import Caller, Gate, admit, check_owner, current_caller, owner_filter
-from beamwire.mesh.trust import DomainTrust
 from beamwire.request.v1 import request_service_pb2 as request_pb
 from beamwire.testing.facility import Facility
 

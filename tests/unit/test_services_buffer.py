@@ -13,7 +13,9 @@ import pytest
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.failure import Failure
+from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.policy import Policy
+from beamwire.mesh.rpc.access import Caller
 from beamwire.mesh.store import Store
 from beamwire.mesh.stream.ticket import check
 from beamwire.mesh.tasks import TaskRunner
@@ -134,7 +136,9 @@ def test_a_local_cache_checks_tickets_that_are_bound_to_nothing(tmp_path: Path):
     write_configuration(tmp_path, record, 0, Placement(), None)
     config = CacheConfig.load(tmp_path)
     assert (config.transport, config.port, config.credentials, config.ticket_key) == ("ipc", 0, None, "ab" * 32)
-    issued = issue(record, record.owner, LINK_ROLE_CONSUME, b"x" * 32, timedelta(minutes=1))
+    issued = issue(
+        record, Caller(SpiffeId.parse(record.owner), Role.USER), LINK_ROLE_CONSUME, b"x" * 32, timedelta(minutes=1)
+    )
     claims = check(
         bytes.fromhex(record.ticket_key),
         issued.text,

@@ -13,8 +13,8 @@ import pytest
 
 from beamwire.buffer.v1 import buffer_service_pb2 as pb
 from beamwire.buffer.v1 import buffer_service_pb2_grpc as pb_grpc
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.rpc.access import current_caller
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.stream.connect import ConnectString

@@ -16,7 +16,7 @@ from typing import Final, NoReturn, Protocol
 
 from beamwire.mesh.config import read
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Role, SpiffeId
+from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.patterns import ANYTHING, NOTHING, Patterns
 from beamwire.mesh.policy_file import SCHEME, CertificateEntry, Document, IntroductionEntry, QuotaEntry, RuleEntry
 

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from beamwire.mesh.config import Section
-from beamwire.mesh.identity import OWN_ROLES, Role, SpiffeId
+from beamwire.mesh.identity.ids import OWN_ROLES, Role, SpiffeId
 from beamwire.mesh.patterns import Pattern
 
 SCHEME: Final = "spiffe://"

@@ -14,13 +14,13 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import Reason
-from beamwire.mesh.identity import services_name, utcnow
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import services_name, utcnow
+from beamwire.mesh.identity.revocation import Revocation, RevocationList
+from beamwire.mesh.identity.trust import DomainTrust, Trust
 from beamwire.mesh.patterns import Patterns
 from beamwire.mesh.policy import OWN_USERS, Policy, Rule
-from beamwire.mesh.revocation import Revocation, RevocationList
-from beamwire.mesh.trust import DomainTrust, Trust
 from beamwire.testing.forgery import HOUR, Forger, Signer, key_to_pem, new_key, raw_uris, sign, to_pem, usage_of
 
 OWN: Final = "facility.test"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
 
-from beamwire.mesh.authority import Authority
-from beamwire.mesh.credentials import Credentials, new_key_and_csr
-from beamwire.mesh.identity import SpiffeId, utcnow
+from beamwire.mesh.identity.authority import Authority
+from beamwire.mesh.identity.credentials import Credentials, new_key_and_csr
+from beamwire.mesh.identity.ids import SpiffeId, utcnow
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 

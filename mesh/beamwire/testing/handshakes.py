@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+from typing import Any
 
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from beamwire.mesh.credentials import Credentials
-from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import SpiffeId
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.rpc.server import Server
 
@@ -20,8 +21,9 @@ async def check_health(server: Credentials, client: Credentials) -> int:
     port = await serving.start()
     try:
         async with connect(f"127.0.0.1:{port}", client) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            return (await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)).status
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+            return int(answer.status)
     finally:
         await serving.stop(0)
 

@@ -10,9 +10,9 @@ from typing import Final
 
 from biscuit_auth import Biscuit, BlockBuilder, KeyPair
 
-from beamwire.mesh.biscuits import TokenKey, attenuate, create
-from beamwire.mesh.delegation import Restriction
-from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.identity.biscuits import TokenKey, attenuate, create
+from beamwire.mesh.identity.delegation import Restriction
+from beamwire.mesh.identity.ids import SpiffeId
 
 _MANY: Final = " ".join(f"n({number});" for number in range(24))
 _JOIN: Final = ", ".join(f"n($x{number})" for number in range(12))

@@ -12,13 +12,13 @@ from cryptography import x509
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import utcnow
-from beamwire.mesh.revocation import Revocation
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import utcnow
+from beamwire.mesh.identity.revocation import Revocation
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.rpc.access import current_caller
 from beamwire.mesh.rpc.server import Server, Service
-from beamwire.mesh.trust import DomainTrust
 from beamwire.testing.facility import LOCAL_NAMES, Facility
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["CertificateService"]

@@ -8,8 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Final
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.bundle import frames
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.frame import Frame, decode

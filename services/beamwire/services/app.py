@@ -18,12 +18,13 @@ from beamwire.buffer.v1 import buffer_service_pb2_grpc
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
 from beamwire.job.v1 import job_service_pb2_grpc
 from beamwire.mesh import telemetry
-from beamwire.mesh.biscuits import TokenChecker, TokenKey
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.idempotency import Idempotency
-from beamwire.mesh.membership import Membership
+from beamwire.mesh.identity.biscuits import TokenChecker, TokenKey
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.membership import Membership
+from beamwire.mesh.identity.trust import Trust
 from beamwire.mesh.pages import Pager
 from beamwire.mesh.policy import PolicyFile
 from beamwire.mesh.rpc.access import Gate
@@ -32,7 +33,6 @@ from beamwire.mesh.rpc.convert import to_duration
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
-from beamwire.mesh.trust import Trust
 from beamwire.request.v1 import request_service_pb2_grpc
 from beamwire.services.buffer.domain import Buffers
 from beamwire.services.buffer.model import BufferRecord

@@ -16,7 +16,7 @@ from beamwire.mesh import policy
 from beamwire.mesh.addresses import Addresses, check_address
 from beamwire.mesh.config import Section, Settings, load
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
-from beamwire.mesh.identity import OWN_ROLES, Role
+from beamwire.mesh.identity.ids import OWN_ROLES, Role
 
 ServiceName = Literal["certificate", "buffer", "job", "request"]
 SERVICE_NAMES: tuple[ServiceName, ...] = get_args(ServiceName)

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import tomli_w
 
-from beamwire.mesh.credentials import Credentials, new_key_and_csr
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.generations import Generations
-from beamwire.mesh.identity import Role, SpiffeId, utcnow
-from beamwire.mesh.keys import KeyHolder, key_holder
+from beamwire.mesh.identity.credentials import Credentials, new_key_and_csr
+from beamwire.mesh.identity.generations import Generations
+from beamwire.mesh.identity.ids import Role, SpiffeId, utcnow
+from beamwire.mesh.identity.keys import KeyHolder, key_holder
+from beamwire.mesh.identity.renewal import is_due
+from beamwire.mesh.identity.signing import Signer, check_authority
 from beamwire.mesh.policy import Policy, PolicySource
-from beamwire.mesh.renewal import is_due
-from beamwire.mesh.signing import Signer, check_authority
 from beamwire.services.certificate.domain import Lifetimes, Registrar
 from beamwire.services.certificate.office import Office
 from beamwire.services.config import SERVICE_NAMES, FacilitySettings, Layout

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from beamwire.mesh.errors import BeamwireError
-from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.identity.ids import SpiffeId
 from beamwire.mesh.patterns import ANYTHING
 from beamwire.mesh.policy import Policy
 

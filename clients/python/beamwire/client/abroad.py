@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1.certificate_service_pb2_grpc import CertificateServiceStub
-from beamwire.mesh.credentials import Credentials
-from beamwire.mesh.membership import read_bundle
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.membership import read_bundle
+from beamwire.mesh.identity.trust import DomainTrust, Trust
 from beamwire.mesh.rpc.channel import connect
-from beamwire.mesh.trust import DomainTrust, Trust
 
 _PAGE = 1000
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
 from beamwire.buffer.v1 import buffer_service_pb2 as buffer_pb2
 from beamwire.buffer.v1.buffer_service_pb2_grpc import BufferServiceStub
@@ -25,6 +24,8 @@ from beamwire.client.config import (
     config_directory,
     job_membership,
 )
+from beamwire.client.following import tail, watch
+from beamwire.client.forks import refuse_after_fork
 from beamwire.client.request import ParsedRequest, Request, parse_request
 from beamwire.client.session import Reading, Via
 from beamwire.client.source import Source
@@ -32,17 +33,17 @@ from beamwire.client.transfers import full_name, has_ended
 from beamwire.common.v1.account_pb2 import EndCause
 from beamwire.job.v1 import job_service_pb2 as job_pb2
 from beamwire.job.v1.job_service_pb2_grpc import JobServiceStub
-from beamwire.mesh.credentials import MEMBER_FILE
-from beamwire.mesh.delegation import check_text
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.membership import keep_member
+from beamwire.mesh.identity.credentials import MEMBER_FILE
+from beamwire.mesh.identity.delegation import check_text
+from beamwire.mesh.identity.membership import keep_member
+from beamwire.mesh.identity.renewal import certificate_address
+from beamwire.mesh.identity.trust import Trust
 from beamwire.mesh.names import new_id
-from beamwire.mesh.renewal import certificate_address
 from beamwire.mesh.rpc.channel import connect as open_channel
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import PREFETCH_BYTES
 from beamwire.mesh.stream.ticket import Ticket, TicketSource
-from beamwire.mesh.trust import Trust
 from beamwire.request.v1 import request_service_pb2 as request_pb2
 from beamwire.request.v1.request_service_pb2_grpc import RequestServiceStub
 
@@ -58,23 +59,12 @@ if TYPE_CHECKING:
 _CREATE_SECONDS = 60.0
 # What people ask about themselves they can also do without.
 _ASK_SECONDS = 3.0
-_RECONNECT_SECONDS = 30.0
 # Sessions that are over before need not look after their membership.
 _MEMBERSHIP_DELAY = 10.0
 _TICKET_SECONDS = 60.0
 # A ticket that this facility cannot renew is not asked for again and again.
 _NOT_OURS_SECONDS = 86400.0
-_RECONNECT_PAUSE = 0.5
-_PASSING = frozenset({Reason.SERVICE_UNAVAILABLE, Reason.DRAINING})
 _BUFFER_ENDED = frozenset({buffer_pb2.Buffer.STATE_ENDED, buffer_pb2.Buffer.STATE_FAILED})
-
-
-class _Versioned(Protocol):
-    @property
-    def etag(self) -> str: ...
-
-
-R = TypeVar("R", bound=_Versioned)
 
 
 class AsyncClient:
@@ -173,7 +163,7 @@ class AsyncClient:
             async for response in self._requests.WatchTransfer(request):
                 yield response.transfer
 
-        async for transfer in _watch(call, has_ended):
+        async for transfer in watch(call, has_ended):
             yield transfer
 
     async def cancel_transfer(self, name: str) -> request_pb2.Transfer:
@@ -203,7 +193,7 @@ class AsyncClient:
             async for response in self.buffers.WatchBuffer(request):
                 yield response.buffer
 
-        async for buffer in _watch(call, lambda buffer: buffer.state in _BUFFER_ENDED):
+        async for buffer in watch(call, lambda buffer: buffer.state in _BUFFER_ENDED):
             yield buffer
 
     async def seal_buffer(self, name: str, cause: EndCause.ValueType, detail: str = "") -> buffer_pb2.Buffer:
@@ -340,31 +330,14 @@ class AsyncClient:
     ) -> AsyncIterator[job_pb2.TailLogsResponse]:
         """Yield what a job printed, from the start or the last bytes on; with `follow`, until it has ended."""
         request = job_pb2.TailLogsRequest(name=full_name("jobs", name), follow=follow, last_bytes=last_bytes)
-        seen: dict[int, int] = {}
-        give_up: float | None = None
-        while True:
-            try:
-                async for piece in self._jobs.TailLogs(request):
-                    give_up = None
-                    fresh = _unseen(piece, seen)
-                    if fresh is not None:
-                        yield fresh
-            except BeamwireError as error:
-                give_up = give_up or time.monotonic() + _RECONNECT_SECONDS
-                if not follow or error.reason not in _PASSING or time.monotonic() > give_up:
-                    raise
-            else:
-                return
-            await asyncio.sleep(_RECONNECT_PAUSE)
-            if seen:
-                # From the begin: what was seen is left out.
-                request.last_bytes = 0
+        async for piece in tail(self._jobs.TailLogs, request):
+            yield piece
 
     def _channel(self, service: str) -> grpc.aio.Channel:
         # Made on first use: a channel belongs to the event loop that is running.
         address = self.facility.addresses.of(service)
         if address not in self._channels:
-            _refuse_after_fork()
+            refuse_after_fork()
             self._stay_a_member()
             domain = self.facility.trust_domain
             self._channels[address] = open_channel(address, self.credentials, trust_domain=domain, token=self._token)
@@ -404,66 +377,12 @@ def find_facility(
     """
 
     def learn(at: EnrolledFacility) -> Trust:
-        _refuse_after_fork()
+        refuse_after_fork()
         return learn_trust(at.credentials(), at.addresses.of("certificate"))
 
     if config_dir is None and (member := job_membership()) is not None:
         return choose_among([member], str(member.directory), facility, home, learn=learn)
     return choose_facility(config_directory(config_dir), facility, home, learn=learn)
-
-
-# Which process made a channel: this one, or one that it was forked from.
-_user_pid = 0
-
-
-def has_used_grpc() -> bool:
-    """Whether this process, or one that it was forked from, has called a facility."""
-    return bool(_user_pid)
-
-
-def _refuse_after_fork() -> None:
-    """Raise instead of waiting for ever, or worse: gRPC has threads, which a forked process lacks."""
-    global _user_pid
-    if _user_pid not in (0, os.getpid()):
-        raise BeamwireError(
-            Reason.ILLEGAL_STATE,
-            "this process was forked from one that has called a facility, which gRPC does not survive; fork before, or "
-            'start processes with multiprocessing\'s "spawn"',
-        )
-    _user_pid = os.getpid()
-
-
-async def _watch(call: Callable[[str], AsyncIterator[R]], ended: Callable[[R], bool]) -> AsyncIterator[R]:
-    """Yield a resource and its changes to the end, calling again where it left off if the service goes away."""
-    etag = ""
-    give_up: float | None = None
-    while True:
-        try:
-            async for resource in call(etag):
-                give_up = None
-                etag = resource.etag
-                yield resource
-                if ended(resource):
-                    return
-        except BeamwireError as error:
-            if error.reason not in _PASSING:
-                raise
-            give_up = give_up or time.monotonic() + _RECONNECT_SECONDS
-            if time.monotonic() > give_up:
-                raise
-        await asyncio.sleep(_RECONNECT_PAUSE)
-
-
-def _unseen(piece: job_pb2.TailLogsResponse, seen: dict[int, int]) -> job_pb2.TailLogsResponse | None:
-    """What of a piece of a log begins where the last one of its stream ended; None if all of it was seen."""
-    begin, known = piece.offset_bytes, seen.get(piece.stream, 0)
-    end = begin + len(piece.data)
-    if begin < known:
-        if end <= known:
-            return None
-        piece = job_pb2.TailLogsResponse(stream=piece.stream, offset_bytes=known, data=piece.data[known - begin :])
-    seen[piece.stream] = end
-    return piece
 
 
 def _request_id() -> str:

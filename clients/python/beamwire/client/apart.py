@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from beamwire.client.aio import has_used_grpc
 from beamwire.client.client import Client, connect
+from beamwire.client.forks import has_used_grpc
 from beamwire.client.request import ParsedRequest
 from beamwire.client.transfers import has_ended
 from beamwire.mesh.errors import BeamwireError, Reason

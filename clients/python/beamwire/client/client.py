@@ -20,7 +20,7 @@ from beamwire.client.source import Source
 from beamwire.client.stream import Stream
 from beamwire.common.v1.account_pb2 import EndCause
 from beamwire.job.v1.job_service_pb2 import Job, TailLogsResponse
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import PREFETCH_BYTES
 from beamwire.mesh.stream.ticket import Ticket, TicketSource

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from beamwire.mesh.addresses import Addresses
-from beamwire.mesh.credentials import MEMBER_FILE, Credentials
-from beamwire.mesh.enrollment import JoinToken, enroll
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.trust import Trust
+from beamwire.mesh.identity.credentials import MEMBER_FILE, Credentials
+from beamwire.mesh.identity.enrollment import JoinToken, enroll
+from beamwire.mesh.identity.trust import Trust
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,10 @@ import torch
 import torch.distributed
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from beamwire.client.aio import has_used_grpc
 from beamwire.client.apart import Apart
 from beamwire.client.batch import Batch
 from beamwire.client.client import connect
+from beamwire.client.forks import has_used_grpc
 from beamwire.client.groups import for_group
 from beamwire.client.request import ParsedRequest
 from beamwire.client.session import Via

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 
 from beamwire.buffer.v1 import buffer_service_pb2 as pb
 from beamwire.common.v1.reason_pb2 import ErrorReason
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString, Place
 from beamwire.mesh.stream.link import LARGEST_SIGNAL, SIGNAL_MAGIC
 from beamwire.mesh.stream.sockets import PAIR, Connection, PlainConnection

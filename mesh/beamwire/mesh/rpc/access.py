@@ -14,10 +14,10 @@ from cryptography.hazmat.primitives import hashes
 from google.protobuf import descriptor, descriptor_pool
 
 from beamwire.common.v1 import access_pb2
-from beamwire.mesh.credentials import Credentials
-from beamwire.mesh.delegation import Delegation
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Role, SpiffeId, parse_id
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.delegation import Delegation
+from beamwire.mesh.identity.ids import Role, SpiffeId, parse_id
 from beamwire.mesh.policy import FILE_NAME, Grant, Policy, PolicySource
 
 # Services of other people, whose methods cannot declare access: any verified member may call them.

@@ -17,8 +17,8 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 
 from beamwire.mesh import telemetry
-from beamwire.mesh.delegation import METADATA_KEY
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.identity.delegation import METADATA_KEY
 from beamwire.mesh.rpc import access, fields
 from beamwire.mesh.rpc.live import LiveCalls
 from beamwire.mesh.rpc.status import CODES, DETAILS_KEY, to_status

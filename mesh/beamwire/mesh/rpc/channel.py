@@ -10,10 +10,10 @@ from weakref import WeakSet
 import grpc
 
 from beamwire.mesh import telemetry
-from beamwire.mesh.credentials import Credentials
-from beamwire.mesh.delegation import METADATA_KEY, check_text
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import services_name
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.delegation import METADATA_KEY, check_text
+from beamwire.mesh.identity.ids import services_name
 from beamwire.mesh.rpc.status import error_from_rpc
 
 DEADLINE: Final = 15.0

@@ -9,8 +9,8 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Final
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 
 # How often the files are looked at, which another process may have changed, in seconds.
 LOOK_PERIOD: Final = 0.25

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final, TypeVar
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.arrival import Arrival
 from beamwire.mesh.stream.connect import ConnectString, Place
 from beamwire.mesh.stream.deliveries import Deliveries, Delivery, Held

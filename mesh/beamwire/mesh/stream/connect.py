@@ -8,7 +8,7 @@ from typing import Final, Literal, get_args
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 from beamwire.mesh.errors import BeamwireError, invalid_field
-from beamwire.mesh.identity import is_trust_domain
+from beamwire.mesh.identity.ids import is_trust_domain
 from beamwire.mesh.names import check_id
 
 Transport = Literal["tls+tcp", "tcp", "ipc"]
@@ -35,8 +35,9 @@ _MAX_EPOCH: Final = 2**32 - 1
 class ConnectString:
     """Where a buffer is: `beamwire://host:port[,host:port…]/buffers/<id>?epoch=1[&transport=tcp][&delivery=push]`.
 
-    `facility` is the trust domain of its caches; empty for that of whoever dials. `hosts` are the listeners of its caches, `epoch` the life of its sequence numbers. With the transport `ipc` they
-    listen on the Unix sockets `paths`: `beamwire://localhost/buffers/<id>?epoch=1&transport=ipc&path=/…[&path=/…]`.
+    `facility` is the trust domain of its caches; empty for that of whoever dials. `hosts` are their listeners, `epoch`
+    the life of the sequence numbers. With the transport `ipc` they listen on the Unix sockets `paths`:
+    `beamwire://localhost/buffers/<id>?epoch=1&transport=ipc&path=/…[&path=/…]`.
     With a `ticket` in it the text is a secret: log `without_ticket()`.
     """
 

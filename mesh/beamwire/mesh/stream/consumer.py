@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.acked_receiver import LEAST_MESSAGES, AckedReceiver
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.deliveries import Held

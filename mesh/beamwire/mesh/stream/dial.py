@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import SpiffeId
 from beamwire.mesh.stream.connect import ConnectString, Place, spell
 from beamwire.mesh.stream.local import peer_process, short
 from beamwire.mesh.stream.sockets import (

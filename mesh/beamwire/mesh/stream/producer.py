@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh import telemetry
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.acked_sender import AckedSender
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.frame import Value

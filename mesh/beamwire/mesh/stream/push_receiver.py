@@ -8,8 +8,8 @@ import threading
 from dataclasses import dataclass
 from typing import Final
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.arrival import LARGEST_MESSAGE, Arrival, read_arrivals
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.dial import dial

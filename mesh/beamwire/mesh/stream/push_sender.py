@@ -9,8 +9,8 @@ from contextlib import suppress
 from functools import partial
 from typing import Final
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.outbox import SMALL, Payload

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Final, NoReturn
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString, Place, spell
 from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.inbox import ClosedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from beamwire.mesh.credentials import Credentials
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString
 
 # How often a connection looks whether its member's certificate was renewed, in seconds.

@@ -17,9 +17,9 @@ from cryptography import x509
 from google.protobuf.message import DecodeError
 
 from beamwire.buffer.v1 import buffer_service_pb2 as pb
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import SpiffeId
 from beamwire.mesh.names import parse_name
 from beamwire.mesh.rpc.access import Caller
 from beamwire.mesh.store import Store

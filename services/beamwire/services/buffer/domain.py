@@ -13,10 +13,10 @@ from pathlib import Path
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.failure import Failure
+from beamwire.mesh.identity.trust import Trust
 from beamwire.mesh.policy import PolicySource, check_quota
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
-from beamwire.mesh.trust import Trust
 from beamwire.services.buffer import supervisor
 from beamwire.services.buffer.driver import Driver, Minter
 from beamwire.services.buffer.model import BUFFER_STATES, BufferRecord, BufferSpec, BufferState, Seal, Shard

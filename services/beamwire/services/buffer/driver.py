@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.trust import Trust
 from beamwire.mesh.processes import Process
 from beamwire.mesh.store import Store, utcnow
 from beamwire.mesh.stream.connect import ConnectString
-from beamwire.mesh.trust import Trust
 from beamwire.services.buffer.control import CONTROL_SOCKET, CacheControl, CacheStatus
 from beamwire.services.buffer.model import BUFFER_STATES, BufferRecord, BufferState, Shard
 from beamwire.services.buffer.placement import TRANSPORTS, Placement, Rings, write_configuration

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from beamwire.buffer.v1 import buffer_service_pb2 as pb
 from beamwire.buffer.v1 import buffer_service_pb2_grpc as pb_grpc
 from beamwire.common.v1 import account_pb2
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.identity import Role, SpiffeId
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.listing import list_page, visible
 from beamwire.mesh.names import RESERVED, check_id, new_id, parse_name
 from beamwire.mesh.pages import Pager

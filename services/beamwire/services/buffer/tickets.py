@@ -7,9 +7,9 @@ import time
 from datetime import timedelta
 from typing import Final
 
-from beamwire.mesh.delegation import Delegation
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Role
+from beamwire.mesh.identity.delegation import Delegation
+from beamwire.mesh.identity.ids import Role
 from beamwire.mesh.rpc.access import Caller
 from beamwire.mesh.stream.ticket import Ticket, mint
 from beamwire.services.buffer.model import BufferRecord

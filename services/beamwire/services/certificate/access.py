@@ -12,10 +12,10 @@ from beamwire.buffer.v1 import buffer_service_pb2
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.common.v1 import access_pb2
 from beamwire.job.v1 import job_service_pb2
-from beamwire.mesh.credentials import Credentials
-from beamwire.mesh.delegation import describe
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.identity import Role, SpiffeId
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.delegation import describe
+from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.patterns import ANYTHING
 from beamwire.mesh.policy import FILE_NAME, Grant, PolicySource, short_name
 from beamwire.mesh.policy_file import DATASET_KINDS

@@ -6,7 +6,7 @@ import enum
 import logging
 from typing import Final
 
-from beamwire.mesh.identity import Clock, utcnow
+from beamwire.mesh.identity.ids import Clock, utcnow
 from beamwire.mesh.names import new_id
 from beamwire.mesh.store import Store
 from beamwire.services.certificate.model import AuditRecord

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Clock, utcnow
+from beamwire.mesh.identity.ids import Clock, utcnow
+from beamwire.mesh.identity.trust import DomainTrust, Trust
 from beamwire.mesh.store import Store
-from beamwire.mesh.trust import DomainTrust, Trust
 from beamwire.services.certificate.model import BELIEVED, TrustRecord, bundle_name
 
 _PAGE: Final = 1000

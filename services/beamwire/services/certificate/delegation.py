@@ -8,9 +8,9 @@ from datetime import datetime, timedelta
 from typing import Any, Final, Self
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
-from beamwire.mesh.biscuits import TokenKey, create, inspect
 from beamwire.mesh.errors import BeamwireError, invalid_field
-from beamwire.mesh.identity import Clock, SpiffeId, utcnow
+from beamwire.mesh.identity.biscuits import TokenKey, create, inspect
+from beamwire.mesh.identity.ids import Clock, SpiffeId, utcnow
 from beamwire.mesh.policy import PolicySource
 from beamwire.mesh.rpc.access import check_owner, current_caller
 from beamwire.mesh.rpc.convert import from_duration, to_timestamp

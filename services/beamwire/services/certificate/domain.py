@@ -11,10 +11,10 @@ from typing import Final, NoReturn
 
 from cryptography import x509
 
-from beamwire.mesh.authority import Authority, IssuedCertificate, check_server_name, server_names_of
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.generations import Generations
-from beamwire.mesh.identity import Clock, Role, SpiffeId, services_name, utcnow
+from beamwire.mesh.identity.authority import Authority, IssuedCertificate, check_server_name, server_names_of
+from beamwire.mesh.identity.generations import Generations
+from beamwire.mesh.identity.ids import Clock, Role, SpiffeId, services_name, utcnow
 from beamwire.mesh.policy import FILE_NAME as POLICY_FILE
 from beamwire.mesh.policy import PolicySource
 from beamwire.mesh.store import Store

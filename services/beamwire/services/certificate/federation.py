@@ -13,15 +13,15 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
-from beamwire.mesh.authority import Authority
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.identity import Clock, utcnow
-from beamwire.mesh.introduction import Introduction, check_fingerprint, fingerprint
+from beamwire.mesh.identity.authority import Authority
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import Clock, utcnow
+from beamwire.mesh.identity.introduction import Introduction, check_fingerprint, fingerprint
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.names import parse_name
 from beamwire.mesh.rpc.access import current_caller
 from beamwire.mesh.rpc.convert import from_duration, to_timestamp
-from beamwire.mesh.trust import DomainTrust
 from beamwire.services.certificate.audit import Action, Audit
 from beamwire.services.certificate.board import TrustBoard
 from beamwire.services.certificate.following import Following

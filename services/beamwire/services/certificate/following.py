@@ -18,11 +18,11 @@ from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
 from beamwire.mesh.addresses import Addresses, check_address
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.failure import as_error
-from beamwire.mesh.identity import services_name
-from beamwire.mesh.introduction import MAX_ROOTS, UNREADABLE
-from beamwire.mesh.membership import read_bundle
+from beamwire.mesh.identity.ids import services_name
+from beamwire.mesh.identity.introduction import MAX_ROOTS, UNREADABLE
+from beamwire.mesh.identity.membership import read_bundle
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.rpc.status import error_from_rpc
-from beamwire.mesh.trust import DomainTrust
 from beamwire.services.certificate.board import TrustBoard
 from beamwire.services.certificate.model import bundle_name
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Final
 
-from beamwire.mesh.authority import IssuedCertificate
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Clock, utcnow
+from beamwire.mesh.identity.authority import IssuedCertificate
+from beamwire.mesh.identity.ids import Clock, utcnow
 from beamwire.mesh.names import parse_name
 from beamwire.mesh.store import Store
 from beamwire.services.certificate.model import (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.rpc.convert import to_timestamp
-from beamwire.mesh.trust import DomainTrust
 from beamwire.services.certificate.model import AuditRecord, CertificateRecord, TrustRecord, bundle_name
 
 

@@ -7,11 +7,11 @@ from datetime import timedelta
 from typing import Final
 
 from beamwire.mesh.database import Database
-from beamwire.mesh.generations import Generations
-from beamwire.mesh.identity import Clock, utcnow
+from beamwire.mesh.identity.generations import Generations
+from beamwire.mesh.identity.ids import Clock, utcnow
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.policy import PolicySource
 from beamwire.mesh.store import Store
-from beamwire.mesh.trust import DomainTrust
 from beamwire.services.certificate.audit import Audit
 from beamwire.services.certificate.board import TrustBoard
 from beamwire.services.certificate.domain import Lifetimes, Registrar

@@ -10,11 +10,11 @@ from typing import Final
 
 from cryptography.hazmat.primitives import hashes, serialization
 
-from beamwire.mesh.authority import Authority
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.generations import MACHINE, Generations, Phase
-from beamwire.mesh.identity import Clock, SpiffeId, utcnow
-from beamwire.mesh.revocation import Revocation, RevocationList
+from beamwire.mesh.identity.authority import Authority
+from beamwire.mesh.identity.generations import MACHINE, Generations, Phase
+from beamwire.mesh.identity.ids import Clock, SpiffeId, utcnow
+from beamwire.mesh.identity.revocation import Revocation, RevocationList
 from beamwire.services.certificate.audit import Action, Audit
 from beamwire.services.certificate.board import TrustBoard
 from beamwire.services.certificate.ledger import Ledger

@@ -10,18 +10,18 @@ from typing import Any, Final
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
 from beamwire.mesh.addresses import Addresses
-from beamwire.mesh.enrollment import JoinToken
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.explanation import explain
-from beamwire.mesh.generations import Phase
-from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.identity.enrollment import JoinToken
+from beamwire.mesh.identity.explanation import explain
+from beamwire.mesh.identity.generations import Phase
+from beamwire.mesh.identity.ids import SpiffeId
+from beamwire.mesh.identity.trust import Trust
 from beamwire.mesh.listing import list_page, visible
 from beamwire.mesh.pages import Pager, page_size, parse_filter
 from beamwire.mesh.policy import PolicySource
 from beamwire.mesh.rpc.access import current_caller
 from beamwire.mesh.rpc.convert import from_duration, to_timestamp
 from beamwire.mesh.store import Store
-from beamwire.mesh.trust import Trust
 from beamwire.services.certificate.access import AccessAdviser
 from beamwire.services.certificate.audit import Action, Audit
 from beamwire.services.certificate.board import TrustBoard

@@ -104,7 +104,7 @@ def import_(certificate: Path, directory: Path) -> None:
 
     It becomes the next root: a rotation announces, activates and finishes it.
     """
-    from beamwire.mesh.signing import load_certificate
+    from beamwire.mesh.identity.signing import load_certificate
     from beamwire.services.facility import load_authorities
 
     layout, settings = load_facility(directory)

@@ -12,7 +12,7 @@ from beamwire.services.cli.common import DEFAULT_DIRECTORY
 from beamwire.services.config import make_settings
 
 if TYPE_CHECKING:
-    from beamwire.mesh.signing import Signer
+    from beamwire.mesh.identity.signing import Signer
 
 
 @click.group()
@@ -93,8 +93,8 @@ def facility_init(
 
 
 def _parent(certificate: Path | None, key: Path | None, passphrase_file: Path | None) -> Signer | None:
-    from beamwire.mesh.keys import read_passphrase
-    from beamwire.mesh.signing import Signer
+    from beamwire.mesh.identity.keys import read_passphrase
+    from beamwire.mesh.identity.signing import Signer
 
     if certificate is None and key is None:
         return None

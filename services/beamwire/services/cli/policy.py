@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.identity.ids import SpiffeId
 from beamwire.services.cli.common import directory_option, json_option, print_json, whole_identity
 from beamwire.services.config import load_facility
 

@@ -48,9 +48,9 @@ def serve(services: tuple[ServiceName, ...], directory: Path, config: Path | Non
 @click.option("--json", "as_json", is_flag=True, help="Print the settings as JSON.")
 def validate(directory: Path, as_json: bool) -> None:
     """Check the facility's configuration, credentials and directories without serving."""
-    from beamwire.mesh.credentials import Credentials
+    from beamwire.mesh.identity.credentials import Credentials
+    from beamwire.mesh.identity.renewal import issues_of
     from beamwire.mesh.policy import PolicyFile
-    from beamwire.mesh.renewal import issues_of
     from beamwire.services.facility import load_authorities
 
     layout, settings = load_facility(directory)

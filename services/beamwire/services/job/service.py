@@ -11,7 +11,7 @@ from pathlib import Path
 from beamwire.job.v1 import job_service_pb2 as pb
 from beamwire.job.v1 import job_service_pb2_grpc as pb_grpc
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.identity import Role, SpiffeId
+from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.listing import list_page, visible
 from beamwire.mesh.names import check_id, new_id
 from beamwire.mesh.pages import Pager

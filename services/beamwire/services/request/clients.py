@@ -21,7 +21,7 @@ from beamwire.job.v1 import job_service_pb2 as job_pb
 from beamwire.job.v1 import job_service_pb2_grpc as job_grpc
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.failure import Failure
-from beamwire.mesh.identity import Role, SpiffeId
+from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.rpc.convert import from_losses, to_duration
 from beamwire.mesh.rpc.status import from_status
 from beamwire.services.request.model import (

@@ -8,7 +8,7 @@ from google.protobuf import json_format
 
 from beamwire.job.v1 import job_service_pb2 as job_pb
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason, invalid_field
-from beamwire.mesh.identity import Role, SpiffeId, is_trust_domain
+from beamwire.mesh.identity.ids import Role, SpiffeId, is_trust_domain
 from beamwire.mesh.names import new_id
 from beamwire.mesh.policy import FILE_NAME
 from beamwire.mesh.rpc.access import Caller, current_caller

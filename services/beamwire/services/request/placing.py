@@ -12,8 +12,8 @@ from google.protobuf import json_format
 from beamwire.job.v1 import job_service_pb2 as job_pb
 from beamwire.job.v1 import job_service_pb2_grpc as job_grpc
 from beamwire.mesh.addresses import Addresses
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.rpc.channel import connect
 from beamwire.services.request.clients import JobClient, patiently, request_id
 from beamwire.services.request.model import ConsumerJob, TransferRecord

@@ -12,7 +12,7 @@ from beamwire.buffer.v1 import buffer_service_pb2 as buffer_pb
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, invalid_field
-from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.identity.ids import SpiffeId
 from beamwire.mesh.listing import list_page, visible
 from beamwire.mesh.names import check_id, id_of_part, new_id
 from beamwire.mesh.pages import Pager

@@ -31,7 +31,7 @@ from beamwire.services.streamer.registry import nearest
 from beamwire.services.streamer.stopping import CancelledError, Stop
 
 if TYPE_CHECKING:
-    from beamwire.mesh.credentials import Credentials
+    from beamwire.mesh.identity.credentials import Credentials
 
 PROGRESS_PERIOD = 2.0
 """Seconds between two lines of progress, at least."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from beamwire.mesh import telemetry
-from beamwire.mesh.credentials import MEMBER_FILE, Credentials
-from beamwire.mesh.enrollment import JoinToken, enroll
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.renewal import certificate_address
+from beamwire.mesh.identity.credentials import MEMBER_FILE, Credentials
+from beamwire.mesh.identity.enrollment import JoinToken, enroll
+from beamwire.mesh.identity.renewal import certificate_address
 from beamwire.services.streamer import config as configuration
 from beamwire.services.streamer.config import StreamerConfig
 from beamwire.services.streamer.parallel import Ranks
@@ -123,7 +123,7 @@ def _kept(rank: int, environment: Mapping[str, str]) -> AbstractContextManager[N
     if rank != 0 or not (directory / MEMBER_FILE).exists():
         return nullcontext()
     # Brings gRPC with it.
-    from beamwire.mesh.membership import MembershipThread
+    from beamwire.mesh.identity.membership import MembershipThread
 
     return MembershipThread(Credentials.load(directory), certificate_address(directory), delay=MEMBERSHIP_DELAY)
 

@@ -10,8 +10,8 @@ from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_r
 
 from beamwire.buffer.v1 import buffer_service_pb2, buffer_service_pb2_grpc
 from beamwire.mesh.addresses import Addresses
-from beamwire.mesh.credentials import MEMBER_FILE, Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import MEMBER_FILE, Credentials
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.ticket import Ticket, TicketSource

@@ -13,7 +13,7 @@ from beamwire.client.cli.context import Cli, Command, pass_cli
 from beamwire.client.cli.failures import FAILED
 from beamwire.client.client import Client
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.identity.ids import SpiffeId
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME, LINK_ROLE_PRODUCE
 
 # What people say for what the contract calls a method: by the kind of resource, by the word.

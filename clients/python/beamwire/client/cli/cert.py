@@ -17,10 +17,17 @@ from beamwire.client.cli.context import Cli, Command, Group, as_dict, pass_cli
 from beamwire.client.cli.failures import FAILED
 from beamwire.client.cli.text import Row, aligned, duration
 from beamwire.client.config import EnrolledFacility, choose_facility
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.identity import spiffe_id_of
-from beamwire.mesh.renewal import certificate_address, half_life, is_superseded, issues_of, remaining, renew_once
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.renewal import (
+    certificate_address,
+    half_life,
+    is_superseded,
+    issues_of,
+    remaining,
+    renew_once,
+)
+from beamwire.mesh.identity.verifier import spiffe_id_of
 from beamwire.mesh.rpc.channel import connect
 
 _PEM_BEGIN = b"-----BEGIN CERTIFICATE-----"

@@ -20,9 +20,9 @@ from beamwire.client.cli.text import receipt_text
 from beamwire.client.client import Client, connect
 from beamwire.client.config import config_directory, trace_directory
 from beamwire.mesh import telemetry
-from beamwire.mesh.delegation import check_text
 from beamwire.mesh.errors import invalid_field
-from beamwire.mesh.renewal import renew_in_background
+from beamwire.mesh.identity.delegation import check_text
+from beamwire.mesh.identity.renewal import renew_in_background
 from beamwire.request.v1.request_service_pb2 import Transfer
 
 TOKEN_VARIABLE = "BEAMWIRE_TOKEN_FILE"  # noqa: S105 - the name of a variable

@@ -14,9 +14,9 @@ from beamwire.client.cli.context import Cli, Command, pass_cli
 from beamwire.client.cli.text import aligned, columns, duration
 from beamwire.client.config import choose_facility, enrolled_facilities, facility_directory
 from beamwire.common.v1.access_pb2 import Role
-from beamwire.mesh.enrollment import JoinToken
-from beamwire.mesh.enrollment import enroll as enroll_member
 from beamwire.mesh.errors import BeamwireError, invalid_field
+from beamwire.mesh.identity.enrollment import JoinToken
+from beamwire.mesh.identity.enrollment import enroll as enroll_member
 
 
 @click.command(cls=Command)

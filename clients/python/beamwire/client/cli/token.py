@@ -13,11 +13,11 @@ import click
 from beamwire.client.cli.context import Cli, Command, Group, pass_cli
 from beamwire.client.cli.text import aligned
 from beamwire.client.transfers import full_name
-from beamwire.mesh.biscuits import attenuate as narrow
-from beamwire.mesh.biscuits import inspect as read
-from beamwire.mesh.credentials import PRIVATE
-from beamwire.mesh.delegation import Delegation, Restriction, check_text, describe
-from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.identity.biscuits import attenuate as narrow
+from beamwire.mesh.identity.biscuits import inspect as read
+from beamwire.mesh.identity.credentials import PRIVATE
+from beamwire.mesh.identity.delegation import Delegation, Restriction, check_text, describe
+from beamwire.mesh.identity.ids import SpiffeId
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 

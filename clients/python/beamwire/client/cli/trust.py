@@ -21,8 +21,8 @@ from beamwire.client.cli.text import Row, age, aligned, columns, counted, time_o
 from beamwire.client.config import EnrolledFacility, choose_facility, enrolled_facilities
 from beamwire.client.operators import DEFAULT_DIRECTORY, FACILITY_FILE, operated_facility
 from beamwire.mesh.errors import BeamwireError
-from beamwire.mesh.identity import Role
-from beamwire.mesh.introduction import MAX_LENGTH, Introduction, check_fingerprint, fingerprint
+from beamwire.mesh.identity.ids import Role
+from beamwire.mesh.identity.introduction import MAX_LENGTH, Introduction, check_fingerprint, fingerprint
 from beamwire.mesh.rpc.channel import connect
 
 if TYPE_CHECKING:

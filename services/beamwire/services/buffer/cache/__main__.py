@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from beamwire.mesh import telemetry
-from beamwire.mesh.credentials import CHAIN_FILE, Credentials
 from beamwire.mesh.errors import BeamwireError
+from beamwire.mesh.identity.credentials import CHAIN_FILE, Credentials
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.server import CacheServer
 
@@ -57,7 +57,7 @@ def _credentials(config: CacheConfig, directory: Path) -> Credentials | None:
     if token_file is None or (place / CHAIN_FILE).exists():
         return Credentials.load(place)
     # Brings gRPC with it, which the cache needs for nothing else.
-    from beamwire.mesh.enrollment import JoinToken, enroll
+    from beamwire.mesh.identity.enrollment import JoinToken, enroll
 
     try:
         return enroll(JoinToken.parse(token_file.read_text()), place)

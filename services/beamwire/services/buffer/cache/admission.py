@@ -15,10 +15,10 @@ from typing import Final
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.tls import peer_chain
 from beamwire.mesh.stream import ticket
-from beamwire.mesh.tls import peer_chain
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.peers import RefusedError
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_PRODUCE, LinkRole, TicketClaims

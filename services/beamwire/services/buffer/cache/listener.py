@@ -14,8 +14,8 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.link import Link
 from beamwire.mesh.stream.local import listen_local, peer_process
 from beamwire.mesh.stream.sockets import (

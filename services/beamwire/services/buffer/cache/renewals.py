@@ -11,9 +11,9 @@ import subprocess
 import sys
 from typing import Final
 
-from beamwire.mesh.credentials import MEMBER_FILE, Credentials
-from beamwire.mesh.identity import utcnow
-from beamwire.mesh.renewal import (
+from beamwire.mesh.identity.credentials import MEMBER_FILE, Credentials
+from beamwire.mesh.identity.ids import utcnow
+from beamwire.mesh.identity.renewal import (
     COMMAND_TIMEOUT,
     FAILED,
     half_life,
@@ -68,7 +68,7 @@ async def _wait_until_due(credentials: Credentials) -> None:
 
 async def _run(credentials: Credentials) -> int:
     """Run the process to its end, which comes in bounded time; its exit code. What it says goes where we say things."""
-    command = [sys.executable, "-m", "beamwire.mesh.renewal", str(credentials.directory)]
+    command = [sys.executable, "-m", "beamwire.mesh.identity.renewal", str(credentials.directory)]
     # At once, so that there is no moment at which it runs and nobody would end it.
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
     try:

@@ -14,10 +14,10 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from beamwire.common.v1 import account_pb2
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.stream.local import listen_local
-from beamwire.mesh.trust import DomainTrust
 from beamwire.services.buffer.cache.admission import Admission
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.listener import Listener

@@ -15,7 +15,7 @@ from beamwire.stream.v1 import frame_pb2
 
 if TYPE_CHECKING:
     # gRPC comes with it, which a check of a configuration does not need.
-    from beamwire.mesh.credentials import Credentials
+    from beamwire.mesh.identity.credentials import Credentials
 
 GetCredentials = Callable[[], "Credentials"]
 

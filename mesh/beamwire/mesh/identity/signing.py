@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import NameOID
 
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import BACKDATE
-from beamwire.mesh.keys import SigningKey, load_signing_key
+from beamwire.mesh.identity.ids import BACKDATE
+from beamwire.mesh.identity.keys import SigningKey, load_signing_key
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,9 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from beamwire.mesh.credentials import PRIVATE, write_file
-from beamwire.mesh.delegation import (
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.identity.credentials import PRIVATE, write_file
+from beamwire.mesh.identity.delegation import (
     LARGEST_TOKEN,
     Delegation,
     Restriction,
@@ -35,9 +36,8 @@ from beamwire.mesh.delegation import (
     read_blocks,
     refuse,
 )
-from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.identity import Clock, SpiffeId, parse_id, utcnow
-from beamwire.mesh.trust import Trust
+from beamwire.mesh.identity.ids import Clock, SpiffeId, parse_id, utcnow
+from beamwire.mesh.identity.trust import Trust
 
 MOST_BLOCKS: Final = 8
 # Characters of what a block says. Those that holders make in good faith have no more than a few hundred, and references

@@ -21,12 +21,19 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.x509.oid import NameOID
 
-from beamwire.mesh.authority import CROSS_FILE, ISSUING_FILE, ISSUING_KEY_FILE, ROOT_FILE, ROOT_KEY_FILE, Authority
-from beamwire.mesh.credentials import PUBLIC, write_file
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Clock, utcnow
-from beamwire.mesh.keys import KeyFiles, KeyHolder
-from beamwire.mesh.signing import Signer, cross_sign, load_certificate, to_pem
+from beamwire.mesh.identity.authority import (
+    CROSS_FILE,
+    ISSUING_FILE,
+    ISSUING_KEY_FILE,
+    ROOT_FILE,
+    ROOT_KEY_FILE,
+    Authority,
+)
+from beamwire.mesh.identity.credentials import PUBLIC, write_file
+from beamwire.mesh.identity.ids import Clock, utcnow
+from beamwire.mesh.identity.keys import KeyFiles, KeyHolder
+from beamwire.mesh.identity.signing import Signer, cross_sign, load_certificate, to_pem
 from beamwire.mesh.states import StateMachine
 
 STATE_FILE: Final = "state.json"

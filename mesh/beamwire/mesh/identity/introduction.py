@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from beamwire.mesh.addresses import Addresses, check_address
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import SpiffeId
+from beamwire.mesh.identity.ids import SpiffeId
 
 PREFIX: Final = "bwi1"
 # Characters; three generations of roots with their addresses are a quarter of it.

@@ -14,7 +14,7 @@ from typing import Any, Final
 from cryptography import x509
 
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.revocation import NONE_REVOKED, RevocationList
+from beamwire.mesh.identity.revocation import NONE_REVOKED, RevocationList
 
 SUFFIX: Final = ".json"
 

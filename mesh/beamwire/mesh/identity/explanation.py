@@ -11,9 +11,10 @@ from cryptography import x509
 from cryptography.x509 import verification
 
 from beamwire.mesh.errors import BeamwireError
-from beamwire.mesh.identity import SpiffeId, Verifier, spiffe_id_of, utcnow
+from beamwire.mesh.identity.ids import SpiffeId, utcnow
+from beamwire.mesh.identity.trust import DomainTrust, Trust
+from beamwire.mesh.identity.verifier import Verifier, spiffe_id_of
 from beamwire.mesh.policy import Policy
-from beamwire.mesh.trust import DomainTrust, Trust
 
 CHECKS: Final = ("name", "domain", "chain", "usage", "time", "revocation", "policy")
 _MAX_CERTIFICATES: Final = 10

@@ -16,12 +16,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
-from beamwire.mesh.credentials import MEMBER_FILE, PUBLIC, Credentials, new_key_and_csr, write_file
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Verifier, services_name
-from beamwire.mesh.membership import read_bundle
+from beamwire.mesh.identity.credentials import MEMBER_FILE, PUBLIC, Credentials, new_key_and_csr, write_file
+from beamwire.mesh.identity.ids import services_name
+from beamwire.mesh.identity.membership import read_bundle
+from beamwire.mesh.identity.trust import Trust
+from beamwire.mesh.identity.verifier import Verifier
 from beamwire.mesh.rpc.status import error_from_rpc
-from beamwire.mesh.trust import Trust
 
 _PREFIX: Final = "bwj1"
 

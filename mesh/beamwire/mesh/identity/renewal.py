@@ -1,6 +1,7 @@
-"""Renewing a certificate: when it is time, and how. `python -m beamwire.mesh.renewal <directory>` does it once.
+"""Renewing a certificate: when it is time, and how.
 
-The command is for members that do not speak gRPC themselves, such as caches.
+`python -m beamwire.mesh.identity.renewal <directory>` does it once. The command is for members that do not speak gRPC
+themselves, such as caches.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 
 from beamwire.mesh.addresses import Addresses
-from beamwire.mesh.credentials import MEMBER_FILE, Credentials, new_key_and_csr
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import BACKDATE, Verifier, utcnow
+from beamwire.mesh.identity.credentials import MEMBER_FILE, Credentials, new_key_and_csr
+from beamwire.mesh.identity.ids import BACKDATE, utcnow
+from beamwire.mesh.identity.verifier import Verifier
 
 if TYPE_CHECKING:
     import grpc
@@ -148,7 +150,7 @@ def renew_in_background(credentials: Credentials) -> bool:
     if not remaining(credentials)[0]:
         # Only enrolling helps.
         return False
-    command = [sys.executable, "-m", "beamwire.mesh.renewal", str(credentials.directory)]
+    command = [sys.executable, "-m", "beamwire.mesh.identity.renewal", str(credentials.directory)]
     null = subprocess.DEVNULL
     with contextlib.suppress(OSError):
         # Through a shell, which leaves it at once: nobody here waits for its end.
@@ -183,7 +185,7 @@ async def learn(credentials: Credentials, channel: grpc.aio.Channel) -> None:
     """
     from beamwire.certificate.v1 import certificate_service_pb2 as pb
     from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-    from beamwire.mesh.membership import read_bundle
+    from beamwire.mesh.identity.membership import read_bundle
 
     request = pb.GetTrustBundleRequest(name=f"trustBundles/{credentials.identity.trust_domain}")
     answer = await pb_grpc.CertificateServiceStub(channel).GetTrustBundle(request, timeout=CALL_TIMEOUT)
@@ -196,7 +198,7 @@ def main() -> int:
 
     Exit code 0 if that was done, 3 if it was not yet time (or another process does it), 1 if it failed.
     """
-    parser = argparse.ArgumentParser(prog="beamwire.mesh.renewal", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="beamwire.mesh.identity.renewal", description=main.__doc__)
     parser.add_argument("directory", type=Path, help="holds key.pem, chain.pem, bundle.pem and member.json")
     directory: Path = parser.parse_args().directory
     os.umask(0o077)

@@ -22,11 +22,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from beamwire.mesh import tls
-from beamwire.mesh import trust as trust_files
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import Clock, SpiffeId, Verifier, spiffe_id_of, utcnow
-from beamwire.mesh.trust import DomainTrust, Trust
+from beamwire.mesh.identity import tls
+from beamwire.mesh.identity import trust as trust_files
+from beamwire.mesh.identity.ids import Clock, SpiffeId, utcnow
+from beamwire.mesh.identity.trust import DomainTrust, Trust
+from beamwire.mesh.identity.verifier import Verifier, spiffe_id_of
 
 if TYPE_CHECKING:
     import grpc

@@ -10,8 +10,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from beamwire.mesh.credentials import PRIVATE, write_file
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.credentials import PRIVATE, write_file
 
 ENTRY_POINTS: Final = "beamwire.keys"
 FILES: Final = "files"

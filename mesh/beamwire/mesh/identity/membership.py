@@ -16,13 +16,13 @@ from typing import Final
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
 from beamwire.mesh import telemetry
-from beamwire.mesh.credentials import Credentials
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity import utcnow
-from beamwire.mesh.renewal import half_life, is_due, is_superseded, issues_of, random_jitter, remaining, renew
-from beamwire.mesh.revocation import RevocationList
+from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import utcnow
+from beamwire.mesh.identity.renewal import half_life, is_due, is_superseded, issues_of, random_jitter, remaining, renew
+from beamwire.mesh.identity.revocation import RevocationList
+from beamwire.mesh.identity.trust import DomainTrust, Trust
 from beamwire.mesh.rpc.channel import connect
-from beamwire.mesh.trust import DomainTrust, Trust
 
 WARNING_PERIOD: Final = timedelta(hours=1)
 # Seconds between attempts that fail, the first and the most.

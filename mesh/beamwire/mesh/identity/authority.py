@@ -16,13 +16,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from beamwire.mesh.credentials import PUBLIC, new_key_and_csr, write_file
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.identity import BACKDATE, Clock, Role, SpiffeId, Verifier, services_name, utcnow
-from beamwire.mesh.introduction import Introduction
-from beamwire.mesh.keys import KeyFiles, KeyHolder
-from beamwire.mesh.revocation import Revocation, RevocationList
-from beamwire.mesh.signing import (
+from beamwire.mesh.identity.credentials import PUBLIC, new_key_and_csr, write_file
+from beamwire.mesh.identity.ids import BACKDATE, Clock, Role, SpiffeId, services_name, utcnow
+from beamwire.mesh.identity.introduction import Introduction
+from beamwire.mesh.identity.keys import KeyFiles, KeyHolder
+from beamwire.mesh.identity.revocation import Revocation, RevocationList
+from beamwire.mesh.identity.signing import (
     Signer,
     authority_key_identifier,
     builder,
@@ -32,7 +32,8 @@ from beamwire.mesh.signing import (
     make_ca,
     to_pem,
 )
-from beamwire.mesh.trust import Trust
+from beamwire.mesh.identity.trust import Trust
+from beamwire.mesh.identity.verifier import Verifier
 
 _ROOT_LIFETIME: Final = timedelta(days=3650)
 _ISSUING_LIFETIME: Final = timedelta(days=1825)
