@@ -250,10 +250,10 @@ os.setuid(int(sys.argv[2]))
 sock = socket.socket(socket.AF_UNIX)
 sock.settimeout(10)
 sock.connect("data.sock")
-sock.sendall(bytes.fromhex("0053500000100000"))
 try:
+    sock.sendall(bytes.fromhex("0053500000100000"))
     print(sock.recv(100).hex())
-except ConnectionResetError:
+except (ConnectionResetError, BrokenPipeError):
     print()
 """
 

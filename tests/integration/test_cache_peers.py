@@ -179,7 +179,7 @@ def test_a_plain_peer_does_not_enter_a_protected_cache(start_cache):
 
 def test_a_client_does_not_take_another_member_for_the_cache(start_cache, facility):
     cache = start_cache(credentials=str(facility.member("user/mallory").directory))
-    with pytest.raises(BeamwireError, match="not the cache of buffers/b0") as caught:
+    with pytest.raises(BeamwireError, match=r"not spiffe://facility\.test/cache/b0, the cache of buffers/b0") as caught:
         consume(cache.connect, cache.user)
     assert caught.value.reason is Reason.CERTIFICATE_INVALID
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,13 +28,19 @@ from beamwire.mesh.identity.revocation import Revocation
 from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.producer import Producer
+from beamwire.mesh.stream.push_receiver import PushReceiver
+from beamwire.mesh.stream.shown import LOOK_PERIOD
+from beamwire.services.buffer.cache.renewals import keep_renewed
 from beamwire.services.buffer.control import CacheControl
 from beamwire.stream.v1.frame_pb2 import StreamHeader
 from beamwire.testing.facility import Facility
 from beamwire.testing.registry import Registry
+from tests.conftest import wait_until
 from tests.integration.conftest import CacheProcess, StartCache
 
 SHORT = timedelta(seconds=4)
+# Seconds that a cut may take on a busy machine; how long it takes on a quiet one is printed.
+CUT = 5.0
 
 
 def serial_of(credentials: Credentials) -> int:
@@ -109,7 +117,7 @@ def test_a_revoked_producer_and_consumer_are_cut_and_told_why(start_cache: Start
             print(f"{name}: cut after {1000 * (moment - began):.0f} ms")
             assert error.reason is Reason.CERTIFICATE_REVOKED, name
             assert "was revoked" in error.message
-            assert moment - began < 1.0
+            assert moment - began < CUT
         assert set(ended) == {"producer", "consumer"}
 
 
@@ -138,7 +146,7 @@ def test_how_soon_revoked_peers_are_cut(start_cache: StartCache, facility: Facil
         delays = sorted(moment - began for moment in ended)
         assert len(delays) == count
         print(f"data pipes cut: p50 {1000 * delays[count // 2]:.0f} ms, p99 {1000 * delays[-1]:.0f} ms")
-        assert delays[-1] < 1.0
+        assert delays[-1] < CUT
         send(producer, 7)
         assert int(next(alice).event_ids[0]) == 7
     with pytest.raises(BeamwireError) as caught:
@@ -156,7 +164,7 @@ def test_one_who_does_not_listen_is_cut_all_the_same(start_cache: StartCache, fa
         producer.send({"x": np.zeros((1, 1000), np.uint8)}, np.array([0], np.uint64))
         next(consumer)
         tell(cache, trust_without(facility, mallory))
-        cache.wait(lambda status: not any(one.connected for one in status.counters.consumers), 2)
+        cache.wait(lambda status: not any(one.connected for one in status.counters.consumers), CUT)
         with pytest.raises(BeamwireError):
             list(consumer)
         with Consumer(cache.connect, cache.user) as other:
@@ -235,6 +243,48 @@ def test_members_that_renew_while_they_stream_lose_and_repeat_nothing(
     assert counters.delivered_event_count == number
 
 
+def test_a_renewal_between_the_end_and_its_confirmation_loses_nothing(
+    start_cache: StartCache, facility: Facility
+) -> None:
+    """The END is there, and the caller has not taken what comes before it."""
+    cache = start_cache(delivery="PUSH")
+    assert cache.user is not None
+    with Consumer(cache.connect, cache.user, prefetch=8) as consumer:
+        with Producer(cache.connect, cache.user, StreamHeader()) as producer:
+            for number in range(3):
+                send(producer, number)
+        cache.wait(lambda status: status.state == "DRAINING" and status.counters.sent_event_count == 3)
+        receiver = consumer._receiver
+        assert isinstance(receiver, PushReceiver)
+        wait_until(lambda: not any(link.thread and link.thread.is_alive() for link in receiver._links), 10, "the END")
+        facility.renew(cache.user)
+        # Somebody looks whether it was renewed.
+        time.sleep(2 * LOOK_PERIOD)
+        assert [int(frame.event_ids[0]) for frame in consumer] == [0, 1, 2]
+    counters = cache.ended().counters
+    assert counters.losses == {}
+    assert counters.delivered_event_count == 3
+
+
+def test_a_producer_that_takes_over_from_itself_while_nobody_consumes_ends_in_time(
+    start_cache: StartCache, facility: Facility
+) -> None:
+    """The cache is full, and does not read what it was sent by the connection that is to end."""
+    cache = start_cache(delivery="PUSH", capacity_bytes=2**20)
+    assert cache.user is not None
+    producer = Producer(cache.connect, cache.user, StreamHeader())
+    for number in range(6):
+        producer.send({"x": np.zeros((1, 200_000), np.uint8)}, np.array([number], np.uint64))
+    facility.renew(cache.user)
+    time.sleep(2 * LOOK_PERIOD)
+    begin = time.monotonic()
+    with pytest.raises(BeamwireError) as caught:
+        producer.end(timeout=1.0)
+    assert caught.value.reason is Reason.TIMED_OUT
+    assert time.monotonic() - begin < 20
+    assert not [thread for thread in threading.enumerate() if thread.name == "beamwire-push-renewal"]
+
+
 def test_an_idle_stream_outlives_the_certificates_it_began_with(start_cache: StartCache, facility: Facility) -> None:
     cache = start_cache(delivery="ACKED")
     assert cache.user is not None
@@ -275,6 +325,30 @@ async def test_a_cache_renews_by_a_short_process(start_cache: StartCache, facili
         assert await asyncio.to_thread(stream) == [1, 2]
         assert serial_of(credentials) != first
         assert registry.renewals == 1
+
+
+async def test_a_cache_that_cannot_start_its_renewal_tries_again(
+    facility: Facility, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = asyncio.Event()
+    count = 0
+
+    def no_more(*_: object, **__: object) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            tried.set()
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", no_more)
+    credentials = facility.ending("cache/b0", timedelta(minutes=10))
+    (credentials.directory / "member.json").write_text("{}")
+    renewing = asyncio.create_task(keep_renewed(credentials))
+    asked = asyncio.create_task(tried.wait())
+    await asyncio.wait([renewing, asked], timeout=10, return_when=asyncio.FIRST_COMPLETED)
+    assert asked.done()
+    renewing.cancel()
+    await asyncio.wait([renewing])
 
 
 async def test_a_cache_that_ends_takes_its_renewal_with_it(start_cache: StartCache, facility: Facility) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,13 +16,16 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from beamwire.mesh.config import read
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.authority import Authority
 from beamwire.mesh.identity.credentials import new_key_and_csr
 from beamwire.mesh.identity.generations import Generations, Phase
 from beamwire.mesh.identity.ids import Role, SpiffeId
+from beamwire.mesh.identity.revocation import Revocation, RevocationList
 from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.identity.verifier import Verifier
 from beamwire.mesh.policy import Policy
 from beamwire.mesh.policy_file import Document
+from beamwire.services.certificate import ledger
 from beamwire.services.certificate.domain import Lifetimes
 from beamwire.services.certificate.model import ISSUED, CertificateRecord
 from beamwire.services.certificate.office import Office
@@ -104,6 +108,25 @@ class Desk:
             new_key_and_csr()[1], caller=SpiffeId.parse(record.owner), present_pem=record.chain_pem.encode()
         )
 
+    async def come_as_bob_of_b(self, lifetime: timedelta = 30 * DAY) -> tuple[CertificateRecord, int]:
+        """Somebody of b.test enrols here; returns also the serial number of the certificate that it came with."""
+        b = Authority.create("b.test", clock=self.clock)
+        present = b.issue(new_key_and_csr()[1], BOB_OF_B, (), lifetime)
+        serial = int(present.serial_hex, 16)
+        if "b.test" not in self.office.board.trust:
+            await self.office.board.believe(DomainTrust("b.test", b.roots_pem, 1))
+        guest = await self.office.registrar.enroll_introduced(
+            new_key_and_csr()[1], caller=BOB_OF_B, present_pem=present.chain_pem
+        )
+        return guest, serial
+
+    async def revoke_at_b(self, *serials: int) -> None:
+        revoked = {serial: Revocation(serial, self.now) for serial in serials}
+        known = self.office.board.trust["b.test"]
+        news = replace(known, sequence=known.sequence + 1, revoked=RevocationList(revocations=revoked))
+        # As it is known in memory: what is kept of it would have to be signed.
+        self.office.board._show(self.office.board.trust.believe(news))
+
     def refusal(self, record: CertificateRecord) -> Reason | None:
         """How somebody who believes what is published now takes a certificate."""
         leaf, *others = x509.load_pem_x509_certificates(record.chain_pem.encode())
@@ -164,7 +187,7 @@ async def test_grants_say_how_a_member_came_by_its_certificate(desk: Desk):
     service = SpiffeId(DOMAIN, "service/job")
     job = await desk.enroll("job/x", caller=service)
     user = await desk.enroll("user/alice")
-    guest = await desk.office.registrar.enroll_introduced(new_key_and_csr()[1], caller=BOB_OF_B)
+    guest, _ = await desk.come_as_bob_of_b()
     assert (job.grant, job.granted_by) == ("JOB_TOKEN", str(service))
     assert (user.grant, user.granted_by) == ("JOIN_TOKEN", str(ROOT))
     assert (guest.grant, guest.granted_by, guest.owner) == (
@@ -186,12 +209,12 @@ async def test_grants_say_how_a_member_came_by_its_certificate(desk: Desk):
 )
 async def test_without_a_token_only_those_who_are_introduced_enrol(desk: Desk, caller, reason):
     with pytest.raises(BeamwireError) as refused:
-        await desk.office.registrar.enroll_introduced(new_key_and_csr()[1], caller=caller)
+        await desk.office.registrar.enroll_introduced(new_key_and_csr()[1], caller=caller, present_pem=b"")
     assert refused.value.reason is reason
 
 
 async def test_who_was_introduced_stays_as_long_as_the_introduction(desk: Desk):
-    guest = await desk.office.registrar.enroll_introduced(new_key_and_csr()[1], caller=BOB_OF_B)
+    guest, _ = await desk.come_as_bob_of_b()
     guest = await desk.renew(guest)
     without = POLICY[: POLICY.index("[[introduction]]")]
     desk.policy.write(without)
@@ -203,6 +226,69 @@ async def test_who_was_introduced_stays_as_long_as_the_introduction(desk: Desk):
     await desk.office.registrar.end_introduced("b.test", caller=ROOT)
     assert desk.refusal(guest) is Reason.CERTIFICATE_REVOKED
     assert desk.refusal(alice) is None
+
+
+async def test_a_guest_ends_with_the_certificate_that_it_came_with(desk: Desk):
+    guest, _ = await desk.come_as_bob_of_b(timedelta(hours=1))
+    assert guest.expire_time <= desk.now + timedelta(hours=1)
+    assert (await desk.renew(guest)).expire_time <= desk.now + timedelta(hours=1)
+
+
+async def test_a_guest_that_is_revoked_at_home_is_out_here(desk: Desk):
+    guest, serial = await desk.come_as_bob_of_b()
+    renewed = await desk.renew(guest)
+    other, _ = await desk.come_as_bob_of_b()
+    await desk.revoke_at_b(serial)
+    with pytest.raises(BeamwireError, match="revoked there") as refused:
+        await desk.renew(renewed)
+    assert refused.value.reason is Reason.CERTIFICATE_REVOKED
+    following = asyncio.create_task(desk.office.follow_homes())
+    try:
+        async with asyncio.timeout(5):
+            async for change in desk.office.board.watch():
+                if change.trust_domain == DOMAIN and desk.refusal(renewed) is not None:
+                    break
+    finally:
+        following.cancel()
+    assert desk.refusal(guest) is Reason.CERTIFICATE_REVOKED
+    assert desk.refusal(other) is None
+
+
+async def test_guests_of_a_facility_that_is_gone_end_though_nobody_says_so(desk: Desk):
+    guest, _ = await desk.come_as_bob_of_b()
+    await desk.office.board.disbelieve("b.test")
+    await desk.restart()
+    assert desk.refusal(guest) is None
+    following = asyncio.create_task(desk.office.follow_homes())
+    try:
+        async with asyncio.timeout(5):
+            async for _ in desk.office.board.watch():
+                if desk.refusal(guest) is not None:
+                    break
+    finally:
+        following.cancel()
+
+
+async def test_a_stolen_key_cannot_make_the_revocation_list_long(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ledger, "MOST_GOOD", 3)
+    alice, bob = await desk.enroll("user/alice"), await desk.enroll("user/bob")
+    for _ in range(2):
+        alice = await desk.renew(alice)
+    with pytest.raises(BeamwireError, match="more than it can need") as refused:
+        await desk.renew(alice)
+    assert refused.value.reason is Reason.LIMIT_REACHED
+    await desk.renew(bob)
+    desk.now += 8 * DAY
+    await desk.renew(alice)
+
+
+async def test_whom_a_revoked_operator_meant_to_let_in_stays_out(desk: Desk):
+    registrar = desk.office.registrar
+    second = SpiffeId(DOMAIN, "operator/second")
+    secret, _ = await registrar.create_token(f"spiffe://{DOMAIN}/operator/ghost", None, (), caller=second)
+    await registrar.revoke_member(str(second), "gone", caller=ROOT)
+    with pytest.raises(BeamwireError, match="used before"):
+        await registrar.enroll(secret, new_key_and_csr()[1])
 
 
 def csr_of(key) -> bytes:

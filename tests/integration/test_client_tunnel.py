@@ -51,6 +51,8 @@ KEY = "00" * 32
 HELLO = Signal(hello=Hello(version=1, role=LINK_ROLE_CONSUME, instance="ab" * 16))
 # More frames of 1 MiB than all buffers between a cache and a caller hold, gRPC's of 4 MB included.
 ON_THE_WAY = 40
+# Seconds, on a busy machine; nothing here waits for time to pass.
+SOON = 5.0
 ACKNOWLEDGED = Signal(acknowledgement=Acknowledgement(delivery_count=1))
 
 
@@ -474,7 +476,7 @@ async def hanging_up(world: World, end: Callable[[Caller], None]) -> float:
 @pytest.mark.parametrize("how", ["cancel", "half-close"])
 async def test_a_caller_that_leaves_is_gone_at_the_cache(world: World, how: str) -> None:
     ends = {"cancel": lambda caller: caller.call.cancel(), "half-close": lambda caller: caller.said.put_nowait(None)}
-    assert await hanging_up(world, ends[how]) < 1
+    assert await hanging_up(world, ends[how]) < SOON
 
 
 @pytest.mark.parametrize("reads", [True, False], ids=["reads", "reads nothing"])
@@ -495,9 +497,9 @@ async def test_a_revocation_ends_both_sides(world: World, reads: bool) -> None:
     begin = time.monotonic()
     await world.store.change("buffers/b1", lambda record: {"revoked": (str(world.alice.identity),)})
     await asyncio.wait_for(world.caches.left.wait(), 10)
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < SOON
     error = await (reading or _drain(caller))
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < SOON
     assert error.reason is Reason.NOT_OWNER
     assert "may no longer use" in error.message
 
@@ -670,7 +672,7 @@ async def test_a_tunnel_that_is_closed_lets_go_of_both_ends(world: World) -> Non
         await tunnel.close()
         assert await asyncio.wait_for(consuming, 10) is None
         await asyncio.wait_for(world.caches.left.wait(), 10)
-        assert time.monotonic() - begin < 1
+        assert time.monotonic() - begin < SOON
 
 
 async def test_a_consumer_that_leaves_its_tunnel_is_gone_at_the_cache(world: World) -> None:
@@ -687,7 +689,7 @@ async def test_a_consumer_that_leaves_its_tunnel_is_gone_at_the_cache(world: Wor
         await asyncio.to_thread(consume, tunnel, connect)
         begin = time.monotonic()
         await asyncio.wait_for(world.caches.left.wait(), 10)
-        assert time.monotonic() - begin < 1
+        assert time.monotonic() - begin < SOON
 
 
 async def test_a_slow_caller_slows_the_cache_down(world: World) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,8 @@ from beamwire.mesh.store import Store
 from beamwire.request.v1 import request_service_pb2 as pb
 from beamwire.services.request import consumers as consumers_module
 from beamwire.services.request.consumers import Consumers
+from beamwire.services.request.datasets import Reader
+from beamwire.services.request.domain import Limits, Transfers
 from beamwire.services.request.jobs import MOST_CONSUMER_JOBS, from_consumer_job, to_consumer_jobs
 from beamwire.services.request.model import ConsumerJob, TransferRecord
 from beamwire.services.request.ports import JobView
@@ -110,6 +113,16 @@ async def test_each_is_placed_once(store: Store[TransferRecord], facilities: Fac
     await consumers.place(NAME, "beamwire://x")
     assert facilities.asked == ["jobs/j1 beamwire://x", "jobs/j2 beamwire://x"]
     assert all(job.asked and job.placed for job in (await store.require(NAME)).consumer_jobs)
+
+
+async def test_a_consumer_has_no_more_processes_than_a_streamer(store: Store[TransferRecord]) -> None:
+    nobody: Any = None
+    limits = Limits(processes=4)
+    transfers = Transfers(store, nobody, nobody, nobody, nobody, limits, nobody, nobody, nobody)
+    many = consumer(1).model_copy(update={"spec": {"executable": "x", "mpi": True, "resources": {"process_count": 5}}})
+    with pytest.raises(BeamwireError, match="must be at most 4") as caught:
+        await transfers.check(await transfer(store, many), Reader("", "", Patterns()))
+    assert caught.value.violations[0].field == "transfer.consumer_jobs[0].spec.resources.process_count"
 
 
 async def test_one_that_was_asked_for_when_the_service_died_is_found(
@@ -204,7 +217,9 @@ def call_as(path: str, *executables: str) -> None:
 def message(**spec: object) -> pb.ConsumerJob:
     consumer = pb.ConsumerJob(trust_domain=str(spec.pop("trust_domain", "b.test")))
     for name, value in {"executable": "/opt/consume", **spec}.items():
-        if isinstance(value, dict):
+        if name == "grace":
+            consumer.spec.grace.FromSeconds(int(str(value)))
+        elif isinstance(value, dict):
             getattr(consumer.spec, name).update(value)
         else:
             setattr(consumer.spec, name, value)
@@ -231,6 +246,7 @@ def test_names_are_made_up_and_cannot_be_guessed() -> None:
         (message(executable="/opt/../bin/sh"), Reason.POLICY_REFUSED, "does not let"),
         (message(executable="consume"), Reason.POLICY_REFUSED, "does not let"),
         (message(mpi=True), Reason.POLICY_REFUSED, "module:/opt/consume"),
+        (message(grace=3600), Reason.INVALID_FIELD, "grace"),
         (message(directory="/opt"), Reason.INVALID_FIELD, "directory"),
         (message(environment={"BEAMWIRE_CONNECT": "x"}), Reason.INVALID_FIELD, "not the caller's to set"),
         (message(trust_domain="", environment={"LD_PRELOAD": "x"}), Reason.INVALID_FIELD, "only operators"),

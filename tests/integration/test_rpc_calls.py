@@ -7,11 +7,13 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from cryptography import x509
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -24,6 +26,8 @@ from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.idempotency import Idempotency
 from beamwire.mesh.identity.credentials import Credentials
+from beamwire.mesh.identity.ids import utcnow
+from beamwire.mesh.identity.revocation import Revocation
 from beamwire.mesh.rpc.access import check_owner, current_caller, owner_filter
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.rpc.server import Server, Service
@@ -51,6 +55,8 @@ class Servicer:
 
     async def RenewCertificate(self, request: object, context: object) -> pb.Certificate:  # noqa: N802
         self.calls += 1
+        if self.answer is not None:
+            await self.answer()
         return pb.Certificate(granted_by=f"{current_caller()} {self.calls}")
 
     async def EnrollMember(self, request: pb.EnrollMemberRequest, context: object) -> pb.Certificate:  # noqa: N802
@@ -287,6 +293,29 @@ async def test_a_stream_fails_as_a_call_does(served: Served, name: str, reason: 
         error = await refusal(anext(answers))
     assert error.reason is reason
     assert "hunter2" not in error.message
+
+
+async def test_a_change_that_was_begun_goes_on_although_its_caller_is_cut(served: Served, facility: Facility) -> None:
+    """Without a request id: the caller is revoked in the middle, and told so."""
+    begun, go, done = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def answer() -> None:
+        begun.set()
+        await go.wait()
+        done.set()
+
+    served.servicer.answer = answer
+    alice = facility.member("user/alice")
+    async with served.as_member(alice) as stub:
+        call = asyncio.create_task(refusal(stub.RenewCertificate(pb.RenewCertificateRequest(csr_pem="x"))))
+        await begun.wait()
+        leaf = x509.load_pem_x509_certificates(alice.chain_pem)[0]
+        revoked = facility.authority.sign_revocations([Revocation(leaf.serial_number, utcnow())], 2)
+        own = replace(served.credentials.trust.own, sequence=2, revoked=revoked)
+        served.credentials.change_trust(lambda trust: trust.told([own]))
+        assert (await call).reason is Reason.CERTIFICATE_REVOKED
+    go.set()
+    await asyncio.wait_for(done.wait(), 5)
 
 
 async def test_a_stream_is_refused_to_the_wrong_role(served: Served) -> None:

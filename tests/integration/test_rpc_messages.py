@@ -144,3 +144,12 @@ def test_what_grpc_itself_says_becomes_our_error(code: grpc.StatusCode) -> None:
 def test_a_refused_handshake_is_told_from_a_dead_host(details: str, reason: Reason) -> None:
     raw = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details)
     assert error_from_rpc(raw).reason is reason
+
+
+def test_an_answer_that_grpcio_lost_is_asked_for_again() -> None:
+    """It says so of a stream that the server ended while a request was being sent on it."""
+    details, nothing = "Internal error from Core", grpc.aio.Metadata()
+    raw = grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, nothing, nothing, details=details)
+    error = error_from_rpc(raw, address="host:1")
+    assert error.reason is Reason.SERVICE_UNAVAILABLE
+    assert "host:1 ended the call" in error.message

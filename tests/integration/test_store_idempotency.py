@@ -15,7 +15,7 @@ class Counter:
     """An action that says how often it ran, and can be held in the middle."""
 
     def __init__(self) -> None:
-        self.runs = 0
+        self.runs = self.ended = 0
         self.running = asyncio.Event()
         self.go = asyncio.Event()
         self.go.set()
@@ -27,6 +27,7 @@ class Counter:
         await self.go.wait()
         if self.error is not None:
             raise self.error
+        self.ended += 1
         return b"answer %d" % self.runs
 
 
@@ -118,6 +119,20 @@ async def test_without_an_id_nothing_is_kept(db: Database) -> None:
     kept, action = Idempotency(db), Counter()
     assert await kept.run("alice", "/x/Create", "", b"body", action) == b"answer 1"
     assert await kept.run("alice", "/x/Create", "", b"body", action) == b"answer 2"
+
+
+async def test_without_an_id_too_what_was_begun_goes_on_to_its_end(db: Database) -> None:
+    kept, action = Idempotency(db), Counter()
+    action.go.clear()
+    first = asyncio.create_task(kept.run("alice", "/x/Create", "", b"body", action))
+    await action.running.wait()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    action.go.set()
+    async with asyncio.timeout(5):
+        while not action.ended:  # noqa: ASYNC110 - nobody waits for it
+            await asyncio.sleep(0.005)
 
 
 async def test_answers_are_kept_for_a_day(db: Database) -> None:

@@ -324,7 +324,7 @@ def test_a_cache_that_falls_silent_is_left_for_the_next(plain):
     silence = threading.Event()
 
     def first(peer: Peer) -> None:
-        peer.welcome()
+        peer.welcome(pulse=0.5)
         peer.header()
         peer.frames(1)
         assert silence.wait(WAIT)

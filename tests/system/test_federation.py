@@ -317,7 +317,7 @@ def test_a_transfer_here_places_its_consumer_there(allowed: Two) -> None:
     ("consumer", "story"),
     [
         ({"facility": "b.test", "executable": "/bin/sh"}, r"'alice'.* does not let .*/bin/sh"),
-        ({"facility": "c.test", "executable": PROGRAM}, "c.test is not believed here"),
+        ({"facility": "c.test", "executable": PROGRAM}, "c.test is not believed at a.test"),
         ({"facility": "b.test", "executable": PROGRAM, "environment": {"LD_PRELOAD": "x"}}, "b.test.*LD_PRELOAD"),
     ],
 )

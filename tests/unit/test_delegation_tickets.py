@@ -66,7 +66,7 @@ def claims_of(caller: Caller, lifetime: timedelta = HOUR) -> tuple[TicketClaims,
         role=LINK_ROLE_CONSUME,
         certificate_sha256=SHA,
         via_service=False,
-        now=NOW.timestamp(),
+        now=datetime.now(UTC).timestamp(),
     )
     return claims, ticket.text
 
@@ -109,16 +109,17 @@ def test_whose_access_was_taken_is_not_admitted_by_a_token(whom: str) -> None:
 
 
 def test_a_ticket_says_whose_right_it_is_and_ends_with_the_token() -> None:
-    claims, text = claims_of(holder(expire=NOW + timedelta(minutes=2)))
+    end = datetime.now(UTC).replace(microsecond=0) + timedelta(minutes=2)
+    claims, text = claims_of(holder(expire=end))
     assert (claims.identity, claims.delegated_by) == (str(BOB), ALICE)
     assert tuple(claims.delegation_ids) == IDS
-    assert claims.expire_time.ToDatetime(UTC) == NOW + timedelta(minutes=2)
+    assert claims.expire_time.ToDatetime(UTC) == end
     assert len(text) <= LARGEST_TICKET
 
 
 def test_a_ticket_is_no_longer_than_others_by_a_token() -> None:
     claims, _ = claims_of(holder(), timedelta(minutes=1))
-    assert claims.expire_time.ToDatetime(UTC) < NOW + timedelta(minutes=2)
+    assert claims.expire_time.ToDatetime(UTC) < datetime.now(UTC) + timedelta(minutes=2)
 
 
 class Scene:

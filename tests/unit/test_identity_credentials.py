@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import signal
 import socket
 import ssl
 import stat
@@ -16,6 +18,7 @@ from cryptography import x509
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.credentials import Credentials, new_key_and_csr
+from beamwire.mesh.identity.trust import Trust
 from beamwire.testing.facility import Facility
 
 
@@ -114,6 +117,27 @@ def test_readers_never_see_half_a_renewal(facility: Facility, caplog: pytest.Log
         reader.join()
     assert failures == []
     assert caplog.records == []
+
+
+def test_a_process_that_is_forked_during_a_change_keeps_nobody_from_the_files(facility: Facility) -> None:
+    member = facility.member("user/alice")
+    forked: list[int] = []
+
+    def change(trust: Trust) -> Trust:
+        child = os.fork()
+        if not child:
+            signal.pause()
+        forked.append(child)
+        return trust
+
+    member.change_trust(change)
+    reading = threading.Thread(target=Credentials.load, args=(member.directory,), daemon=True)
+    reading.start()
+    reading.join(5)
+    waits = reading.is_alive()
+    os.kill(forked[0], signal.SIGKILL)
+    os.waitpid(forked[0], 0)
+    assert not waits
 
 
 def test_renewal_is_seen_by_the_next_connection(facility: Facility) -> None:

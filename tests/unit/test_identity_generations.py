@@ -189,17 +189,6 @@ def test_a_step_that_is_killed_has_happened_or_has_not(tmp_path: Path, done: tup
     assert int(killed.stdout) >= 3
 
 
-def test_the_authority_of_an_older_release_is_taken_over(tmp_path: Path) -> None:
-    authority = Authority.create(DOMAIN)
-    authority.save(tmp_path / "authority")
-    (tmp_path / "authority" / "1").mkdir()  # of an attempt that was interrupted
-    generations = Generations.load(tmp_path / "authority")
-    assert generations.roots_pem == authority.roots_pem
-    assert believed(authority.roots_pem, issue(generations.authority))
-    assert not list((tmp_path / "authority").glob("*.pem"))
-    assert Generations.load(tmp_path / "authority").state == State(Phase.STABLE, 1, (1,))
-
-
 @pytest.mark.parametrize(
     "text", ["", "[]", '{"phase": "STABLE"}', '{"phase": "STABLE", "generation": 2, "trusted": [1]}', "\x00"]
 )

@@ -76,7 +76,9 @@ def test_a_pattern_must_also_fit_what_a_link_leads_to(tmp_path: Path):
     ["PATH", "LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "BEAMWIRE_JOIN_TOKEN_FILE",
      "BEAMWIRE_CREDENTIALS_DIR", "HOME", "BASH_ENV", "ENV", "IFS", "TMPDIR", "NODE_OPTIONS", "JAVA_TOOL_OPTIONS",
      "HTTPS_PROXY", "https_proxy", "SSL_CERT_FILE", "HYDRA_LAUNCHER_EXEC", "OMPI_MCA_plm_rsh_agent", "GIT_SSH_COMMAND",
-     "HDF5_PLUGIN_PATH", "OTEL_EXPORTER_OTLP_ENDPOINT", "VIRTUAL_ENV", "ld_preload", "BASH_FUNC_x"],
+     "HDF5_PLUGIN_PATH",
+     "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", "TORCHINDUCTOR_CACHE_DIR", "GTK_MODULES",
+     "OTEL_EXPORTER_OTLP_ENDPOINT", "VIRTUAL_ENV", "ld_preload", "BASH_FUNC_x"],
 )  # fmt: skip
 def test_it_may_not_change_what_runs_by_the_environment(name):
     error = refused(JobSpec(executable="/bin/true", environment={"OK": "1", name: "x"}), "/bin/true")
@@ -93,3 +95,8 @@ def test_it_runs_in_its_own_directory_with_as_many_processes_as_a_transfer():
     spec = JobSpec(executable="x", mpi=True, process_count=5)
     refused(spec, "module:x", reason=Reason.INVALID_FIELD)
     may(spec.model_copy(update={"process_count": 4}), "module:x")
+
+
+def test_it_ends_soon_when_it_is_told_to():
+    refused(JobSpec(executable="/bin/true", grace=3600), "/bin/true", reason=Reason.INVALID_FIELD)
+    may(JobSpec(executable="/bin/true", grace=60), "/bin/true")

@@ -140,6 +140,11 @@ def test_there_is_one_spelling_only(authority: Authority, document: str) -> None
     refused(signed({"trust_domain": "a.test"}, authority), "does not say")
 
 
+def test_a_name_that_no_file_can_have_is_refused(authority: Authority, introduction: Introduction) -> None:
+    long = replace(introduction, trust_domain="b" * 201)
+    refused(authority.sign_introduction(long), "longer than 200 characters")
+
+
 def test_too_many_roots_are_refused(authority: Authority, introduction: Introduction) -> None:
     many = replace(introduction, roots=introduction.roots * 9)
     refused(authority.sign_introduction(many), "from 1 to 8 roots")

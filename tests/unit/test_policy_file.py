@@ -275,12 +275,27 @@ def test_doubts_name_what_may_not_be_meant(tmp_path):
         tmp_path,
         rule("all", '["user/*"]')
         + rule("late", '["user/*"]', 'methods = ["RequestService/Steal*"]')
-        + f'[[quota]]\ntrust_domain = "{OWN}"\n',
+        + f'[[quota]]\ntrust_domain = "{OWN}"\n'
+        + '[[introduction]]\nfrom = "spiffe://b.test/user/*"\nto = "user/b.test.*"\n',
     )
     found = " | ".join(doubts(policy, methods()))
     assert "'late' does not count for user/*: 'all' comes before it" in found
     assert "no method of this release is RequestService/Steal*" in found
     assert "has no effect" in found
+    assert "who enrols as user/b.test.* may read every dataset, by the rule 'all'" in found
+
+
+def test_a_narrow_rule_after_a_wide_one_is_doubtful(tmp_path):
+    def doubted(early: str, late: str) -> bool:
+        policy = written(tmp_path, rule("early", f'["{early}"]') + rule("late", f'["{late}"]'))
+        return any("'late' does not count" in doubt for doubt in doubts(policy, methods()))
+
+    assert doubted("user/*", "user/guest-*")
+    assert doubted("**", "user/mallory")
+    assert doubted("spiffe://b.test/**", "spiffe://b.test/user/*")
+    assert not doubted("user/guest-*", "user/*")
+    assert not doubted("user/*", "user/**")
+    assert not doubted("**", "spiffe://b.test/user/*")
 
 
 def test_explain_says_what_a_member_gets(tmp_path):

@@ -176,6 +176,7 @@ def test_rings_are_in_shared_memory_and_apart(tmp_path: Path, shared_memory: Pat
     rings.remove("b")
     assert list(rings.buffers()) == ["b-0"]
     assert list(others.buffers()) == ["b"]
+    assert list(Rings(tmp_path / "buffers" / ".." / "other").buffers()) == ["b"]
 
 
 def test_rings_that_are_to_last_or_find_no_room_are_in_the_buffers_directory(tmp_path: Path, shared_memory: Path):

@@ -528,6 +528,23 @@ def test_a_ragged_array_is_refused(saved: Saved) -> None:
         refused(stage, FieldSpec("image", np.dtype(np.float32), (-1, 4)))
 
 
+def test_constants_are_in_the_file_that_is_named(tmp_path: Path) -> None:
+    """The policy was asked about that file, and about no other that it leads to."""
+    with h5py.File(tmp_path / "secret.h5", "w") as file:
+        file["x"] = np.arange(3.0)
+    (tmp_path / "raw").write_bytes(bytes(24))
+    layout = h5py.VirtualLayout((3,), "f8")
+    layout[:] = h5py.VirtualSource(tmp_path / "secret.h5", "x", (3,))
+    with h5py.File(tmp_path / "open.h5", "w") as file:
+        file["link"] = h5py.ExternalLink("secret.h5", "/x")
+        file["group"] = h5py.ExternalLink("secret.h5", "/")
+        file.create_virtual_dataset("virtual", layout)
+        file.create_dataset("raw", shape=(3,), dtype="f8", external=[(str(tmp_path / "raw"), 0, 24)])
+    for name in ("link", "group/x", "virtual", "raw"):
+        with pytest.raises(BeamwireError, match="is not in"):
+            constants.load(f"{tmp_path}/open.h5:/{name}", parameter="pedestal")
+
+
 def test_constants_come_from_three_kinds_of_files(tmp_path: Path) -> None:
     values = np.arange(6.0).reshape(2, 3)
     np.save(tmp_path / "a.npy", values)

@@ -321,6 +321,33 @@ def test_external_links_are_followed(nexus: Path, path: str) -> None:
     assert np.array_equal(np.stack(values(source, dataset(source, path))), np.stack([image(0), image(1)]))
 
 
+@pytest.mark.parametrize("way", ["/raw", "/link", "/virtual", "/counted", "/group"])
+def test_the_bytes_of_other_files_are_no_dataset(tmp_path: Path, way: str) -> None:
+    """HDF5 can show any file as an array, which nobody was asked about."""
+    key = tmp_path / "key.pem"
+    key.write_bytes(b"-----BEGIN PRIVATE KEY-----")
+    size = key.stat().st_size
+    (tmp_path / "open").mkdir()
+    with h5py.File(tmp_path / "open" / "inner_0.h5", "w") as file:
+        file.create_dataset("raw", shape=(size,), dtype="u1", external=[(str(key), 0, size)])
+        file["again"] = h5py.SoftLink("/raw")
+    layout = h5py.VirtualLayout((size,), "u1")
+    layout[:] = h5py.VirtualSource("inner_0.h5", "again", (size,))
+    many = (h5py.h5s.UNLIMITED,)
+    blocks = h5py.h5s.create_simple((size,), many)
+    blocks.select_hyperslab((0,), many, (size,), (size,))
+    counted = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    counted.set_virtual(blocks, b"inner_%b.h5", b"raw", h5py.h5s.create_simple((size,)))
+    with h5py.File(tmp_path / "open" / "run.h5", "w") as file:
+        file.create_dataset("raw", shape=(size,), dtype="u1", external=[(str(key), 0, size)])
+        file["link"] = h5py.ExternalLink("inner_0.h5", "/raw")
+        file.create_virtual_dataset("virtual", layout)
+        h5py.h5d.create(file.id, b"counted", h5py.h5t.NATIVE_UINT8, h5py.h5s.create_simple((size,), many), counted)
+        file["group/row_offsets"] = np.array([0, size])
+        file["group/values"] = h5py.SoftLink("/raw")
+    assert "files that are not HDF5" in str(refused(tmp_path / "open" / "run.h5", way))
+
+
 def test_what_is_not_there_is_not_filled_in(nexus: Path) -> None:
     assert "/entry/none is a link to /d of gone.h5, which is not there" in str(refused(nexus, "/entry/none"))
     (nexus.parent / "part1.h5").unlink()

@@ -3,7 +3,7 @@
 import asyncio
 import fcntl
 import os
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,7 +66,7 @@ class Database:
         async with self._reader.connect() as connection:
             yield connection
 
-    async def carry_out(self, work: Coroutine[Any, Any, T]) -> T:
+    async def carry_out(self, work: Awaitable[T]) -> T:
         """Awaits `work`, which goes on to its end even if the caller is cancelled, so that no change is half made."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)

@@ -49,11 +49,11 @@ class Idempotency:
         """The answer to a request: the one kept, or that of `action`, kept durably before it is returned.
 
         REQUEST_ID_REUSED if the id was used with another body, REQUEST_IN_FLIGHT while the first is carried out. An
-        empty `request_id` runs `action` and keeps nothing. After a crash in the middle `action` runs again, so it
-        must find what it did before: derive names from the request id.
+        empty `request_id` runs `action`, to its end too, and keeps nothing. After a crash in the middle `action` runs
+        again, so it must find what it did before: derive names from the request id.
         """
         if not request_id:
-            return await action()
+            return await self._db.carry_out(action())
         key = _Key(caller, method, request_id)
         if key in self._in_flight:
             raise BeamwireError(

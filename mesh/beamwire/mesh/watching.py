@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Generic, Protocol, Self, TypeVar
 
 PUBLISH_INTERVAL = 0.1
@@ -83,7 +84,7 @@ class Watcher(Generic[V]):
     async def _not_too_soon(self) -> None:
         remaining = self._sent_at + PUBLISH_INTERVAL - time.monotonic()
         if remaining > 0 and not self._urgent.is_set():
-            try:
-                await asyncio.wait_for(self._urgent.wait(), remaining)
-            except TimeoutError:
-                return
+            # Not `wait_for`: in Python 3.11 it forgets that it was cancelled if the change comes at the same time.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(remaining):
+                    await self._urgent.wait()

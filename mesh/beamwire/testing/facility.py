@@ -43,8 +43,12 @@ class Facility:
 
     def expired(self, path: str, server_names: Sequence[str] = LOCAL_NAMES) -> Credentials:
         """Credentials that ended an hour ago."""
-        past = utcnow() - timedelta(hours=2)
-        return self._issue(self._at(past), path, server_names, timedelta(hours=1))
+        return self.ending(path, -timedelta(hours=1), server_names)
+
+    def ending(self, path: str, left: timedelta, server_names: Sequence[str] = LOCAL_NAMES) -> Credentials:
+        """Credentials for an hour, of which so much is left."""
+        begin = utcnow() + left - timedelta(hours=1)
+        return self._issue(self._at(begin), path, server_names, timedelta(hours=1))
 
     def renew(self, credentials: Credentials, lifetime: timedelta = timedelta(hours=1)) -> None:
         """Replace a member's files by a new key and certificate, as renewal does."""

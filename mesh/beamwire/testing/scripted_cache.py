@@ -81,13 +81,13 @@ class Peer:
         assert frame.header.kind == FRAME_KIND_END
         return frame
 
-    def welcome(self, **options: Any) -> None:
-        """Let the peer in; the pulse is half a second."""
+    def welcome(self, *, pulse: float = 2.0, **options: Any) -> None:
+        """Let the peer in. Who is not heard for four pulses, in seconds, is taken for dead, by either side."""
         welcome = Welcome(**{"epoch": 1, "credit": Credit(size_bytes=2**26), **options})
-        welcome.heartbeat_interval.FromMilliseconds(500)
+        welcome.heartbeat_interval.FromMilliseconds(round(1000 * pulse))
         welcome.frame_lease.FromSeconds(300)
         self.link.send_signal(Signal(welcome=welcome))
-        self.link.set_pulse(0.5)
+        self.link.set_pulse(pulse)
 
     def acknowledge(self, sequence: int) -> None:
         """To a producer: all up to this sequence is stored."""

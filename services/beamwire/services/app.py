@@ -167,6 +167,7 @@ async def _add_certificate(parts: _Parts) -> None:
     )
     parts.start["authority"] = partial(_look_after, parts, office)
     parts.start["federation"] = federation.follow
+    parts.start["guests"] = office.follow_homes
     add = certificate_service_pb2_grpc.add_CertificateServiceServicer_to_server
     parts.add("CertificateService", add, service, database)
 

@@ -16,7 +16,7 @@ from beamwire.mesh import policy
 from beamwire.mesh.addresses import Addresses, check_address
 from beamwire.mesh.config import Section, Settings, load
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
-from beamwire.mesh.identity.ids import OWN_ROLES, Role
+from beamwire.mesh.identity.ids import OWN_ROLES, Role, is_trust_domain
 
 ServiceName = Literal["certificate", "buffer", "job", "request"]
 SERVICE_NAMES: tuple[ServiceName, ...] = get_args(ServiceName)
@@ -117,6 +117,13 @@ class FacilitySettings(Settings):
     certificates: Certificates = Certificates()
     limits: Limits = Limits()
     telemetry: Telemetry = Telemetry()
+
+    @field_validator("trust_domain")
+    @classmethod
+    def _is_trust_domain(cls, trust_domain: str) -> str:
+        if not is_trust_domain(trust_domain):
+            raise ValueError(f"{trust_domain[:100]!r} is not a trust domain, which is a DNS name such as lcls.example")
+        return trust_domain
 
     @field_validator("address", "enroll_address")
     @classmethod

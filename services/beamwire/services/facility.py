@@ -46,8 +46,9 @@ async def make_facility(directory: Path, settings: FacilitySettings, *, parent: 
         raise BeamwireError(Reason.RESOURCE_EXISTS, f"{layout.file} exists; choose another directory or use that one")
     if parent is not None:
         check_authority(parent.certificate, 2, utcnow())
+    keys = authority_keys(layout, settings)
     layout.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    Generations.create(layout.authority, settings.trust_domain, keys=authority_keys(layout, settings), parent=parent)
+    Generations.create(layout.authority, settings.trust_domain, keys=keys, parent=parent)
     for path in (layout.state, layout.jobs, layout.buffers, layout.traces):
         path.mkdir(mode=0o700)
     _write_private(layout.page_key, secrets.token_bytes(32))

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from beamwire.mesh.errors import BeamwireError
 from beamwire.mesh.identity.ids import SpiffeId
-from beamwire.mesh.patterns import ANYTHING
+from beamwire.mesh.patterns import ANYTHING, Pattern
 from beamwire.mesh.policy import Policy
 
 TEMPLATE: Final = """\
@@ -108,12 +108,24 @@ def doubts(policy: Policy, methods: dict[str, str]) -> Iterator[str]:
     """What may stand in a policy and may not be meant. `methods` are those of the contract, by short names."""
     for place, rule in enumerate(policy.rules):
         for earlier in policy.rules[:place]:
-            hidden = [text for text in rule.identities.texts if text in earlier.identities.texts]
+            hidden = [late.text for late in rule.identities.all if any(_hides(p, late) for p in earlier.identities.all)]
             if hidden:
                 yield f"the rule {rule.name!r} does not count for {', '.join(hidden)}: {earlier.name!r} comes before it"
         for pattern in rule.methods.all:
             if not any(pattern.matches(name) for both in methods.items() for name in both):
                 yield f"the rule {rule.name!r}: no method of this release is {pattern}"
+    for entry in policy.introductions:
+        guest = SpiffeId(policy.trust_domain, entry.to.replace("*", "x"))
+        found = policy.rule_of(guest)
+        if found is not None and not found.deny and (found.datasets is None or found.datasets.matches("path:/**")):
+            yield f"who enrols as {entry.to} may read every dataset, by the rule {found.name!r}, as members of your own"
     named = {quota.trust_domain for quota in policy.quotas}
     if policy.trust_domain in named:
         yield f"the quota of {policy.trust_domain} has no effect: limits of own members stand in facility.toml"
+
+
+def _hides(early: Pattern, late: Pattern) -> bool:
+    """Whether one pattern of members stands for all that a later one does, as far as an example of those can tell."""
+    if early.text.startswith("spiffe://") != late.text.startswith("spiffe://"):
+        return False
+    return early.text == late.text or early.matches(late.text.replace("**", "\0/\0/\0").replace("*", "\0"))

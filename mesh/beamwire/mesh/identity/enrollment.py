@@ -98,11 +98,24 @@ def enroll(token: JoinToken, directory: Path, *, timeout: float = 30) -> Credent
         trust = _read_trust(token, stub, timeout)
     chain_pem = certificate.chain_pem.encode()
     chain = x509.load_pem_x509_certificates(chain_pem)
-    Verifier(Trust.of(token.trust_domain, token.roots_pem)).verify(chain[0], chain[1:])
+    _check_issued(token, chain)
     credentials = Credentials.save(directory, key_pem, chain_pem, trust.own.roots_pem)
     credentials.save_trust(trust)
     _save_member(token, directory)
     return credentials
+
+
+def _check_issued(token: JoinToken, chain: list[x509.Certificate]) -> None:
+    try:
+        Verifier(Trust.of(token.trust_domain, token.roots_pem)).verify(chain[0], chain[1:])
+    except BeamwireError as error:
+        if error.metadata.get("check") != "chain":
+            raise
+        raise BeamwireError(
+            Reason.INVALID_JOIN_TOKEN,
+            f"{token.trust_domain} has another authority than when this join token was minted, and the token is spent; "
+            "ask for another",
+        ) from error
 
 
 def _read_trust(token: JoinToken, stub: certificate_service_pb2_grpc.CertificateServiceStub, timeout: float) -> Trust:

@@ -10,9 +10,7 @@ import enum
 import json
 import logging
 import os
-import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Self
@@ -126,8 +124,6 @@ class Generations:
     def load(cls, directory: Path, *, keys: KeyHolder | None = None, clock: Clock = utcnow) -> Self:
         """The authorities in a directory; CERTIFICATE_INVALID names the file that is missing or broken."""
         holder = keys or KeyFiles()
-        if not (directory / STATE_FILE).exists() and (directory / ROOT_FILE).exists():
-            _adopt(directory)
         state = State.read(directory / STATE_FILE)
         for generation in state.trusted:
             load_certificate(directory / str(generation) / ROOT_FILE)
@@ -300,17 +296,3 @@ def _write_state(directory: Path, state: State) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _adopt(directory: Path) -> None:
-    """Make the one authority that releases before 0.2 kept in the directory itself the first generation."""
-    files = [directory / name for name in (*_KEY_FILES, *_CERTIFICATE_FILES)]
-    first = directory / "1"
-    with suppress(FileNotFoundError):  # of an attempt that was interrupted
-        shutil.rmtree(first)
-    first.mkdir(mode=0o700)
-    for path in files:
-        os.link(path, first / path.name)
-    _write_state(directory, State(Phase.STABLE, 1, (1,)))
-    for path in files:
-        path.unlink(missing_ok=True)

@@ -24,11 +24,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from beamwire.mesh.addresses import Addresses, check_address
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.ids import SpiffeId
+from beamwire.mesh.identity.roots import check_readable
 
 PREFIX: Final = "bwi1"
 # Characters; three generations of roots with their addresses are a quarter of it.
 MAX_LENGTH: Final = 16 * 1024
 MAX_ROOTS: Final = 8
+# Characters: members keep what they believe in files of that name, and one that cannot be written keeps out the others.
+MAX_TRUST_DOMAIN: Final = 200
 # Hexadecimal digits that are read out in one breath.
 _GROUP: Final = 4
 _DIGITS: Final = 64
@@ -111,6 +114,8 @@ class Introduction:
             check_address(fields["enroll_address"])
         except BeamwireError as error:
             raise _refuse(f"a name or an address in it cannot be: {error.message}") from error
+        if len(fields["trust_domain"]) > MAX_TRUST_DOMAIN:
+            raise _refuse(f"its name is longer than {MAX_TRUST_DOMAIN} characters, too long for hosts and files")
         return cls(
             trust_domain=fields["trust_domain"],
             address=fields["address"],
@@ -201,7 +206,9 @@ def _roots(texts: Sequence[Any]) -> tuple[bytes, ...]:
     roots = tuple(map(_decode, texts))
     for der in roots:
         try:
-            _check_authority(x509.load_der_x509_certificate(der))
+            root = x509.load_der_x509_certificate(der)
+            _check_authority(root)
+            check_readable(root.public_bytes(serialization.Encoding.PEM))
         except UNREADABLE as error:
             raise _refuse(f"a root in it is none: {error}") from error
     return roots

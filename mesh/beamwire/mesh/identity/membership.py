@@ -168,8 +168,10 @@ class Membership:
             left = (due - utcnow()).total_seconds()
             if left <= 0:
                 return
+            # Not `wait_for`: in Python 3.11 it forgets that it was cancelled if the change comes at the same time.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._trust_changed.wait(), min(left, _LOOK_PERIOD))
+                async with asyncio.timeout(min(left, _LOOK_PERIOD)):
+                    await self._trust_changed.wait()
 
     async def _follow(self) -> None:
         pause = FIRST_WATCH_PAUSE
@@ -241,8 +243,15 @@ class MembershipThread:
         self._thread.join()
 
     def _run(self) -> None:
-        with suppress(asyncio.CancelledError):
-            asyncio.run(self._work_until_stopped())
+        try:
+            with suppress(asyncio.CancelledError), asyncio.Runner() as runner:
+                runner.get_loop()
+                runner.run(self._work_until_stopped())
+        except OSError:
+            # There are too many open files for an event loop.
+            _log.exception("the membership did not begin")
+        finally:
+            self._ready.set()
 
     async def _work_until_stopped(self) -> None:
         work = asyncio.create_task(self._work())

@@ -98,22 +98,26 @@ async def renew(credentials: Credentials, channel: grpc.aio.Channel) -> bool:
     Raises what the Certificate service says, CERTIFICATE_INVALID if what it sends is not a certificate of this member
     for this key.
     """
-    from beamwire.certificate.v1 import certificate_service_pb2 as pb
-    from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-
     before = credentials.chain_pem
     with _alone(credentials.directory) as alone:
         if not alone or credentials.chain_pem != before:
             return False
-        key_pem, csr_pem = new_key_and_csr()
-        request = pb.RenewCertificateRequest(csr_pem=csr_pem.decode(), request_id=str(uuid.uuid4()))
-        certificate = await pb_grpc.CertificateServiceStub(channel).RenewCertificate(request, timeout=CALL_TIMEOUT)
-        chain_pem = certificate.chain_pem.encode()
-        _check(credentials, chain_pem)
-        # It waits for the disk.
-        await asyncio.to_thread(Credentials.save, credentials.directory, key_pem, chain_pem, None)
-        credentials.refresh()
+        await _replace(credentials, channel)
     return True
+
+
+async def _replace(credentials: Credentials, channel: grpc.aio.Channel) -> None:
+    from beamwire.certificate.v1 import certificate_service_pb2 as pb
+    from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
+
+    key_pem, csr_pem = new_key_and_csr()
+    request = pb.RenewCertificateRequest(csr_pem=csr_pem.decode(), request_id=str(uuid.uuid4()))
+    certificate = await pb_grpc.CertificateServiceStub(channel).RenewCertificate(request, timeout=CALL_TIMEOUT)
+    chain_pem = certificate.chain_pem.encode()
+    _check(credentials, chain_pem)
+    # It waits for the disk.
+    await asyncio.to_thread(Credentials.save, credentials.directory, key_pem, chain_pem, None)
+    credentials.refresh()
 
 
 def _check(credentials: Credentials, chain_pem: bytes) -> None:
@@ -137,6 +141,8 @@ def _alone(directory: Path) -> Iterator[bool]:
     else:
         yield True
     finally:
+        # Closing alone would leave it to a process that was forked meanwhile.
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
@@ -152,6 +158,10 @@ def renew_in_background(credentials: Credentials) -> bool:
         return False
     command = [sys.executable, "-m", "beamwire.mesh.identity.renewal", str(credentials.directory)]
     null = subprocess.DEVNULL
+    with contextlib.suppress(OSError), _alone(credentials.directory) as alone:
+        # While the service is away, each of many commands would start another one, which waits for it.
+        if not alone:
+            return True
     with contextlib.suppress(OSError):
         # Through a shell, which leaves it at once: nobody here waits for its end.
         subprocess.run(
@@ -170,11 +180,13 @@ async def renew_once(directory: Path, *, force: bool = False) -> bool:
     from beamwire.mesh.rpc.channel import connect
 
     credentials = Credentials.load(directory)
-    if not force and not is_due(credentials, -_JITTER):
-        return False
-    async with connect(certificate_address(directory), credentials) as channel:
-        await learn(credentials, channel)
-        return await renew(credentials, channel)
+    with _alone(directory) as alone:
+        if not alone or not (force or is_due(credentials, -_JITTER)):
+            return False
+        async with connect(certificate_address(directory), credentials) as channel:
+            await learn(credentials, channel)
+            await _replace(credentials, channel)
+    return True
 
 
 async def learn(credentials: Credentials, channel: grpc.aio.Channel) -> None:

@@ -130,9 +130,8 @@ class Chain(grpc.aio.ServerInterceptor):
         response_class = message_factory.GetMessageClass(descriptor.output_type)
 
         async def call(request: Any, context: Context) -> Any:
-            if not request.request_id:
-                return await handler(request, context)
-            _check_uuid(request.request_id)
+            if request.request_id:
+                _check_uuid(request.request_id)
             # A rehearsal changes nothing, so it must not use up the id of the call it rehearses.
             if store is None or getattr(request, "validate_only", False):
                 return await handler(request, context)

@@ -13,13 +13,15 @@ from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.identity.delegation import METADATA_KEY, check_text
-from beamwire.mesh.identity.ids import services_name
+from beamwire.mesh.identity.ids import SpiffeId, services_name
 from beamwire.mesh.rpc.status import error_from_rpc
 
 DEADLINE: Final = 15.0
 MAX_MESSAGE_BYTES: Final = 16 * 1024 * 1024
 # What a server says when a live call's certificate is over, or its authority is.
 _OF_A_CERTIFICATE: Final = frozenset({Reason.CERTIFICATE_EXPIRED, Reason.CERTIFICATE_INVALID})
+# What gRPC says when the other side closed a connection, in a handshake too.
+_CLOSED: Final = "Socket closed"
 
 _Explain = Callable[[grpc.RpcError, grpc.aio.Channel], BeamwireError]
 
@@ -153,6 +155,8 @@ class _RenewingChannel(grpc.aio.Channel):
                 return own
             if self._trust_domain not in ("", self._credentials.identity.trust_domain):
                 return _perhaps_unbelieved(failure, self._trust_domain, self._credentials.identity.trust_domain)
+            if _CLOSED in failure.message:
+                return _perhaps_superseded(failure, self._credentials.identity)
         return failure
 
     async def close(self, grace: float | None = None) -> None:
@@ -178,6 +182,12 @@ class _RenewingChannel(grpc.aio.Channel):
 def _perhaps_unbelieved(failure: BeamwireError, callee: str, own: str) -> BeamwireError:
     """A failure to reach another facility, and what it may mean besides: that too closes connections without a word."""
     story = f"{failure.message}, and that {callee} believes {own} (its operator sees that with `beamwire trust list`)"
+    return BeamwireError(failure.reason, story, metadata=failure.metadata, retry_after=failure.retry_after)
+
+
+def _perhaps_superseded(failure: BeamwireError, own: SpiffeId) -> BeamwireError:
+    """A connection that the own facility closed, and what it may mean besides: an authority that is trusted no more."""
+    story = f"{failure.message}, and that {own.trust_domain} did not rotate its authority meanwhile: if so, enrol again"
     return BeamwireError(failure.reason, story, metadata=failure.metadata, retry_after=failure.retry_after)
 
 

@@ -84,8 +84,10 @@ class LiveCalls:
         try:
             looks = 0
             while True:
+                # Not `wait_for`: in Python 3.11 it forgets that it was cancelled if the change comes at the same time.
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), LOOK_PERIOD)
+                    async with asyncio.timeout(LOOK_PERIOD):
+                        await changed.wait()
                 credentials.refresh()
                 looks += 1
                 if changed.is_set() or looks % _LOOKS_PER_CHECK == 0:

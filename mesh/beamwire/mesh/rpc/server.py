@@ -36,6 +36,9 @@ _OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", 5_000),
 )
 
+# One connection of somebody without a certificate.
+_STRANGERS: Final = (("grpc.max_concurrent_streams", 64),)
+
 
 @dataclass(frozen=True, slots=True)
 class Service:
@@ -77,7 +80,7 @@ class Server:
     async def start(self) -> int:
         """Listen and serve; the port. BeamwireError LAUNCH_FAILED if the address cannot be had."""
         chain = Chain(self._gate, self._idempotency, anonymous=self._anonymous)
-        server = grpc.aio.server(interceptors=[chain], options=_OPTIONS)
+        server = grpc.aio.server(interceptors=[chain], options=_OPTIONS + (_STRANGERS if self._anonymous else ()))
         for service in self._services:
             service.add(service.servicer, server)
         if not self._anonymous:

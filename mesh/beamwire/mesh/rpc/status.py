@@ -69,6 +69,8 @@ _REASONS: Final[dict[grpc.StatusCode, Reason]] = {
     grpc.StatusCode.CANCELLED: Reason.CANCELLED,
 }
 
+# What grpcio says in place of the server's answer if that comes while a request is being sent on a stream.
+_CUT_SHORT: Final = "Internal error from Core"
 # How gRPC and BoringSSL speak of a TLS handshake that one side refused.
 _HANDSHAKE_WORDS: Final = (
     "handshake",
@@ -150,6 +152,9 @@ def _plain_error(code: grpc.StatusCode, details: str, address: str) -> BeamwireE
     reason = _REASONS.get(code, Reason.INTERNAL)
     if reason is Reason.TIMED_OUT:
         return BeamwireError(reason, f"{where} did not answer in time")
+    if code is grpc.StatusCode.INTERNAL and details == _CUT_SHORT:
+        story = f"{where} ended the call before it had read everything, and its answer was lost; call again"
+        return BeamwireError(Reason.SERVICE_UNAVAILABLE, story)
     if reason is not Reason.SERVICE_UNAVAILABLE:
         return BeamwireError(reason, f"{where} answered {code.name}: {details}")
     if any(word in details.lower() for word in _HANDSHAKE_WORDS):

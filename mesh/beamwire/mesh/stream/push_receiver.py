@@ -43,8 +43,8 @@ class _Link:
         self.connection: Connection | None = None
         self.thread: threading.Thread | None = None
         self.shown: Shown | None = None
-        # It asked the cache to end, so that another connection takes over.
-        self.leaving = False
+        # It asked the cache to end, so that another connection takes over; or it came to END, which it is to confirm.
+        self.leaving = self.ended = False
 
     def interrupt(self) -> None:
         if self.socket is not None:
@@ -113,7 +113,7 @@ class PushReceiver:
         while not self._stop.wait(LOOK_PERIOD):
             for link in self._links:
                 with self._lock:
-                    if link.connection is not None and link.shown is not None and link.shown.is_old:
+                    if link.connection is not None and not link.ended and link.shown is not None and link.shown.is_old:
                         link.leaving = True
                         link.connection.ask_for_end()
 
@@ -257,11 +257,16 @@ class PushReceiver:
             if message is None:
                 raise BeamwireError(Reason.STREAM_TRUNCATED, f"{where} closed the connection without END")
             end = self._take(message)
-            # One that was asked to end cannot be told that all was taken; the next connection comes to its END too.
-            if end is not None and not link.leaving:
+            if end is not None and self._may_confirm(link):
                 self._described.set()
                 self._inbox.put(_Ended(link, end))
                 return True
+
+    def _may_confirm(self, link: _Link) -> bool:
+        """Whether a connection that came to END stays to confirm it; if not, the next one comes to END too."""
+        with self._lock:
+            link.ended = not link.leaving
+            return link.ended
 
     def _receive_message(self, connection: Connection) -> memoryview | None:
         length = connection.receive_length()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Final
 
@@ -22,8 +23,6 @@ from beamwire.stream.v1.frame_pb2 import FrameHeader
 _SHORTEST_TIMEOUT: Final = 0.001
 _INTERRUPT_PERIOD: Final = 5.0
 _LOCK_PERIOD: Final = 0.1
-# Until the cache has read what was sent, when one connection takes over from another, in seconds.
-_HANDOVER_TIMEOUT: Final = 300.0
 
 _log = logging.getLogger(__name__)
 
@@ -89,17 +88,31 @@ class PushSender:
     def end(self, header: FrameHeader, timeout: float) -> None:
         """Send END and wait until the cache has read everything."""
         self._stop.set()
+        deadline = time.monotonic() + timeout
         try:
-            with self._lock:
-                self._end(header, timeout)
+            with self._having_lock(timeout):
+                self._end(header, deadline)
+        except BaseException:
+            # The thread may still wait for the cache.
+            self._connection.interrupt()
+            raise
         finally:
             # Without the lock, for which the thread may wait whose end is waited for.
             self.close()
 
-    def _end(self, header: FrameHeader, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
+    @contextmanager
+    def _having_lock(self, timeout: float) -> Iterator[None]:
+        """Have the connection to itself: another one may just be taking over from it. BeamwireError TIMED_OUT."""
+        if not self._lock.acquire(timeout=timeout):
+            raise self._failed(TimeoutError())
         try:
-            self._connection.set_timeout(timeout)
+            yield
+        finally:
+            self._lock.release()
+
+    def _end(self, header: FrameHeader, deadline: float) -> None:
+        try:
+            self._connection.set_timeout(max(deadline - time.monotonic(), _SHORTEST_TIMEOUT))
             self.send(header, None)
             self._connection.set_timeout(max(deadline - time.monotonic(), _SHORTEST_TIMEOUT))
             self._connection.finish()
@@ -154,7 +167,8 @@ class PushSender:
         """Go on with another connection; whether that worked. If not, the next frame finds the connection lost."""
         shown = self._look()
         try:
-            self._connection.set_timeout(_HANDOVER_TIMEOUT)
+            # However long nobody consumes: the cache closes it when the certificate ends that it began with.
+            self._connection.set_timeout(None)
             self._connection.finish()
             self._connection.close()
             self._connection = self._dial()

@@ -32,10 +32,10 @@ _SMALL: Final = 32 * 1024
 _AHEAD: Final = 64 * 1024
 # The kernel takes 1024 at once.
 _MOST_PARTS: Final = 1024
-# The receive buffer is left to the kernel, which fits it to the round trip.
 _TCP_CLOSE: Final = 7
 # How often the kernel is asked whether the peer's has everything, in seconds.
 _ACKNOWLEDGED_PERIOD: Final = 0.005
+# The receive buffer is left to the kernel, which fits it to the round trip.
 _SEND_BUFFER: Final = 4 * 1024 * 1024
 # One host has no round trip, and what waits in a small buffer is still in the processor's caches when it is read.
 _LOCAL_SEND_BUFFER: Final = 512 * 1024
@@ -77,6 +77,7 @@ class Connection(ABC):
         self._deadline: float | None = None
         self._patient = False
         self._over = False
+        self._interrupted = False
         # What is read together with each length, if it is not read far ahead.
         self._lead = MESSAGE_LENGTH.size
 
@@ -251,6 +252,7 @@ class Connection(ABC):
 
     def interrupt(self) -> None:
         """End every call that waits in another thread, at once; the connection is of no more use."""
+        self._interrupted = True
         interrupt(self._socket)
 
     def ask_for_end(self) -> None:
@@ -266,10 +268,10 @@ class Connection(ABC):
             self._say_end()
             # Both sides have said so then. One that has not asked but closed answers with a reset.
             while self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != _TCP_CLOSE:
-                if time.monotonic() >= deadline:
+                if self._interrupted or time.monotonic() >= deadline:
                     return False
                 time.sleep(_ACKNOWLEDGED_PERIOD)
-            return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+            return not self._interrupted and self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
         except OSError:
             return False
 

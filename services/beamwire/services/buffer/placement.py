@@ -142,7 +142,8 @@ class Rings:
 
     def __init__(self, directory: Path) -> None:
         # Several facilities may run on one machine, under one user, with buffers of the same names.
-        facility = zlib.crc32(os.fsencode(directory.absolute()))
+        # However a command names the directory, so that `clean` finds what `serve` has left.
+        facility = zlib.crc32(os.fsencode(directory.resolve()))
         self._directory = directory
         self._prefix = f"beamwire-{os.getuid()}-{facility:08x}-"
 

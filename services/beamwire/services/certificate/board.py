@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.ids import Clock, utcnow
+from beamwire.mesh.identity.roots import same_name
 from beamwire.mesh.identity.trust import DomainTrust, Trust
 from beamwire.mesh.store import Store
 from beamwire.services.certificate.model import BELIEVED, TrustRecord, bundle_name
@@ -88,7 +89,8 @@ class TrustBoard:
     async def believe(self, domain: DomainTrust) -> bool:
         """Believe this of another facility from now on; whether it is other than before.
 
-        Raises ILLEGAL_STATE for what is older than what is believed, and if the domain is the own one.
+        Raises ILLEGAL_STATE for what is older than what is believed, if the domain is the own one, and if a root has a
+        name that the authorities of another facility have.
         """
         if domain.trust_domain == self._trust.own.trust_domain:
             raise BeamwireError(Reason.ILLEGAL_STATE, f"{domain.trust_domain} is this facility itself")
@@ -100,8 +102,22 @@ class TrustBoard:
                     f"the trust bundle of {domain.trust_domain} went back from {known.sequence} to {domain.sequence}; "
                     "if the facility was restored from a backup, remove it and accept it anew",
                 )
+            if known is None or known.roots_pem != domain.roots_pem:
+                self._check_names(domain)
             await self._write(domain)
             return domain != known
+
+    def _check_names(self, domain: DomainTrust) -> None:
+        for other in self._trust.values():
+            if other.trust_domain == domain.trust_domain:
+                continue
+            name = same_name(domain, other) or same_name(other, domain)
+            if name:
+                raise BeamwireError(
+                    Reason.ILLEGAL_STATE,
+                    f"{domain.trust_domain} and {other.trust_domain} cannot both be believed: an authority of each is "
+                    f"called {name}, and TLS knows authorities by their names; one of them needs another name",
+                )
 
     async def refreshed(self, trust_domain: str, error: str = "") -> None:
         """Note that a domain was asked for its bundle now, and nothing was new; or why it could not be asked."""

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final, Self
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
-from beamwire.mesh.errors import BeamwireError, invalid_field
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.identity.biscuits import TokenKey, create, inspect
 from beamwire.mesh.identity.ids import Clock, SpiffeId, utcnow
 from beamwire.mesh.policy import PolicySource
@@ -23,6 +23,8 @@ ACTIVE: Final = "ACTIVE"
 REVOKED: Final = "REVOKED"
 _REVOCATION_ID: Final = re.compile("[0-9a-f]{128}")
 _PAGE: Final = 1000
+# Of one owner, at one time.
+MOST_TOKENS: Final = 250
 
 
 class DelegationRecord(Record):
@@ -82,6 +84,7 @@ class Delegations:
         caller = current_caller()
         assert caller.id is not None, "the access table lets no anonymous caller this far"
         expire = (self._clock() + self._ttl(request)).replace(microsecond=0)
+        await self._check_room(caller.id)
         text = create(
             self._key,
             owner=caller.id,
@@ -180,6 +183,24 @@ class Delegations:
             )
         )
 
+    async def _check_room(self, owner: SpiffeId) -> None:
+        """LIMIT_REACHED if somebody has too many tokens, ended ones too: every member is told of those.
+
+        The members of another facility count together.
+        """
+        own = owner.trust_domain == self._board.trust.own.trust_domain
+        records = await self._store.list(owner=str(owner), limit=_PAGE) if own else await self._all()
+        prefix, now = f"spiffe://{owner.trust_domain}/", self._clock()
+        count = sum(record.owner.startswith(prefix) and record.expire_time > now for record in records)
+        if count >= MOST_TOKENS:
+            raise BeamwireError(
+                Reason.LIMIT_REACHED,
+                f"{owner if own else owner.trust_domain} has {MOST_TOKENS} delegation tokens whose time is not over; "
+                "wait for the first to end, and give the next ones less time",
+                quota="delegation_tokens",
+                retry_after=60.0,
+            )
+
     def _ttl(self, request: pb.CreateDelegationTokenRequest) -> timedelta:
         longest = self._policy.current.longest_delegation
         ttl = from_duration(request.ttl) if request.HasField("ttl") else min(DEFAULT_TTL, longest)
@@ -194,6 +215,7 @@ class Delegations:
     def _holder(self, text: str) -> SpiffeId:
         try:
             holder = SpiffeId.parse(text)
+            _ = holder.role  # raises if nobody can be called that
         except BeamwireError as error:
             raise invalid_field("holder", error.message) from error
         if holder.trust_domain not in self._board.trust:

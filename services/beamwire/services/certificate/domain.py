@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Final, NoReturn
 
 from cryptography import x509
@@ -15,16 +15,18 @@ from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.identity.authority import Authority, IssuedCertificate, check_server_name, server_names_of
 from beamwire.mesh.identity.generations import Generations
 from beamwire.mesh.identity.ids import Clock, Role, SpiffeId, services_name, utcnow
+from beamwire.mesh.identity.trust import Trust
 from beamwire.mesh.policy import FILE_NAME as POLICY_FILE
 from beamwire.mesh.policy import PolicySource
 from beamwire.mesh.store import Store
 from beamwire.services.certificate.audit import Action, Audit
-from beamwire.services.certificate.ledger import Ledger
+from beamwire.services.certificate.ledger import Introduction, Ledger
 from beamwire.services.certificate.model import REVOKED, UNUSED, USED, CertificateRecord, TokenRecord, token_name
 
 MAX_TOKEN_TTL: Final = timedelta(days=1)
 DEFAULT_TOKEN_TTL: Final = timedelta(minutes=10)
 MAX_SERVER_NAMES: Final = 32
+_TOKENS: Final = 100_000
 
 # Whom a service may let in: the processes that it starts itself.
 GRANTED_BY_SERVICES: Final = frozenset({Role.JOB, Role.CACHE})
@@ -43,11 +45,11 @@ class Lifetimes:
 
 @dataclass(frozen=True)
 class _Grant:
-    """By what right a certificate is issued; `introduced_by` is the member of another facility that it goes back to."""
+    """By what right a certificate is issued, and what it goes back to."""
 
     kind: str
     by: str
-    introduced_by: str = ""
+    introduction: Introduction | None = None
 
 
 class Registrar:
@@ -61,6 +63,7 @@ class Registrar:
         lifetimes: how long where the policy does not say.
         audit: where it is written down.
         publish: called after whatever changes who is believed.
+        trust: who is believed.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Registrar:
         lifetimes: Lifetimes,
         audit: Audit,
         publish: Callable[[], Awaitable[None]],
+        trust: Callable[[], Trust],
         *,
         clock: Clock = utcnow,
     ) -> None:
@@ -82,6 +86,7 @@ class Registrar:
         self._lifetimes = lifetimes
         self._audit = audit
         self._publish = publish
+        self._trust = trust
         self._clock = clock
         # Between the look whether a member was revoked and the entry of its certificate, nobody may revoke it.
         self._deciding = asyncio.Lock()
@@ -175,8 +180,12 @@ class Registrar:
         await self._note(Action.ENROLLED, str(member), record)
         return record
 
-    async def enroll_introduced(self, csr_pem: bytes, *, caller: SpiffeId | None) -> CertificateRecord:
+    async def enroll_introduced(
+        self, csr_pem: bytes, *, caller: SpiffeId | None, present_pem: bytes
+    ) -> CertificateRecord:
         """Issue a certificate to a member of another facility, for the identity that the policy gives it here.
+
+        It ends with the one that the caller presents (PEM), whenever that ends.
 
         Raises:
             BeamwireError: INVALID_JOIN_TOKEN for anybody else, POLICY_REFUSED if the policy gives it none, and what
@@ -188,10 +197,13 @@ class Registrar:
                 "there is no join token in the call; ask the operator for one, or renew the certificate you have",
             )
         member = self._introduced(caller)
+        present = x509.load_pem_x509_certificate(present_pem)
+        introduction = Introduction(str(caller), f"{present.serial_number:x}", present.not_valid_after_utc)
         async with self._deciding:
             await self._ledger.check_not_suspended(str(member))
-            issued = self._issue(csr_pem, member, ())
-            record = await self._enter(issued, _Grant("INTRODUCTION", str(caller), str(caller)))
+            await self._ledger.check_room(str(member))
+            issued = self._issue(csr_pem, member, (), introduction.expire_time)
+            record = await self._enter(issued, _Grant("INTRODUCTION", str(caller), introduction))
         await self._note(Action.ENROLLED, str(caller), record)
         return record
 
@@ -206,16 +218,17 @@ class Registrar:
         own_name = services_name(self.trust_domain)
         names = tuple(name for name in server_names_of(present) if name != own_name)
         entry = await self._ledger.find(present.serial_number)
-        introduced_by = entry.introduced_by if entry else ""
+        introduction = Introduction.of(entry)
         try:
             self._check_names(caller, names)
-            if introduced_by and self._introduced(SpiffeId.parse(introduced_by)) != caller:
-                self._refuse_introduction(introduced_by)
+            if introduction is not None:
+                self._check_guest(caller, introduction)
             async with self._deciding:
                 await self._ledger.check_not_suspended(str(caller))
                 self._ledger.check_good(entry)
-                issued = self._issue(csr_pem, caller, names)
-                record = await self._enter(issued, _Grant("RENEWAL", str(caller), introduced_by))
+                await self._ledger.check_room(str(caller))
+                issued = self._issue(csr_pem, caller, names, introduction.expire_time if introduction else None)
+                record = await self._enter(issued, _Grant("RENEWAL", str(caller), introduction))
                 await self._ledger.replace(present.serial_number)
         except BeamwireError as error:
             detail = f"{error.reason.name}: {error.message}"
@@ -256,7 +269,10 @@ class Registrar:
             )
         async with self._deciding:
             await self._ledger.suspend(member, reason)
-            for token in await self._tokens.list(owner=member, equals={"state": UNUSED}, limit=1000):
+            for token in await self._tokens.list(owner=member, equals={"state": UNUSED}, limit=_TOKENS):
+                await self._tokens.change(token.name, lambda _: {"state": USED})
+            # Whom it meant to let in does not come in any more either.
+            for token in await self._tokens.list(equals={"state": UNUSED, "granted_by": member}, limit=_TOKENS):
                 await self._tokens.change(token.name, lambda _: {"state": USED})
             ended = await self._ledger.end(await self._ledger.good(member), reason)
         await self._publish()
@@ -280,13 +296,39 @@ class Registrar:
 
     async def end_introduced(self, trust_domain: str, *, caller: SpiffeId) -> None:
         """End the certificates of those who enrolled by the introduction of a facility that is believed no more."""
-        prefix = f"spiffe://{trust_domain}/"
         async with self._deciding:
-            records = [r for r in await self._ledger.all_good() if r.introduced_by.startswith(prefix)]
-            ended = await self._ledger.end(records, f"{trust_domain} is believed no more")
+            guests = await self._ledger.guests(trust_domain)
+            ended = await self._ledger.end(guests, f"{trust_domain} is believed no more")
         if ended:
             await self._publish()
             await self._audit.note(str(caller), Action.REVOKED, trust_domain, _ended(ended, "introduced by it"))
+
+    async def end_revoked_guests(self, trust_domain: str) -> None:
+        """End the certificates of those who enrolled with one that their facility has revoked since."""
+        async with self._deciding:
+            guests = [(guest, Introduction.of(guest)) for guest in await self._ledger.guests(trust_domain)]
+            gone = [guest for guest, by in guests if by is not None and self._is_revoked_at_home(by)]
+            ended = await self._ledger.end(gone, f"revoked at {trust_domain}")
+        if ended:
+            await self._publish()
+            await self._audit.note(
+                f"spiffe://{trust_domain}", Action.REVOKED, trust_domain, _ended(ended, "its guests")
+            )
+
+    def _is_revoked_at_home(self, introduction: Introduction) -> bool:
+        home = self._trust().get(SpiffeId.parse(introduction.by).trust_domain)
+        return home is None or int(introduction.serial_hex, 16) in home.revoked.revocations
+
+    def _check_guest(self, member: SpiffeId, introduction: Introduction) -> None:
+        """Raise unless the policy still has a guest be that member, and its own facility believes in it."""
+        if self._introduced(SpiffeId.parse(introduction.by)) != member:
+            self._refuse_introduction(introduction.by)
+        if self._is_revoked_at_home(introduction):
+            raise BeamwireError(
+                Reason.CERTIFICATE_REVOKED,
+                f"{member} enrolled as {introduction.by}, whose certificate was revoked there",
+                metadata={"check": "revocation"},
+            )
 
     def _own_member(self, text: str) -> SpiffeId:
         member = SpiffeId.parse(text)
@@ -325,9 +367,13 @@ class Registrar:
             metadata={"check": "policy", "identity": foreign},
         )
 
-    def _issue(self, csr_pem: bytes, identity: SpiffeId, server_names: Sequence[str]) -> IssuedCertificate:
+    def _issue(
+        self, csr_pem: bytes, identity: SpiffeId, server_names: Sequence[str], until: datetime | None = None
+    ) -> IssuedCertificate:
         rule = self._policy.current.certificate(identity)
         lifetime = (rule.lifetime if rule else None) or self._lifetimes.of(identity.role)
+        if until is not None:
+            lifetime = min(lifetime, until - self._clock())
         authority: Authority = self._generations.authority
         return authority.issue(csr_pem, identity, server_names, lifetime)
 
@@ -336,7 +382,7 @@ class Registrar:
             issued,
             grant=grant.kind,
             granted_by=grant.by,
-            introduced_by=grant.introduced_by,
+            introduction=grant.introduction,
             generation=self._generations.state.generation,
         )
 
@@ -346,7 +392,7 @@ class Registrar:
 
 
 def _spent() -> BeamwireError:
-    return BeamwireError(Reason.INVALID_JOIN_TOKEN, "this join token was used before; ask for another")
+    return BeamwireError(Reason.INVALID_JOIN_TOKEN, "this join token was used before, or made void; ask for another")
 
 
 def _ended(records: Sequence[CertificateRecord], reason: str) -> str:

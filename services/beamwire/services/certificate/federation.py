@@ -29,7 +29,8 @@ from beamwire.services.certificate.following import Following
 DEFAULT_TTL: Final = timedelta(days=1)
 LONGEST_TTL: Final = timedelta(days=30)
 # What a reader takes for one another, in the letters that a trust domain may have.
-_ALIKE: Final = (("rn", "m"), ("vv", "w"), ("cl", "d"), ("0", "o"), ("1", "l"), ("i", "l"), ("5", "s"), ("_", "-"))
+# Letters before pairs of them, which they may make: c1 is cl, and that is d.
+_ALIKE: Final = (("0", "o"), ("1", "l"), ("i", "l"), ("5", "s"), ("_", "-"), ("rn", "m"), ("vv", "w"), ("cl", "d"))
 
 
 class Federation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from beamwire.mesh.failure import as_error
 from beamwire.mesh.identity.ids import services_name
 from beamwire.mesh.identity.introduction import MAX_ROOTS, UNREADABLE
 from beamwire.mesh.identity.membership import read_bundle
+from beamwire.mesh.identity.roots import check_readable
 from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.rpc.status import error_from_rpc
 from beamwire.services.certificate.board import TrustBoard
@@ -33,6 +34,8 @@ READ_TIMEOUT: Final = 10.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 # Between two bundles that are taken: a facility that changes its mind all the time must not keep our disks busy.
 BREATH: Final = 0.2
+# Who says much at a time is heard less often: at most 30 s, for a bundle of the longest kind.
+REST: Final = 20
 # Of one bundle; a revocation list of 100,000 entries is as long.
 _MAX_BYTES: Final = 4 * 1024 * 1024
 _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
@@ -41,6 +44,9 @@ _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", _MAX_BYTES),
 )
+
+# Characters.
+_MAX_PROBLEM: Final = 500
 
 Bundles = AsyncGenerator[pb.TrustBundle, None]
 
@@ -73,7 +79,12 @@ class Following:
                         if not _same_way(held, self._held(trust_domain)):
                             break
             except Exception as error:
-                await self._unreached(trust_domain, error)
+                if isinstance(error, BeamwireError) and error.reason is Reason.LIMIT_REACHED:
+                    # Nobody else may watch there now. It may be asked.
+                    with suppress(Exception):  # of which the board was told
+                        await self.read(trust_domain)
+                else:
+                    await self._unreached(trust_domain, error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -113,9 +124,10 @@ class Following:
         if known is not error:
             _log.error("%s cannot be followed", trust_domain, exc_info=error)
         record = self._board.records.get(trust_domain)
-        if record is not None and record.refresh_error != known.message:
-            _log.warning("what is believed of %s stays as it was: %s", trust_domain, known)
-        await self._board.refreshed(trust_domain, known.message)
+        if record is not None and record.refresh_error != _printable(known.message):
+            _log.warning("what is believed of %s stays as it was: %s", trust_domain, _printable(known.message))
+        # Part of it may be of that facility's making, and it is shown on terminals here.
+        await self._board.refreshed(trust_domain, _printable(known.message))
 
     def _held(self, trust_domain: str) -> DomainTrust | None:
         return self._board.trust.others.get(trust_domain)
@@ -147,7 +159,12 @@ def _roots_pem(text: str) -> bytes:
         raise ValueError(f"it has {len(roots)} roots, and {MAX_ROOTS} are the most")
     if not all(root.extensions.get_extension_for_class(x509.BasicConstraints).value.ca for root in roots):
         raise ValueError("one of its roots is no authority")
+    check_readable(text.encode())
     return b"".join(root.public_bytes(serialization.Encoding.PEM) for root in roots)
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else " " for letter in text[:_MAX_PROBLEM])
 
 
 def _same_way(held: DomainTrust, other: DomainTrust | None) -> bool:
@@ -171,8 +188,10 @@ async def _listen(held: DomainTrust) -> Bundles:
                     raise BeamwireError(Reason.SERVICE_UNAVAILABLE, f"{held.trust_domain} ended the watch")
                 reading = asyncio.ensure_future(stream.read())
                 if answer.HasField("trust_bundle") and not answer.removed:
+                    began = asyncio.get_running_loop().time()
                     yield answer.trust_bundle
-                    await asyncio.sleep(BREATH)
+                    took = asyncio.get_running_loop().time() - began
+                    await asyncio.sleep(max(BREATH, REST * took))
         finally:
             stream.cancel()
             await asyncio.gather(reading, return_exceptions=True)

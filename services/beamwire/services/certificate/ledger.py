@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Final
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.authority import IssuedCertificate
-from beamwire.mesh.identity.ids import Clock, utcnow
+from beamwire.mesh.identity.ids import Clock, SpiffeId, utcnow
 from beamwire.mesh.names import parse_name
 from beamwire.mesh.store import Store
 from beamwire.services.certificate.model import (
@@ -22,6 +24,24 @@ from beamwire.services.certificate.model import (
 )
 
 _PAGE: Final = 1000
+# Of one member. Who steals a key must not be able to make the revocation list too long to be told.
+MOST_GOOD: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """By what a member of another facility was let in: who it is there, and the certificate that it came with."""
+
+    by: str
+    serial_hex: str
+    expire_time: datetime
+
+    @classmethod
+    def of(cls, record: CertificateRecord | None) -> Introduction | None:
+        """What a certificate goes back to; None if it is no guest's."""
+        if record is None or record.home_expire_time is None:
+            return None
+        return cls(record.introduced_by, record.home_serial, record.home_expire_time)
 
 
 class Ledger:
@@ -41,7 +61,13 @@ class Ledger:
         self._clock = clock
 
     async def enter(
-        self, issued: IssuedCertificate, *, grant: str, granted_by: str, introduced_by: str, generation: int
+        self,
+        issued: IssuedCertificate,
+        *,
+        grant: str,
+        granted_by: str,
+        generation: int,
+        introduction: Introduction | None = None,
     ) -> CertificateRecord:
         """Enter a certificate."""
         now = self._clock()
@@ -56,7 +82,10 @@ class Ledger:
                 chain_pem=issued.chain_pem.decode(),
                 grant=grant,
                 granted_by=granted_by,
-                introduced_by=introduced_by,
+                introduced_by=introduction.by if introduction else "",
+                home=SpiffeId.parse(introduction.by).trust_domain if introduction else "",
+                home_serial=introduction.serial_hex if introduction else "",
+                home_expire_time=introduction.expire_time if introduction else None,
                 expire_time=issued.not_after,
                 generation=generation,
             )
@@ -79,12 +108,31 @@ class Ledger:
 
     async def good(self, identity: str) -> list[CertificateRecord]:
         """The certificates of a member that have neither ended nor been revoked."""
+        return await self._listed({}, owner=identity)
+
+    async def check_room(self, identity: str) -> None:
+        """LIMIT_REACHED for a member with too many good certificates: all would be on the list if it were revoked."""
+        newest = await self.certificates.list(owner=identity, equals={"state": ISSUED}, limit=MOST_GOOD)
+        if len(self._unexpired(newest)) >= MOST_GOOD:
+            raise BeamwireError(
+                Reason.LIMIT_REACHED,
+                f"{identity} has {MOST_GOOD} certificates that are good, more than it can need; wait for the first to "
+                "end, or ask an operator to revoke them",
+                quota="certificates",
+                retry_after=60.0,
+            )
+
+    async def guests(self, trust_domain: str) -> list[CertificateRecord]:
+        """The good certificates of those who enrolled as members of another facility."""
+        return await self._listed({"home": trust_domain})
+
+    async def _listed(self, equals: Mapping[str, str], owner: str | None = None) -> list[CertificateRecord]:
         found: list[CertificateRecord] = []
-        page = await self.certificates.list(owner=identity, equals={"state": ISSUED}, limit=_PAGE)
+        equals = {"state": ISSUED, **equals}
+        page = await self.certificates.list(owner=owner, equals=equals, limit=_PAGE)
         while page:
             found += page
-            after = page[-1].cursor
-            page = await self.certificates.list(owner=identity, equals={"state": ISSUED}, limit=_PAGE, after=after)
+            page = await self.certificates.list(owner=owner, equals=equals, limit=_PAGE, after=page[-1].cursor)
         return self._unexpired(found)
 
     async def all_good(self) -> list[CertificateRecord]:

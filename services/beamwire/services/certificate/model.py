@@ -34,7 +34,8 @@ class CertificateRecord(Record):
     """An entry of the ledger; the owner is the identity on the certificate.
 
     `renewed` is a certificate whose holder has a newer one, `introduced_by` the member of another facility that it goes
-    back to.
+    back to; `home`, `home_serial` (hexadecimal) and `home_expire_time` are the trust domain of that member, and the
+    certificate that it came with, with which this one ends.
     """
 
     server_names: tuple[str, ...] = ()
@@ -46,6 +47,9 @@ class CertificateRecord(Record):
     revoke_reason: str = ""
     generation: int = 1
     introduced_by: str = ""
+    home: str = ""
+    home_serial: str = ""
+    home_expire_time: datetime | None = None
     renewed: bool = False
 
     @property

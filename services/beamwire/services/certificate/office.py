@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
@@ -21,6 +23,8 @@ from beamwire.services.certificate.rotation import Rotation
 
 # So long a token is still known for what it was.
 TOKENS_KEPT: Final = timedelta(days=1)
+# Seconds between two looks at the guests.
+HOMES_PAUSE: Final = 0.5
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,24 @@ class Office:
         ledger = Ledger(certificates, Store(database, MemberRecord), clock=clock)
         audit = Audit(audit_records, clock=clock)
         rotation = Rotation(generations, ledger, board, audit, clock=clock)
-        registrar = Registrar(generations, ledger, tokens, policy, lifetimes, audit, rotation.publish, clock=clock)
+        registrar = Registrar(
+            generations, ledger, tokens, policy, lifetimes, audit, rotation.publish, lambda: board.trust, clock=clock
+        )
         await rotation.settle()
         return cls(certificates, audit_records, tokens, ledger, board, audit, rotation, registrar, clock)
+
+    async def follow_homes(self) -> None:
+        """End the certificates of guests as soon as the facility that they come from has revoked theirs, or is gone."""
+        own = self.board.trust.own.trust_domain
+        # Of one that was removed at the moment when the service died, nothing is said any more.
+        for home in {record.home for record in await self.ledger.all_good()} - {"", *self.board.trust}:
+            await self.registrar.end_revoked_guests(home)
+        async with aclosing(self.board.watch()) as changes:
+            async for change in changes:
+                if not change.synchronized and change.trust_domain != own:
+                    await self.registrar.end_revoked_guests(change.trust_domain)
+                    # What a facility says of itself may change all the time.
+                    await asyncio.sleep(HOMES_PAUSE)
 
     async def look_after(self) -> None:
         """What is to be done now and then: forget old tokens, mark what has ended, keep the revocation list young."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from limits import RateLimitItem, RateLimitItemPerMinute
@@ -13,6 +16,36 @@ from beamwire.mesh.errors import BeamwireError, Reason
 
 _RENEWALS: Final = "renewals"
 _ENROLLMENTS: Final = "failed-enrollments"
+# A facility that follows this one is one of them.
+STRANGERS_EACH: Final = 32
+STRANGERS: Final = 1024
+
+
+class Seats:
+    """How many strangers may watch at one time: from one address, and altogether."""
+
+    def __init__(self, each: int = STRANGERS_EACH, together: int = STRANGERS) -> None:
+        self._each = each
+        self._together = together
+        self._taken: Counter[str] = Counter()
+
+    @contextmanager
+    def taken(self, address: str) -> Iterator[None]:
+        """Have a seat for a while; LIMIT_REACHED if there is none."""
+        if self._taken[address] >= self._each or self._taken.total() >= self._together:
+            raise BeamwireError(
+                Reason.LIMIT_REACHED,
+                f"too many watch from {address}, or altogether; read the bundle now and then instead",
+                retry_after=10.0,
+                quota="watchers",
+            )
+        self._taken[address] += 1
+        try:
+            yield
+        finally:
+            self._taken[address] -= 1
+            # Of those who are gone nothing is kept.
+            self._taken += Counter()
 
 
 class Rates:

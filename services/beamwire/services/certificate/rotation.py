@@ -166,6 +166,6 @@ class Rotation:
         raise BeamwireError(
             Reason.ILLEGAL_STATE,
             f"{len(left)} certificates of the generation before are still good, the last until "
-            f"{last:%Y-%m-%d %H:%M} UTC: of {shown}. Wait for them, or force it, which ends them",
+            f"{last:%Y-%m-%d %H:%M} UTC: of {shown}. Wait for them, or finish with --force, which ends them",
             metadata={"outstanding": str(len(left))},
         )

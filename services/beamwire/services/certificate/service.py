@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,7 +30,7 @@ from beamwire.services.certificate.domain import Registrar
 from beamwire.services.certificate.federation import Federation
 from beamwire.services.certificate.messages import to_audit_record, to_bundle, to_certificate
 from beamwire.services.certificate.model import AuditRecord, CertificateRecord, bundle_name
-from beamwire.services.certificate.rates import Rates
+from beamwire.services.certificate.rates import Rates, Seats
 from beamwire.services.certificate.rotation import Rotation
 
 # What the API calls the parts of a certificate and of an audit record, and what each is called in the store.
@@ -95,6 +95,7 @@ class CertificateService(pb_grpc.CertificateServiceServicer):
         self._pager = pager
         self._addresses = addresses
         self._enroll_address = enroll_address
+        self._seats = Seats()
 
     async def CreateJoinToken(self, request: pb.CreateJoinTokenRequest, context: Any) -> pb.JoinToken:
         """Mint a one-time right to enrol."""
@@ -118,7 +119,11 @@ class CertificateService(pb_grpc.CertificateServiceServicer):
             csr_pem = request.csr_pem.encode()
             if request.secret:
                 return to_certificate(await self._registrar.enroll(request.secret, csr_pem))
-            return to_certificate(await self._registrar.enroll_introduced(csr_pem, caller=current_caller().id))
+            return to_certificate(
+                await self._registrar.enroll_introduced(
+                    csr_pem, caller=current_caller().id, present_pem=_shown_chain(context)
+                )
+            )
         except BeamwireError as error:
             self._desks.rates.count_failed_enrollment(peer)
             await self._desks.audit.note(
@@ -155,12 +160,14 @@ class CertificateService(pb_grpc.CertificateServiceServicer):
         """Tell of every domain at once and after every change."""
         own = self._board.trust.own.trust_domain
         sees_all = self._is_own_member()
-        async with aclosing(self._board.watch()) as changes:
-            async for change in changes:
-                if change.synchronized:
-                    yield pb.WatchTrustBundlesResponse(synchronized=True)
-                elif change.trust_domain == own or sees_all:
-                    yield self._told(change.trust_domain, removed=change.domain is None)
+        seat = nullcontext() if current_caller().id else self._seats.taken(_host(context.peer()))
+        with seat:
+            async with aclosing(self._board.watch()) as changes:
+                async for change in changes:
+                    if change.synchronized:
+                        yield pb.WatchTrustBundlesResponse(synchronized=True)
+                    elif change.trust_domain == own or sees_all:
+                        yield self._told(change.trust_domain, removed=change.domain is None)
 
     async def IntroduceFacility(
         self, request: pb.IntroduceFacilityRequest, context: Any
@@ -283,7 +290,7 @@ class CertificateService(pb_grpc.CertificateServiceServicer):
         if not name.startswith(_BUNDLES) or not readable:
             raise BeamwireError(
                 Reason.RESOURCE_NOT_FOUND,
-                f"there is no {name[:300]!r} here; this facility is {bundle_name(trust.own.trust_domain)}",
+                f"there is no {name[:300]!r} at {trust.own.trust_domain}; `beamwire trust list` shows which there are",
             )
         return domain
 

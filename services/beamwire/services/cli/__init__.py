@@ -17,7 +17,11 @@ from beamwire.services.cli.token import token
 __all__ = ["main"]
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done; 1 it failed, or is refused; 2 the command or what it was given is wrong.",
+)
 @click.version_option(package_name="beamwire", prog_name="beamwired")
 def main() -> None:
     """Run a Beamwire facility: the Request, Job, Buffer and Certificate services.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,20 @@ WHAT_HAPPENS = {
 
 @click.group()
 def authority() -> None:
-    """Look after the authority that signs the facility's certificates."""
+    """Look after the authority that signs the facility's certificates.
+
+    \b
+    A rotation, in which no call fails; look at how far it is in between:
+      beamwired authority rotate --to announced
+      beamwired authority rotate --to activated
+      beamwired authority show
+      beamwired authority rotate --to stable
+
+    \b
+    One that comes under an authority of others begins with
+      beamwired authority request -o request.pem
+      beamwired authority import signed.pem
+    """
 
 
 @authority.command("show")
@@ -65,6 +79,8 @@ def rotate(phase: str, force: bool, yes: bool, directory: Path, as_json: bool) -
 
     layout, settings = load_facility(directory)
     if not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError("nobody can be asked here whether to go on; say --yes")
         click.echo(WHAT_HAPPENS[phase], err=True)
         click.confirm("Go on?", abort=True, err=True)
     request = pb.RotateAuthorityRequest(phase=pb.AuthorityStatus.Phase.Value(f"PHASE_{phase.upper()}"), force=force)
@@ -132,5 +148,6 @@ def _print(status: pb.AuthorityStatus, as_json: bool) -> None:
     click.echo(f"generation   {status.generation} signs, until {expire_time:%Y-%m-%d}")
     for number, fingerprint in enumerate(status.root_fingerprints):
         click.echo(f"{'trusted' if number == 0 else '':12} {fingerprint}{' (signs)' if number == 0 else ''}")
-    if phase != "STABLE":
-        click.echo(f"outstanding  {status.outstanding_certificate_count} good certificates that another one signed")
+    if phase == "ACTIVATED":
+        count = status.outstanding_certificate_count
+        click.echo(f"outstanding  {count} good certificate{'s' * (count != 1)} of before, not renewed yet")

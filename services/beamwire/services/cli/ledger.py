@@ -27,7 +27,13 @@ PAGE = 1000
 @directory_option
 @json_option
 def ledger(audit: bool, filter_: str, limit: int | None, directory: Path, as_json: bool) -> None:
-    """Export the ledger of certificates, or the audit, newest first."""
+    """Export the ledger of certificates, or the audit, newest first.
+
+    \b
+    beamwired ledger -n 20
+    beamwired ledger --filter 'identity="spiffe://facility.test/user/alice" AND state=ISSUED'
+    beamwired ledger --audit --filter action=REVOKED --json
+    """
     layout, settings = load_facility(directory)
 
     async def call(stub: Any) -> list[dict[str, Any]]:
@@ -39,6 +45,12 @@ def ledger(audit: bool, filter_: str, limit: int | None, directory: Path, as_jso
     if as_json:
         print_json(rows)
         return
+    if filter_ and not rows:
+        click.echo(
+            "nothing matches; a filter compares the whole of what --json shows: "
+            f"spiffe://{settings.trust_domain}/user/alice, REVOKED",
+            err=True,
+        )
     for row in rows:
         click.echo(_audit_line(row) if audit else _certificate_line(row))
 

@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 
 @click.group()
 def member() -> None:
-    """See who is a member, and end that before its time."""
+    """See who is a member, and end that before its time.
+
+    \b
+    beamwired member ls
+    beamwired member revoke user/alice --reason "laptop stolen"
+    beamwired member reinstate user/alice
+    """
 
 
 @member.command("ls")
@@ -78,6 +84,8 @@ def revoke(member_or_certificate: str, reason: str, directory: Path, as_json: bo
         print_json([certificate_document(certificate) for certificate in ended])
         return
     click.echo(f"ended {len(ended)} good certificate{'s' * (len(ended) != 1)} of {member_or_certificate}")
+    if not ended:
+        click.echo("no good certificate was found; is the name right? See: beamwired member ls", err=True)
     if request.identity:
         click.echo(f"it gets no more until: beamwired member reinstate {member_or_certificate}", err=True)
 
@@ -97,7 +105,10 @@ def reinstate(identity: str, directory: Path) -> None:
         return answer
 
     asyncio.run(call_certificate_service(layout, settings, call))
-    click.echo(f"{identity} may enrol again; mint it a token with: beamwired token {identity}")
+    # The services of the facility are not let in by tokens: the Certificate service issues them anew by itself.
+    is_service = request.identity.partition("://")[2].partition("/")[2].startswith("service/")
+    how = "gets a new certificate within minutes" if is_service else f"mint it a token with: beamwired token {identity}"
+    click.echo(f"{identity} may enrol again; {how}")
 
 
 def _members(certificates: Sequence[pb.Certificate]) -> list[dict[str, Any]]:

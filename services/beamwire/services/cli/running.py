@@ -19,7 +19,11 @@ from beamwire.services.config import FILE_NAME, SERVICE_NAMES, Layout, ServiceNa
 @click.command()
 @click.argument("services", nargs=-1, type=click.Choice(SERVICE_NAMES))
 @directory_option
-@click.option("--config", type=click.Path(dir_okay=False, path_type=Path), help=f"The facility's {FILE_NAME}.")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help=f"The {FILE_NAME} of the facility, in place of --dir.",
+)
 def serve(services: tuple[ServiceName, ...], directory: Path, config: Path | None) -> None:
     """Serve the facility's SERVICES until SIGTERM or Ctrl-C; all four if none is named.
 
@@ -27,6 +31,8 @@ def serve(services: tuple[ServiceName, ...], directory: Path, config: Path | Non
     """
     from beamwire.services.app import serve as serve_services
 
+    if config is not None and config.name != FILE_NAME:
+        raise click.UsageError(f"--config must be a facility's {FILE_NAME}, in the facility's directory; not {config}")
     layout, settings = load_facility(config.parent if config else directory)
     names: Sequence[ServiceName] = services or SERVICE_NAMES
     telemetry.setup_logging("facility" if len(names) > 1 else "".join(names))

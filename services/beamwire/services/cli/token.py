@@ -28,6 +28,10 @@ def token(identity: str, directory: Path, ttl: int, server_names: tuple[str, ...
     """Mint a one-time join token for IDENTITY, `user/alice` or a whole SPIFFE id, at the facility that is served.
 
     The token is printed once. Whoever has it can enrol as IDENTITY: hand it over on a safe way.
+
+    \b
+    beamwired token user/alice -o alice.token
+    beamwired token operator/carol -o carol.token --ttl 3600
     """
     layout, settings = load_facility(directory)
     whole = whole_identity(settings, identity)

@@ -11,6 +11,8 @@ from beamwire.services.job.model import JobSpec
 
 # Where to dial, and whom, is what a consumer that was placed here has to be told.
 PASSED: Final = frozenset({"BEAMWIRE_CONNECT", "BEAMWIRE_FACILITY"})
+# Seconds between the word that a job is to end and its end.
+MOST_GRACE: Final = 60.0
 # What makes a program load other code, find other programs, libraries or settings, or be somebody else.
 REFUSED: Final = re.compile(
     r"""
@@ -23,6 +25,9 @@ REFUSED: Final = re.compile(
     | PHP.* | TCL.* | GODEBUG | RUST_.* | GIT_.*
     | SSH_.* | SSL_.* | OPENSSL_.* | CURL_.* | .*_PROXY | KRB5.* | X509_.*
     | MPI.* | I_MPI_.* | OMPI_.* | PMI.* | PRTE_.* | HYDRA_.* | UCX_.* | FI_.* | SLURM.* | PBS_.*
+    | GRPC_.* | REQUESTS_CA_BUNDLE | AWS_.* | GOOGLE_.* | KUBECONFIG | DOCKER_.* | GNUPGHOME | NETRC
+    | TORCH.* | TRITON_.* | XLA_.* | JAX_.* | TF_.* | GTK_.* | GIO_.* | GST_.* | QT_.* | DBUS_.* | TERMINFO.* | TERMCAP
+    | .*_MODULES? | .*_HOOKS? | .*_COMMAND | .*_OPTIONS | .*_OPTS | .*_CA_.*
     | CUDA_INJECTION.* | NSYS_.* | HDF5_.* | SIT_.*
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -41,6 +46,8 @@ def check(spec: JobSpec, identity: str, grant: Grant, processes: int) -> None:
         raise invalid_field("job.spec.directory", "a job of another facility runs in its own directory; leave it out")
     if spec.process_count > processes:
         raise invalid_field("job.spec.resources.process_count", f"must be at most {processes}")
+    if spec.grace > MOST_GRACE:
+        raise invalid_field("job.spec.grace", f"must be at most {MOST_GRACE:g} s")
     _check_executable(spec, identity, grant)
     for name in spec.environment:
         if not _NAME.fullmatch(name):

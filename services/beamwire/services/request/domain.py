@@ -97,6 +97,12 @@ class Transfers:
             raise invalid_field("transfer.process_count", f"must be from 1 to {self._limits.processes}")
         if not 0 < record.lease <= self._limits.lease.total_seconds():
             raise invalid_field("transfer.lease", f"must be positive and at most {self._limits.lease}")
+        for index, consumer in enumerate(record.consumer_jobs):
+            if consumer.process_count > self._limits.processes:
+                raise invalid_field(
+                    f"transfer.consumer_jobs[{index}].spec.resources.process_count",
+                    f"must be at most {self._limits.processes}",
+                )
         await self._buffers.check(record)
         await self._consumers.check(record)
         return await self._preflight.check(record.config, lambda found: self._datasets.check(found, reader))

@@ -16,6 +16,8 @@ from beamwire.request.v1 import request_service_pb2 as pb
 from beamwire.services.request.model import ConsumerJob
 
 MOST_CONSUMER_JOBS = 16
+# Seconds between the word that a job is to end and its end.
+MOST_GRACE = 60
 # Variables that Beamwire sets itself.
 RESERVED = "BEAMWIRE_"
 # How the policy writes a program that MPI runs.
@@ -69,6 +71,8 @@ def _check_program(field: str, spec: job_pb.JobSpec, caller: Caller, *, elsewher
         raise invalid_field(f"{field}.spec.environment", f"{RESERVED}… is not the caller's to set")
     if caller.role in (Role.OPERATOR, Role.SERVICE):
         return
+    if spec.grace.seconds > MOST_GRACE:
+        raise invalid_field(f"{field}.spec.grace", f"must be at most {MOST_GRACE} s")
     if spec.directory:
         raise invalid_field(f"{field}.spec.directory", "a consumer job runs in its own directory; leave it out")
     if spec.environment and not elsewhere:

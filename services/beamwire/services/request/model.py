@@ -159,6 +159,13 @@ class ConsumerJob(BaseModel, frozen=True):
         """The program."""
         return str(self.spec.get("executable", ""))
 
+    @property
+    def process_count(self) -> int:
+        """How many processes it asks for."""
+        resources = self.spec.get("resources")
+        count = resources.get("process_count") if isinstance(resources, dict) else None
+        return count if isinstance(count, int) else 1
+
 
 class TransferRecord(Record):
     """What is stored of a transfer. `state` is a TransferState by value; `account` is stored when the state changes.

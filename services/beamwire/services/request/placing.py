@@ -102,7 +102,7 @@ class ConsumerClient:
             believed = ", ".join(others) or "none"
             raise invalid_field(
                 "trust_domain",
-                f"{trust_domain} is not believed here (of other facilities: {believed}); an operator can accept its "
-                "introduction (`beamwire trust accept`)",
+                f"{trust_domain} is not believed at {self._credentials.identity.trust_domain} (of other facilities: "
+                f"{believed}); an operator there can accept its introduction (`beamwire trust accept`)",
             )
         return Addresses.parse(self._credentials.trust.others[trust_domain].address).of("job")

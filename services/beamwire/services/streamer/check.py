@@ -14,7 +14,7 @@ from beamwire.services.streamer import config as configuration
 from beamwire.services.streamer.components import Batch, FieldSpec, Serializer, SourceContext, Stage
 from beamwire.services.streamer.config import StreamerConfig
 from beamwire.services.streamer.datasets import datasets
-from beamwire.services.streamer.named import Dataset, open_files
+from beamwire.services.streamer.named import Dataset, led_to, open_files
 from beamwire.services.streamer.pipeline import flushed, prepare, through
 from beamwire.services.streamer.reading import Reader, Shaper
 
@@ -33,7 +33,7 @@ def check(
     "seconds"}: `event_bytes` is the size of the first complete event as it is read, `sent_event_bytes` what it takes as
     it is sent, `sent_bytes` and `seconds` that of all of them; 0 where it is unknown. Raises BeamwireError as the run
     would: INVALID_FIELD, DATASET_NOT_FOUND, UNSUPPORTED. Before anything is opened `ask` is told what would be read;
-    then "opened" are the files that were open in the end: one that is named may lead to others inside.
+    then "opened" are the files that were open in the end, or that others led to inside.
     """
     config = configuration.load(data)
     before = open_files()
@@ -50,7 +50,7 @@ def check(
         stages, serializer, sent = prepare(config, fields)
         sample = _Sample()
         sample.take(reader, Shaper(fields, config.optional), stages, serializer)
-        opened = open_files() - before
+        opened = (open_files() - before) | led_to()
     finally:
         reader.close()
     return {

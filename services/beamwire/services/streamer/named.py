@@ -20,6 +20,8 @@ from beamwire.services.streamer.sources.files import FIELD, fitting
 
 _EXPERIMENT: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _UNFINISHED: Final = ".inprogress"
+# Since the process began, which looks at one configuration.
+_led_to: Final[set[str]] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,16 @@ def absolute(field: str, path: str) -> str:
     if has_magic(path) and ".." in path.split("/"):
         raise invalid_field(field, f"{path[:200]!r} is a pattern, and may not go up by ..")
     return "/" + os.path.normpath(path).lstrip("/")
+
+
+def lead_to(path: str | Path) -> None:
+    """Note that a file was opened because another one led to it; it may be closed again at once."""
+    _led_to.add(os.path.realpath(path))
+
+
+def led_to() -> frozenset[str]:
+    """The files that were noted."""
+    return frozenset(_led_to)
 
 
 def open_files() -> frozenset[str]:

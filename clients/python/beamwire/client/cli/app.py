@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -51,6 +52,8 @@ for command in (
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with its code."""
     signal.signal(signal.SIGTERM, _terminate)
+    # What gRPC's core would print besides says nothing that our errors do not.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         cli.main(arguments, prog_name="beamwire", standalone_mode=True)
     except KeyboardInterrupt as error:

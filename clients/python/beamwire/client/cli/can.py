@@ -132,7 +132,9 @@ def understand(action: str, resource: str) -> Question:
     kind, _, name = resource.partition("/")
     kind = kind if kind in ACTIONS else kind.removesuffix("s")
     if kind not in ACTIONS:
-        raise invalid_field("resource", f"is no {_nearest(resource, ACTIONS)}, and no dataset such as exp:tmoc00118")
+        raise invalid_field(
+            "resource", f"{resource!r} is no {_nearest(resource, ACTIONS)}, and no dataset such as exp:tmoc00118"
+        )
     if action not in ACTIONS[kind]:
         raise invalid_field("action", f"with a {kind} nobody can {action!r}, but {_nearest(action, ACTIONS[kind])}")
     return Question(ACTIONS[kind][action], resource=f"{kind}s/{name}" if name else "")

@@ -45,7 +45,14 @@ _file = click.argument("file", type=click.File("r"), metavar="FILE")
 
 @click.group(cls=Group)
 def token() -> None:
-    """Hand a part of your rights over to somebody else: one transfer, to read, for an hour."""
+    """Hand a part of your rights over to somebody else: one transfer, to read, for an hour.
+
+    \b
+    beamwire token create TRANSFER --holder user/bob --read-only --ttl 30m -o for-bob
+    beamwire --token-file for-bob pull TRANSFER       (bob)
+    beamwire token inspect for-bob
+    beamwire token revoke for-bob
+    """
 
 
 @token.command(cls=Command)
@@ -53,7 +60,7 @@ def token() -> None:
 @click.option("--all", "everything", is_flag=True, help="For all that is yours, in place of one TRANSFER.")
 @click.option("--holder", required=True, metavar="ID", help="Who may use it: a SPIFFE id, or user/bob.")
 @click.option("--read-only", is_flag=True, help="To look and to consume, not to change or end anything.")
-@click.option("--ttl", type=_Length(), help="How long it is good: 15m, 1h (the default), 7d.")
+@click.option("--ttl", type=_Length(), help="How long it is good: 15m, 1h (the default), 4h.")
 @_output
 @pass_cli
 def create(
@@ -65,7 +72,12 @@ def create(
     ttl: timedelta | None,
     output: Path | None,
 ) -> None:
-    """Make a token by which ID may use your rights to TRANSFER."""
+    """Make a token by which ID may use your rights to TRANSFER.
+
+    \b
+    beamwire token create gm5bcd7klpiy --holder user/bob --read-only --ttl 30m -o for-bob
+    beamwire token create --all --holder spiffe://b.test/job/reduce -o for-the-job
+    """
     if bool(transfer) == everything:
         raise click.UsageError("name a TRANSFER, or say --all; not both")
     with cli.client() as client:
@@ -97,7 +109,12 @@ def inspect(cli: Cli, file: Any) -> None:
 def attenuate(
     cli: Cli, file: Any, transfer: str | None, read_only: bool, ttl: timedelta | None, output: Path | None
 ) -> None:
-    """Make a token of the one in FILE that allows less. The old one stays as it is, and ends the new one with it."""
+    """Make a token of the one in FILE that allows less. The old one stays as it is, and ends the new one with it.
+
+    \b
+    beamwire token attenuate for-bob --ttl 5m -o shorter
+    beamwire token attenuate everything --transfer gm5bcd7klpiy --read-only -o one
+    """
     restriction = Restriction(
         resource=full_name("transfers", transfer) if transfer else "",
         read_only=read_only,
@@ -111,7 +128,7 @@ def attenuate(
 @_file
 @pass_cli
 def revoke(cli: Cli, file: Any) -> None:
-    """End the token in FILE, and all that were narrowed from it. FILE may hold its first revocation id instead."""
+    """End the token in FILE, and all that were narrowed from it. FILE may hold a revocation id instead."""
     said = file.read().strip()
     revocation_id = said if re.fullmatch("[0-9a-f]{128}", said) else read(check_text(said)).ids[0]
     with cli.client() as client:
@@ -142,7 +159,10 @@ def _hand_out(cli: Cli, text: str, output: Path | None) -> None:
 
 def _text(said: Delegation) -> str:
     allows, right, until = describe(said)
-    return aligned([("allows", allows), ("", right), ("", until), ("id", said.ids[0])])
+    rows = [("allows", allows), ("", right), ("", until), ("id", said.ids[0])]
+    # The id of the last block ends this token and leaves the one that it was narrowed from.
+    narrowed = [("own id", revocation_id) for revocation_id in said.ids[1:][-1:]]
+    return aligned(rows + narrowed)
 
 
 def _document(said: Delegation) -> dict[str, Any]:

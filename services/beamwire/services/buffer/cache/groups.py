@@ -149,6 +149,18 @@ class Group:
             self.pending.popleft()
         return None
 
+    def launch(self, slot: Slot) -> None:
+        """A slot that waits is on its way from now on."""
+        slot.flights |= self.bit
+        self.waiting -= 1
+        self.flying += 1
+
+    def take_back(self, slot: Slot) -> None:
+        """A slot that is on its way waits again, once it is put back."""
+        slot.flights &= ~self.bit
+        self.flying -= 1
+        self.waiting += 1
+
     def put_back(self, slots: Iterable[Slot]) -> None:
         """Deliver these again, in the order of their positions and before what came later."""
         by_position = sorted(slots, key=_position)

@@ -154,7 +154,7 @@ class Outlet:
         rest = []
         waiting = [slot for slot in group.pending if group.wants(slot) and either.covers(slot.producer, slot.sequence)]
         for slot in waiting:
-            self._launch(slot, group)
+            group.launch(slot)
         if waiting:
             group.pending = type(group.pending)(slot for slot in group.pending if not slot.flights & group.bit)
         for slot in (*left, *waiting):
@@ -207,19 +207,13 @@ class Outlet:
                 break
             group.pending.popleft()
             slot.pins += 1
-            self._launch(slot, group)
+            group.launch(slot)
             self._holdings.mark_sent(slot, group)
             sink.launch(slot, deadline)
             slots.append(slot)
         if group.waiting and group.idle:
             group.wake()
         return slots
-
-    @staticmethod
-    def _launch(slot: Slot, group: Group) -> None:
-        slot.flights |= group.bit
-        group.waiting -= 1
-        group.flying += 1
 
     def sent(self, sink: Sink, slots: list[Slot]) -> None:
         """Frames were written to a consumer; those of one that does not acknowledge count as taken."""
@@ -346,9 +340,7 @@ class Outlet:
             if slot.gone:
                 self._holdings.settle(slot, group, account_pb2.LOSS_CAUSE_EVICTED)
                 continue
-            slot.flights &= ~group.bit
-            group.flying -= 1
-            group.waiting += 1
+            group.take_back(slot)
             back.append(slot)
         if back:
             group.put_back(back)

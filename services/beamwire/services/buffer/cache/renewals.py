@@ -69,8 +69,13 @@ async def _wait_until_due(credentials: Credentials) -> None:
 async def _run(credentials: Credentials) -> int:
     """Run the process to its end, which comes in bounded time; its exit code. What it says goes where we say things."""
     command = [sys.executable, "-m", "beamwire.mesh.identity.renewal", str(credentials.directory)]
-    # At once, so that there is no moment at which it runs and nobody would end it.
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
+    try:
+        # At once, so that there is no moment at which it runs and nobody would end it.
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # noqa: ASYNC220
+    except OSError as error:
+        # Too many processes or open files: not for ever.
+        _log.warning("the certificate cannot be renewed now: %s", error)
+        return FAILED
     try:
         # It gives up by itself; this is for one that is stuck.
         return await asyncio.to_thread(process.wait, 2 * COMMAND_TIMEOUT)

@@ -161,5 +161,5 @@ def _check_numbers(dataset: h5py.Dataset, what: str, start: int) -> None:
 
 
 def _number(file: h5py.File, path: str, default: int) -> int:
-    found: Any = file.get(path)
+    found: Any = hdf5_files.find(file, path)
     return int(np.asarray(found[()]).reshape(-1)[0]) if isinstance(found, h5py.Dataset) and found.size else default

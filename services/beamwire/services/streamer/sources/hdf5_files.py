@@ -6,12 +6,14 @@ import importlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import h5py
 
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.services.streamer.named import lead_to
 from beamwire.services.streamer.registry import nearest
 from beamwire.services.streamer.sources.files import not_found
 
@@ -118,7 +120,51 @@ def filters_of(dataset: h5py.Dataset) -> list[int]:
     return [properties.get_filter(place)[0] for place in range(properties.get_nfilters())]
 
 
+def check_storage(dataset: h5py.Dataset, parameter: str = "path", depth: int = 0) -> None:
+    """Raises BeamwireError INVALID_FIELD for a dataset whose values are the bytes of a file that is not HDF5.
+
+    Any file could be read in that way, by whoever may write one of HDF5, and nobody is asked whether it may be.
+    """
+    lead_to(dataset.file.filename)
+    if dataset.external:
+        where = f"{dataset.name} of {Path(dataset.file.filename).name}"
+        raise invalid_field(parameter, f"{where} has its values in files that are not HDF5, which are not read here")
+    if not dataset.is_virtual:
+        return
+    if depth == _DEEPEST:
+        raise invalid_field(parameter, f"{dataset.name} is a virtual dataset of virtual datasets without an end")
+    for name, path in sorted({(source.file_name, source.dset_name) for source in dataset.virtual_sources()}):
+        for file in _source_files(dataset, name):
+            lead_to(file)
+            with suppress(KeyError, OSError), h5py.File(file, "r") as opened:
+                # `%b` in a name is a number that counts.
+                found = [opened.get(path)] if "%" not in path else _all_datasets(opened)
+                for source in found:
+                    if isinstance(source, h5py.Dataset):
+                        check_storage(source, parameter, depth + 1)
+
+
+def _source_files(dataset: h5py.Dataset, name: str) -> list[Path]:
+    """Where HDF5 may look for a file that a virtual dataset names."""
+    own = Path(dataset.file.filename)
+    if name == ".":
+        return [own]
+    places = [own.parent / name, own.parent / Path(name).name, Path(name).absolute()]
+    if "%" not in name:
+        return [place for place in dict.fromkeys(places) if place.is_file()]
+    return [file for place in dict.fromkeys(places) for file in place.parent.glob(_counted(place.name))]
+
+
+def _counted(name: str) -> str:
+    return escape(name).replace("%b", "*").replace("%%", "%")
+
+
+def _all_datasets(file: h5py.File) -> list[Any]:
+    return [file.get(path) for path in listed(file)]
+
+
 def _check_readable(dataset: h5py.Dataset, path: str, parameter: str) -> None:
+    check_storage(dataset, parameter)
     if not dataset.is_virtual:
         load_filters(filters_of(dataset), path, parameter)
         return

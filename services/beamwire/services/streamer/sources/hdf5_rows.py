@@ -10,6 +10,7 @@ import numpy as np
 
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.services.streamer.components import Array
+from beamwire.services.streamer.sources.hdf5_files import check_storage
 
 VALUES, ROW_OFFSETS = "values", "row_offsets"
 
@@ -27,6 +28,8 @@ class Rows:
         self.dataset: Any = found
         if isinstance(found, h5py.Group):
             group: Any = found
+            for part in (group[ROW_OFFSETS], group[VALUES]):
+                check_storage(part)
             self._offsets = np.asarray(group[ROW_OFFSETS][()])
             self.dataset = group[VALUES]
             _check_offsets(self._offsets, self.dataset, path)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from pydantic import model_validator
@@ -31,6 +32,10 @@ from beamwire.services.streamer.sources.smalldata import invalid, not_found
 SOURCE = "Psana1EventSource"
 EVENT_CODES = 256
 """Length of the array of event codes, filled with 0."""
+
+
+# What else may stand in a source identifier: run=22, stream=0-5, smd. No blanks, which psana1 may take away.
+_HARMLESS: Final = re.compile(r"[a-z_]+(=[A-Za-z0-9_.,+-]*)?")
 
 
 class Psana1EventSource:
@@ -60,7 +65,7 @@ class Psana1EventSource:
                 yield Dataset(FIELD, f"shmem:{value}", (f"shmem:{value}",))
             elif key == "dir":
                 yield directory(FIELD, value, "**/*")
-            elif "/" in part:
+            elif not _HARMLESS.fullmatch(part):
                 raise invalid(f"{part[:100]!r} is not a part of it that the policy of the facility has words for")
 
     def __init__(self, parameters: Psana1EventSource.Parameters, context: SourceContext) -> None:

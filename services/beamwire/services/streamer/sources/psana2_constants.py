@@ -66,6 +66,8 @@ def _constants(path: Path, detector: str, group: Any) -> dict[str, tuple[Any, di
     for kind, dataset in group.items():
         if hasattr(dataset, "items"):
             raise invalid_field(_FIELD, f"{path}: {detector}/{kind} must be a dataset")
+        if dataset.file.filename != str(path) or dataset.is_virtual or dataset.external:
+            raise invalid_field(_FIELD, f"{path}: {detector}/{kind} is in another file")
         values: Any = dataset[()]
         found[kind] = (values.decode() if isinstance(values, bytes) else values, _METADATA | dict(dataset.attrs))
     return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import h5py
 import numpy as np
 import numpy.typing as npt
 
@@ -16,6 +17,7 @@ from beamwire.services.streamer.components import Array, ComponentParameters, Ev
 from beamwire.services.streamer.named import Dataset, files_or_directory
 from beamwire.services.streamer.registry import nearest
 from beamwire.services.streamer.sources.files import named_files, not_found
+from beamwire.services.streamer.sources.hdf5_files import check_storage
 
 PULSE_BITS = 12
 """The id of a pulse is the id of its train << 12 | its pulse id; that of a train is the train's id."""
@@ -146,6 +148,7 @@ class TrainRows:
         self._file = np.full(len(train_ids), -1, dtype=np.int64)
         self._first = np.zeros(len(train_ids), dtype=np.int64)
         self.counts = np.zeros(len(train_ids), dtype=np.int64)
+        _check_storage(key)
         for number, file in enumerate(self._files):
             firsts, counts = file.get_index(key.source, key.index_group)
             _, ours, theirs = np.intersect1d(train_ids, file.train_ids, return_indices=True)
@@ -197,6 +200,9 @@ class Detector:
 
     def pulse_ids(self) -> npt.NDArray[np.int64]:
         """The pulse ids of all frames, in order; raises BeamwireError DATASET_NOT_FOUND if the modules disagree."""
+        for source in self.sources.values():
+            if "image.pulseId" in self._access.data.keys_for_source(source):
+                _check_storage(self._access.data[source, "image.pulseId"])
         try:
             found = self._access[self.main_key].pulse_id_coordinates()
         except Exception as error:
@@ -229,11 +235,20 @@ def _opened(files: Sequence[Path]) -> Any:
     for path in files:
         # extra-data would pass over a file that it cannot read.
         try:
-            FileAccess(str(path))
+            opened: Any = FileAccess(str(path)).file
         except (OSError, KeyError, ValueError, FileStructureError) as error:
             raise not_found(f"{path} cannot be read as a file of the European XFEL: {error}") from None
+        for group in ("INDEX", "METADATA"):
+            for name in opened.get(group, ()):
+                if isinstance(found := opened[group].get(name), h5py.Dataset):
+                    check_storage(found, "config.source_identifier")
     # Not as a run directory: that writes a cache into it.
     return DataCollection.from_paths([str(path) for path in files], is_single_run=True, parallelize=False)
+
+
+def _check_storage(key: Any) -> None:
+    for file in key.files:
+        check_storage(file.file[key.hdf5_data_path], "key")
 
 
 def _wrong(field: str, description: str) -> BeamwireError:

@@ -56,7 +56,16 @@ def _read(file: Path, inside: str, parameter: str) -> Array:
             datasets: list[str] = []
             tree.visititems(lambda name, item: datasets.append(name) if isinstance(item, h5py.Dataset) else None)
             raise _absent(datasets, inside, file, parameter)
+        _check_own(found, tree.filename, parameter)
         return np.asarray(found[()])
+
+
+def _check_own(dataset: Any, file: str, parameter: str) -> None:
+    """Refuse what is in another file than the one that is named, for whose sake nobody was asked."""
+    if dataset.file.filename != file or dataset.is_virtual or dataset.external:
+        raise invalid_field(
+            parameter, f"{dataset.name} is not in {file} itself, which leads to another file; name that"
+        )
 
 
 def _choose(names: list[str], inside: str, file: Path, parameter: str) -> str:
