@@ -32,7 +32,7 @@ def decode(text: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def authority() -> Authority:
-    return Authority.create("a.test")
+    return Authority.create("a.test", clock=lambda: NOW)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_it_ends(document: str) -> None:
 
 
 def test_a_stranger_cannot_sign_it(introduction: Introduction) -> None:
-    stranger = Authority.create("a.test")
+    stranger = Authority.create("a.test", clock=lambda: NOW)
     refused(stranger.sign_introduction(introduction), "no root in it vouches for its signer")
 
 

@@ -81,8 +81,12 @@ class Stream:
         Returns the receipt; None for a bare buffer. Raises BeamwireError if the transfer did not succeed, TimeoutError
         if it has not ended within `timeout` seconds; it may be waited for again then.
         """
-        self._portal.call(asyncio.wait_for(self._session.conclude(None), timeout))
+        self._portal.call(self._concluded(timeout))
         return self._session.receipt
+
+    async def _concluded(self, timeout: float | None) -> None:
+        async with asyncio.timeout(timeout):
+            await self._session.conclude(None)
 
     @property
     def transfer(self) -> Transfer | None:

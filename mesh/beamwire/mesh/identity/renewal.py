@@ -205,6 +205,11 @@ async def learn(credentials: Credentials, channel: grpc.aio.Channel) -> None:
     await asyncio.to_thread(credentials.change_trust, lambda trust: trust.told([own]))
 
 
+async def _within_time(directory: Path) -> bool:
+    async with asyncio.timeout(COMMAND_TIMEOUT):
+        return await renew_once(directory)
+
+
 def main() -> int:
     """Renew the credentials of a directory once, if half of their life is over or the authority was rotated.
 
@@ -215,7 +220,7 @@ def main() -> int:
     directory: Path = parser.parse_args().directory
     os.umask(0o077)
     try:
-        renewed = asyncio.run(asyncio.wait_for(renew_once(directory), COMMAND_TIMEOUT))
+        renewed = asyncio.run(_within_time(directory))
     except TimeoutError:
         print(f"the Certificate service did not answer within {COMMAND_TIMEOUT:g} s", file=sys.stderr)
         return FAILED

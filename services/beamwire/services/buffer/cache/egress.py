@@ -23,7 +23,7 @@ from beamwire.stream.v1.link_pb2 import Hello, Placed, Signal, Welcome
 
 # A consumer may have frames before it that take long; one whose host is gone is noticed by keepalive.
 CONFIRM_TIMEOUT: Final = 300.0
-HANDOVER_TIMEOUT: Final = 60.0
+HANDOVER_TIMEOUT: Final = 300.0
 # Messages of this size and more cost less copied from the ring than sent, in bytes.
 _SMALLEST_PLACED: Final = 64 * 1024
 
