@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -78,9 +79,9 @@ async def past_half_life(credentials: Credentials) -> None:
 
 async def test_commands_do_not_pile_up_renewals_of_a_service_that_is_away(registry: Registry, tmp_path: Path) -> None:
     """The service takes the connection and says nothing; of many commands one waits for it."""
-    silent = await asyncio.start_server(lambda *_: asyncio.sleep(60), "127.0.0.1", 0)
+    silent = socket.create_server(("127.0.0.1", 0))
     member = registry.facility.ending("user/alice", timedelta(minutes=10))
-    address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    address = f"127.0.0.1:{silent.getsockname()[1]}"
     document = {"trust_domain": "facility.test", "address": address, "enroll_address": address}
     (member.directory / "member.json").write_text(json.dumps(document))
 
