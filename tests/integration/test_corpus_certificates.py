@@ -18,7 +18,7 @@ from beamwire.mesh.errors import BeamwireError
 from beamwire.mesh.identity.verifier import Verifier
 from beamwire.mesh.stream import ticket
 from beamwire.testing.corpus import POLICY, POSSESSION, Case
-from tests.integration.corpusdoors import (
+from tests.integration.corpus_doors import (
     ACCEPTED,
     CORPUS,
     IN_HANDSHAKE,

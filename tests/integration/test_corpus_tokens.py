@@ -22,7 +22,7 @@ from beamwire.mesh.stream import ticket
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_PRODUCE, TicketClaims
 from beamwire.testing.corpus import OWN
 from beamwire.testing.hostile_tokens import TokenMint, hostile_tokens
-from tests.integration.corpusdoors import (
+from tests.integration.corpus_doors import (
     CORPUS,
     KEY,
     TIMEOUT,

@@ -26,7 +26,7 @@ from beamwire.mesh.names import new_id
 from beamwire.testing.namespaces import Host, TwoHosts, namespaces_missing
 from tests.conftest import BIN, wait_until
 
-PLAY = Path(__file__).with_name("fedplay.py")
+PLAY = Path(__file__).with_name("federation_programs.py")
 TIMEOUT = 120.0
 STREAMS = 50
 # At 100 in a second: longer than a rotation takes.
