@@ -28,14 +28,14 @@ from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
 from beamwire.mesh.database import Database
 from beamwire.mesh.identity.biscuits import TokenChecker, TokenKey
 from beamwire.mesh.identity.ids import services_name
-from beamwire.mesh.rpc.access import Gate, current_caller
+from beamwire.mesh.rpc.access import Gate, certificate_end, current_caller
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.rpc.status import error_from_rpc
 from beamwire.mesh.store import Store
 from beamwire.mesh.stream.link import Link
 from beamwire.mesh.stream.sockets import PAIR
 from beamwire.mesh.stream.tls import TlsConnection
-from beamwire.services.buffer.consume import Consumptions, certificate_end
+from beamwire.services.buffer.consume import Consumptions
 from beamwire.services.buffer.control import CacheControl, CacheStatus
 from beamwire.services.buffer.model import BufferRecord, BufferSpec
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME, Hello, Signal, TicketClaims

@@ -22,7 +22,7 @@ from beamwire.common.v1.account_pb2 import END_CAUSE_DONE
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.credentials import Credentials
-from beamwire.mesh.rpc.access import current_caller
+from beamwire.mesh.rpc.access import certificate_end, current_caller
 from beamwire.mesh.rpc.channel import connect as open_channel
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.store import Store
@@ -31,7 +31,7 @@ from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.link import Link
 from beamwire.mesh.stream.sockets import PAIR
 from beamwire.mesh.stream.writer import FrameWriter
-from beamwire.services.buffer.consume import PIECE_BYTES, Consumptions, certificate_end
+from beamwire.services.buffer.consume import PIECE_BYTES, Consumptions
 from beamwire.services.buffer.model import BufferRecord, BufferSpec
 from beamwire.stream.v1.frame_pb2 import FRAME_KIND_DATA, FRAME_KIND_END, FrameHeader, StreamEnd
 from beamwire.stream.v1.link_pb2 import (

@@ -6,14 +6,13 @@ import asyncio
 import ssl
 import struct
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from cryptography import x509
 from google.protobuf.message import DecodeError
 
 from beamwire.buffer.v1 import buffer_service_pb2 as pb
@@ -115,12 +114,6 @@ class Consumptions:
         async for record in self._store.watch(name):
             tickets.admit(record, name, caller, LINK_ROLE_CONSUME)
         return BeamwireError(Reason.CACHE_FAILED, f"{name} was deleted")
-
-
-def certificate_end(auth_context: Mapping[str, Iterable[bytes]]) -> datetime:
-    """Return when the certificate of the present call ends."""
-    (pem,) = auth_context["x509_pem_cert"]
-    return x509.load_pem_x509_certificate(pem).not_valid_after_utc
 
 
 def _connect_string(record: BufferRecord) -> ConnectString:

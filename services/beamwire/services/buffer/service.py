@@ -16,13 +16,13 @@ from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.listing import list_page, visible
 from beamwire.mesh.names import RESERVED, check_id, new_id, parse_name
 from beamwire.mesh.pages import Pager
-from beamwire.mesh.rpc.access import current_caller
+from beamwire.mesh.rpc.access import certificate_end, current_caller
 from beamwire.mesh.rpc.convert import from_duration, to_duration, to_losses, to_timestamp
 from beamwire.mesh.rpc.status import to_status
 from beamwire.mesh.store import Store
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.services.buffer import tickets
-from beamwire.services.buffer.consume import Consumptions, Requests, Responses, certificate_end
+from beamwire.services.buffer.consume import Consumptions, Requests, Responses
 from beamwire.services.buffer.control import ConsumerStatus, Counters, GroupStatus, ProducerStatus
 from beamwire.services.buffer.domain import Buffers
 from beamwire.services.buffer.model import (
