@@ -18,7 +18,7 @@ demo: $(VENV)/.demo $(VENV)/.psana ## Set up, then stream a real run from xtc2 f
 test: $(VENV)/.dev $(VENV)/.psana ## Set up, then run every test that this machine can
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
-soak: $(VENV)/.dev ## Kill, cut and corrupt while a million frames pass, and account for each: make soak SCALE=0.1
+soak: $(VENV)/.dev ## Kill, cut and corrupt, frames by the million and services at each step: make soak SCALE=0.1
 	@$(BIN)/python -m tests.faults --scale $(SCALE)
 
 check: $(VENV)/.dev ## Contract, style, types, arrows between rooms, docs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -18,9 +19,12 @@ import psutil
 import pytest
 
 from beamwire.mesh.identity.enrollment import JoinToken, enroll
+from beamwire.testing.postgres import Postgres, find_postgres
+from beamwire.testing.slurm import Slurm, missing, throwaway_slurm
 
 START_TIMEOUT = 30.0
-STOP_TIMEOUT = 20.0
+STOP_TIMEOUT = 25.0
+LOG_TAIL_LINES = 60
 BIN = Path(sys.executable).parent
 CLIENTS = Path(__file__).resolve().parent.parent / "clients"
 
@@ -143,6 +147,14 @@ class LiveFacility:
         assert process.poll() is None, (self.directory / "serve.log").read_text()
         return process
 
+    def post_mortem(self) -> str:
+        """How the processes that should serve have ended, with the last that they said; empty if all serve."""
+        ended = [process.returncode for process in self.processes if process.poll() is not None]
+        if not ended:
+            return ""
+        said = (self.directory / "serve.log").read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        return f"the process that serves {self.directory} ended with {ended}; it said last:\n" + "\n".join(said)
+
     def stop(self) -> None:
         """End all serving processes as an operator would, and all that they have started."""
         for process in self.processes:
@@ -181,15 +193,33 @@ def make_live_facility(directory: Path, config_dir: Path) -> LiveFacility:
     return facility
 
 
+# The facility of the session, while it is served.
+_served: list[LiveFacility] = []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item):
+    """A test during which the session's facility died fails, and says how that ended; the next has one that lives."""
+    result = yield
+    for live in _served:
+        if story := live.post_mortem():
+            live.stop()
+            live.start()
+            pytest.fail(f"during or after {item.nodeid} {story}", pytrace=False)
+    return result
+
+
 @pytest.fixture(scope="session")
 def live_facility(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFacility]:
     """A facility that is served for the whole session, with alice enrolled. Tests that kill things make their own."""
     live = make_live_facility(tmp_path_factory.mktemp("facility"), tmp_path_factory.mktemp("alice"))
-    live.start()
     try:
+        live.start()
         live.enroll("user/alice", live.config_dir)
+        _served.append(live)
         yield live
     finally:
+        _served.clear()
         live.stop()
 
 
@@ -197,12 +227,56 @@ def live_facility(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveFaci
 def own_facility(tmp_path: Path) -> Iterator[LiveFacility]:
     """A facility of this test's own, served, with alice enrolled: for tests that kill things."""
     live = make_live_facility(tmp_path / "facility", tmp_path / "alice")
-    live.start()
     try:
+        live.start()
         live.enroll("user/alice", live.config_dir)
         yield live
     finally:
         live.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A PostgreSQL server for the whole session. Tests that stop it make their own."""
+    binaries = find_postgres()
+    if binaries is None:
+        pytest.skip("PostgreSQL is not installed (apt install postgresql)")
+    server = Postgres(binaries)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.remove()
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | str]:
+    """What `Database.open` opens: a file, or the URL of an empty database."""
+    if request.param == "sqlite":
+        yield tmp_path / "state" / "service.db"
+        return
+    server: Postgres = request.getfixturevalue("postgres")
+    name = f"test_{secrets.token_hex(6)}"
+    yield server.create_database(name)
+    server.drop_database(name)
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A Slurm of two nodes for the whole session. Tests that kill parts of it make their own."""
+    if why := missing():
+        pytest.skip(why)
+    with throwaway_slurm(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture
+def own_slurm(tmp_path: Path) -> Iterator[Slurm]:
+    """A Slurm of this test's own, which forgets ended jobs after 2 seconds."""
+    if why := missing():
+        pytest.skip(why)
+    with throwaway_slurm(tmp_path / "slurm", min_job_age=2) as running:
+        yield running
 
 
 def build_typescript(_: Path) -> list[str]:

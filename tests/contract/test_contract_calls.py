@@ -40,7 +40,7 @@ def test_the_page_about_the_contract_lists_each_reason_with_its_code() -> None:
 
 
 @pytest.mark.parametrize("proto", SERVICE_FILES, ids=lambda path: path.stem)
-def test_service_configs_retry_each_method_on_unavailable_alone(contract: Contract, proto: Path) -> None:
+def test_service_configs_retry_each_method_when_nothing_was_done(contract: Contract, proto: Path) -> None:
     config = json.loads(proto.with_name(f"{proto.stem}_config.json").read_text())
     names = [f"{entry['service']}.{entry['method']}" for part in config["methodConfig"] for entry in part["name"]]
     package = str(proto.relative_to(PROTOS).parent).replace("/", ".")
@@ -51,7 +51,9 @@ def test_service_configs_retry_each_method_on_unavailable_alone(contract: Contra
         if method.name.startswith(f"{package}.") and not method.proto.client_streaming
     ]
     for part in config["methodConfig"]:
-        assert part["retryPolicy"]["retryableStatusCodes"] == [grpc.StatusCode.UNAVAILABLE.name]
+        # The last two if nobody began to answer: whatever else our servers answer with them forbids it.
+        retried = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED)
+        assert part["retryPolicy"]["retryableStatusCodes"] == [code.name for code in retried]
         # gRPC makes at most five attempts whatever is asked for, and lets `timeout` fire early.
         assert 2 <= part["retryPolicy"]["maxAttempts"] <= 5
         assert set(part) == {"name", "retryPolicy"}

@@ -27,14 +27,21 @@ NUMBERS: Final = {
 }
 TIMESTAMP: Final = ".google.protobuf.Timestamp"
 DURATION: Final = ".google.protobuf.Duration"
-READING_VERBS: Final = ("Get", "List", "Watch", "Tail", "Describe", "Explain", "Check", "Who", "Introduce")
+READING_VERBS: Final = (
+    *("Get", "List", "Watch", "Tail", "Describe", "Explain", "Check", "Who", "Introduce", "Estimate", "Download"),
+)
 UNITS: Final = ("_bytes", "_count", "_frames")
 # Numbers that count or measure nothing, so that no unit belongs to their names.
 PURE_NUMBERS: Final = {
     "authority_generation",
+    "batch_size",
     "consumer",
     "delivery",
     "epoch",
+    # The unit is in the middle.
+    "cores_per_process",
+    "events_per_second",
+    "gpus_per_process",
     # In the units of the array, whatever they are.
     "error_bound",
     "event_ids",
@@ -43,7 +50,11 @@ PURE_NUMBERS: Final = {
     "first_sequence",
     "generation",
     "last_sequence",
+    "number",
     "page_size",
+    # Counts the runs of a job.
+    "step",
+    "processes_per_node",
     "producer",
     "sequence",
     "shape",
@@ -57,10 +68,14 @@ SECRET_ANSWERS: Final = {
     "CreateJoinToken": "beamwire.certificate.v1.JoinToken",
     "IssueTicket": "beamwire.buffer.v1.Ticket",
 }
+# Repeating these changes nothing: they say what shall be there, or what is so.
+REPEATABLE: Final = {"ReportJob", "UploadFile"}
 # Stands in for a data connection: it streams both ways, and is taken up again by what it says.
 DATA_CONNECTIONS: Final = {"Consume"}
 # Tells of all resources of its kind, which have no life of their own.
 COLLECTION_WATCHES: Final = {"WatchTrustBundles"}
+# What is listed is no resource: it has no life of its own.
+PART_LISTS: Final = {"ListBackends", "ListJobFiles"}
 
 
 def snake(name: str) -> str:
@@ -115,7 +130,7 @@ def test_only_enrolment_is_open_to_strangers(contract: Contract) -> None:
 def test_changing_methods_are_idempotent_by_request_id(contract: Contract) -> None:
     for method in contract.methods:
         name = method.proto.name
-        repeats = name not in SECRET_ANSWERS and name not in DATA_CONNECTIONS
+        repeats = name not in {*SECRET_ANSWERS, *DATA_CONNECTIONS, *REPEATABLE}
         changes = repeats and not name.startswith(READING_VERBS)
         assert method.request.has("request_id", STRING, "OPTIONAL") == changes, method.name
 
@@ -130,12 +145,13 @@ def test_requests_have_their_methods_names(contract: Contract) -> None:
         }
 
 
-def test_only_watches_and_logs_stream_and_consume_both_ways(contract: Contract) -> None:
+def test_only_what_has_no_bound_streams(contract: Contract) -> None:
     for method in contract.methods:
         both_ways = method.proto.name in DATA_CONNECTIONS
-        answers = both_ways or method.proto.name.startswith(("Watch", "Tail"))
+        answers = both_ways or method.proto.name.startswith(("Watch", "Tail", "Download"))
+        asks = both_ways or method.proto.name.startswith("Upload")
         assert method.proto.server_streaming == answers, method.name
-        assert method.proto.client_streaming == both_ways, method.name
+        assert method.proto.client_streaming == asks, method.name
 
 
 def test_create(contract: Contract) -> None:
@@ -163,7 +179,8 @@ def test_get_and_changes_of_state_return_the_resource(contract: Contract, verb: 
 
 def test_list(contract: Contract) -> None:
     plurals = {resource.resource.plural.lower(): resource for resource in contract.resources() if resource.resource}
-    listed = [method for method in contract.methods if method.verb_and_noun[0] == "List"]
+    every = [method for method in contract.methods if method.verb_and_noun[0] == "List"]
+    listed = [method for method in every if method.proto.name not in PART_LISTS]
     for method in listed:
         resource = plurals[method.verb_and_noun[1].lower()]
         assert list(method.request.fields) == ["page_size", "page_token", "filter"], method.name
@@ -282,5 +299,6 @@ def test_numbers_have_their_unit_in_their_name(contract: Contract) -> None:
 def test_keys_never_travel(contract: Contract) -> None:
     forbidden = re.compile(r"(^|_)(key|keys|private|password|passphrase|secret|credential|credentials)(_|$)")
     carriers = {name for name, _ in contract.fields() if forbidden.search(name.rsplit(".", 1)[-1])}
-    # The one secret of the contract: it is spent by the call that carries it.
-    assert carriers == {"beamwire.certificate.v1.EnrollMemberRequest.secret"}
+    # The secrets of the contract: one is spent by the call that carries it, the other is kept and never shown.
+    assert carriers == {"beamwire.certificate.v1.EnrollMemberRequest.secret", "beamwire.job.v1.Callback.secret"}
+    assert contract.messages["beamwire.job.v1.Callback"].behavior("secret") == {"INPUT_ONLY"}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import secrets
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,7 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tests.faults", description=main.__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="part of the full size; default 1")
     parser.add_argument("--seed", type=int, default=None, help="what goes wrong when; another one each time")
-    parser.add_argument("--only", help="the name of the one plan to run")
+    parser.add_argument("--only", help="the name of the one plan to run; `control` for the services' part")
     asked = parser.parse_args()
     seed = secrets.randbits(31) if asked.seed is None else asked.seed
     console = Console(width=140)
@@ -60,11 +62,21 @@ def main() -> int:
             for failure in results[-1].failures:
                 console.print(f"[red]{plan.name}[/]: ", end="")
                 console.print(failure, markup=False)
+    control = _control(asked.scale) if asked.only in (None, "control") else 0
+    if asked.only == "control":
+        return control
     console.print(_table(results))
     WRITTEN.parent.mkdir(exist_ok=True)
     WRITTEN.write_text(json.dumps([result.document() for result in results], indent=2))
     console.print(f"written to {WRITTEN}")
-    return int(any(result.failures for result in results))
+    return control or int(any(result.failures for result in results))
+
+
+def _control(scale: float) -> int:
+    """Kill the services after every transition; on PostgreSQL too at the full size."""
+    files = [str(Path(__file__).parent / f"test_faults_{name}.py") for name in ("control", "places")]
+    environment = {**os.environ, "BEAMWIRE_FAULTS_FULL": "2" if scale >= 1 else "1"}
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", *files], env=environment, check=False).returncode
 
 
 def _table(results: list[Result]) -> Table:

@@ -31,13 +31,14 @@ from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.producer import Producer
 from beamwire.mesh.stream.sockets import PULL, PUSH
 from beamwire.mesh.stream.writer import FrameWriter
-from beamwire.services.buffer import control
+from beamwire.services.buffer import doors
 from beamwire.services.buffer.cache import ingest, listener
 from beamwire.services.buffer.cache.admission import Admission
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.relay import Relay
 from beamwire.services.buffer.cache.vault import open_vault
-from beamwire.services.buffer.control import CONTROL_SOCKET, CacheControl
+from beamwire.services.buffer.control import CacheControl
+from beamwire.services.buffer.doors import CONTROL_SOCKET
 from beamwire.stream.v1.frame_pb2 import (
     FRAME_KIND_DATA,
     FRAME_KIND_END,
@@ -413,7 +414,7 @@ def test_many_consumers_come_and_go(start_cache):
 
 
 async def test_an_answer_that_is_too_long_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(control, "_LINE_LIMIT", 100)
+    monkeypatch.setattr(doors, "LINE_LIMIT", 100)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readline()

@@ -75,7 +75,7 @@ class RequestService(request_service_pb2_grpc.RequestServiceServicer):
     async def unasked(self, request: object, context: object) -> Any:
         raise BeamwireError(Reason.UNSUPPORTED, "the programs do not ask for this")
 
-    GetTransfer = ListTransfers = unasked
+    GetTransfer = ListTransfers = EstimateTransfer = ExtendTransfer = unasked
 
 
 @asynccontextmanager

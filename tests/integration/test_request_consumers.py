@@ -22,10 +22,11 @@ from beamwire.request.v1 import request_service_pb2 as pb
 from beamwire.services.request import consumers as consumers_module
 from beamwire.services.request.consumers import Consumers
 from beamwire.services.request.datasets import Reader
-from beamwire.services.request.domain import Limits, Transfers
+from beamwire.services.request.domain import Transfers
 from beamwire.services.request.jobs import MOST_CONSUMER_JOBS, from_consumer_job, to_consumer_jobs
 from beamwire.services.request.model import ConsumerJob, TransferRecord
 from beamwire.services.request.ports import JobView
+from beamwire.services.request.quotas import Limits
 
 NAME = "transfers/t1"
 CREATE = "/beamwire.request.v1.RequestService/CreateTransfer"

@@ -360,6 +360,34 @@ async def test_the_trace_of_the_caller_goes_on_at_the_server(served: Served) -> 
     assert served.servicer.trace_id == here
 
 
+async def test_a_read_begins_a_trace_only_if_it_fails(served: Served, tmp_path: Path) -> None:
+    tracing = telemetry.setup("test", trace_dir=tmp_path / "traces")
+    try:
+        async with served.as_member("user/alice") as stub:
+            await stub.GetCertificate(ALICES)
+            await refusal(stub.GetCertificate(pb.GetCertificateRequest(name="certificates/b")))
+            await refusal(stub.CreateJoinToken(pb.CreateJoinTokenRequest(identity="x")))
+        async with served.as_member("operator/root") as stub:
+            await stub.RenewCertificate(pb.RenewCertificateRequest(csr_pem="x"))
+            with telemetry.span("the caller"):
+                await stub.GetCertificate(ALICES)
+    finally:
+        tracing.shutdown()
+    spans = [span for span in telemetry.read_spans(tmp_path / "traces") if span["name"] == telemetry.SPAN_RPC_SERVER]
+    seen = [
+        (span["attributes"]["rpc.method"].rpartition("/")[2], span["attributes"].get("beamwire.reason"))
+        for span in spans
+    ]
+    assert seen == [
+        ("GetCertificate", "NOT_OWNER"),
+        ("CreateJoinToken", "ROLE_NOT_ALLOWED"),
+        ("RenewCertificate", None),
+        ("GetCertificate", None),
+    ]
+    assert all(span["end_ns"] > span["start_ns"] for span in spans)
+    assert spans[0]["attributes"]["beamwire.caller"] == "spiffe://facility.test/user/alice"
+
+
 async def test_repeating_a_request_repeats_the_answer(served: Served) -> None:
     request = pb.RenewCertificateRequest(csr_pem="x", request_id=str(uuid.uuid4()))
     other = pb.RenewCertificateRequest(csr_pem="y", request_id=request.request_id)

@@ -137,7 +137,7 @@ async def test_mpi_ranks_see_each_other(jobs):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"backend": "slurm"}, "job.spec.backend"),
+        ({"placement": pb.Placement(backend="nowhere")}, "job.spec.placement.backend"),
         ({"resources": pb.Resources(process_count=-1)}, "job.spec.resources.process_count"),
         ({"resources": pb.Resources(process_count=4)}, "job.spec.resources.process_count"),
         ({"directory": "/no/such/directory"}, "job.spec.directory"),
@@ -176,14 +176,14 @@ async def _until_answered(jobs, request: pb.CreateJobRequest) -> pb.Job:
                     raise
 
 
-async def test_a_user_may_not_create_jobs_and_sees_only_their_own(live_facility, jobs):
+async def test_a_user_runs_nothing_that_the_policy_does_not_name_and_sees_only_their_own(live_facility, jobs):
     job = await jobs.CreateJob(script("pass"))
     alice = Credentials.load(live_facility.config_dir / "facilities" / "facility.test")
     async with connect(live_facility.address, alice) as channel:
         mine = pb_grpc.JobServiceStub(channel)
         with pytest.raises(BeamwireError) as refused:
             await mine.CreateJob(script("pass"))
-        assert refused.value.reason is Reason.ROLE_NOT_ALLOWED
+        assert refused.value.reason is Reason.POLICY_REFUSED
         for name in (job.name, "jobs/does-not-exist"):
             with pytest.raises(BeamwireError) as refused:
                 await mine.GetJob(pb.GetJobRequest(name=name))

@@ -302,7 +302,7 @@ async def test_who_matches_no_rule_or_one_that_refuses_is_not_let_in(calls):
 def running(live: LiveFacility) -> bool:
     """Whether a job or a cache of the facility runs."""
     state = live.directory / "state"
-    found = (Process.attach(each) for each in (*state.glob("jobs/*"), *state.glob("buffers/*/shard-*")))
+    found = (Process.attach(each) for each in (*state.glob("jobs/*/steps/*"), *state.glob("buffers/*/shard-*")))
     return any(process is not None and process.alive() for process in found)
 
 

@@ -40,8 +40,8 @@ class Clock:
 
 
 @pytest.fixture
-async def db(tmp_path: Path) -> AsyncIterator[Database]:
-    database = await Database.open(tmp_path / "service.db")
+async def db(target: Path | str) -> AsyncIterator[Database]:
+    database = await Database.open(target, "job")
     yield database
     await database.close()
 

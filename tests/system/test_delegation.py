@@ -138,7 +138,7 @@ def test_the_holder_reads_the_one_transfer_and_nothing_else(
         assert receipt.balanced
         assert [consumer.identity for consumer in receipt.consumers] == [BOB]
         assert bob.get_buffer(shared.buffer).owner == ALICE
-        assert b"".join(piece.data for piece in bob.tail_logs(shared.job)) is not None
+        assert b"".join(piece.data for piece in bob.jobs.logs(shared.job)) is not None
         for action in (
             lambda: bob.cancel_transfer(shared.name),
             lambda: bob.revoke_access(shared.buffer, ALICE),

@@ -24,7 +24,7 @@ from beamwire.mesh.identity.generations import Generations
 from beamwire.mesh.identity.ids import SpiffeId
 from beamwire.mesh.names import new_id
 from beamwire.testing.namespaces import Host, TwoHosts, namespaces_missing
-from tests.conftest import BIN, wait_until
+from tests.conftest import BIN, run, wait_until
 
 PLAY = Path(__file__).with_name("federation_programs.py")
 TIMEOUT = 120.0
@@ -168,6 +168,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
                 for pipe in (process.stdout, process.stderr):
                     if pipe is not None:
                         pipe.close()
+            for place in (a, b):
+                # Their caches were killed with the hosts: what they held in shared memory is left.
+                run([str(BIN / "beamwired"), "clean", "--dir", str(place.directory)], check=False)
 
 
 @pytest.fixture(autouse=True)
@@ -309,7 +312,7 @@ def test_a_transfer_here_places_its_consumer_there(allowed: Two) -> None:
     assert placed["identity"] == f"spiffe://b.test/job/{placed['job'].removeprefix('jobs/')}"
     assert {c["identity"] for c in transfer["receipt"]["consumers"]} == {placed["identity"]}
     assert int(transfer["receipt"]["delivered_event_count"]) == 24
-    (written,) = (b.directory / "state" / placed["job"] / "out").glob("*.h5")
+    (written,) = (b.directory / "state" / placed["job"] / "files" / "out").glob("*.h5")
     assert written.stat().st_size
 
 

@@ -55,7 +55,7 @@ def leftovers(live_facility: LiveFacility) -> list[int]:
     """Return the jobs and caches of a facility that still run."""
     found = []
     state = live_facility.directory / "state"
-    for directory in (*state.glob("jobs/*"), *state.glob("buffers/*/shard-*")):
+    for directory in (*state.glob("jobs/*/steps/*"), *state.glob("buffers/*/shard-*")):
         process = Process.attach(directory)
         if process is not None and process.alive():
             found.append(process.pid)
@@ -175,7 +175,7 @@ def test_a_producer_that_dies_fails_the_transfer_with_its_last_words(own_facilit
         with pytest.raises(BeamwireError) as failed, stream:
             for number, _ in enumerate(stream):
                 if number == 3:
-                    directory = own_facility.directory / "state" / stream.transfer.job
+                    directory = own_facility.directory / "state" / stream.transfer.job / "steps" / "1"
                     job = psutil.Process(Process.attach(directory).pid)
                     ranks = [p for p in job.children(recursive=True) if "mpi4py" in " ".join(p.cmdline())]
                     assert len(ranks) == 2

@@ -55,8 +55,9 @@ def token_for(tmp_path: Path, domain: str = "facility.test") -> str:
 
 def test_the_commands_are_these() -> None:
     assert COMMANDS == [
-        "bench", "bridge", "can", "cancel", "cert", "completion", "describe", "enroll", "facilities", "get", "list",
-        "logs", "pull", "push", "receipt", "start", "token", "trust", "watch", "whoami",
+        "bench", "bridge", "can", "cancel", "cert", "completion", "describe", "enroll", "estimate", "extend",
+        "facilities", "get", "job", "list", "logs", "ls", "pull", "push", "receipt", "show", "start", "token", "trust",
+        "watch", "whoami",
     ]  # fmt: skip
 
 

@@ -7,8 +7,9 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from beamwire.buffer.v1.buffer_service_pb2 import DELIVERY_PUSH, OVERFLOW_POLICY_BLOCK, TRANSPORT_TCP
-from beamwire.client.request import parse_request, parse_seconds
+from beamwire.client.request import parse_request
 from beamwire.client.source import parse_source
+from beamwire.client.values import parse_seconds
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.request.v1.request_service_pb2 import Component, StreamConfig, Transfer
@@ -143,7 +144,7 @@ def test_a_transfer_is_taken_as_it_is_and_copied() -> None:
     ("changes", "field", "words"),
     [
         ({"even_source": 1}, "even_source", "did you mean 'event_source'?"),
-        ({"zzzz": 1}, "zzzz", "known keys: buffer, consumer_jobs, data_handlers"),
+        ({"zzzz": 1}, "zzzz", "known keys: buffer, consumer_jobs, contract, data_handlers"),
         ({"lclstreamer": {}}, "lclstreamer", "older layout"),
         ({"event_source": None}, "event_source", "is missing"),
         ({"event_source": "Psana2EventSource"}, "event_source", "mapping with a `type`, not text"),
@@ -263,3 +264,50 @@ def test_sources_are_told_apart(tmp_path: Path) -> None:
     for wrong in ("Some Text", "jobs/abc", "", 3):
         with pytest.raises(BeamwireError, match="connect string"):
             parse_source(wrong)  # type: ignore[arg-type]
+
+
+def test_where_it_runs_what_it_needs_and_what_consumers_need() -> None:
+    transfer = parse_request(
+        MINIMAL
+        | {
+            "placement": {"backend": "slurm", "queue": "main", "attributes": {"exclusive": True}},
+            "resources": {"nodes": 2, "cores_per_process": 4, "memory_bytes": 1024, "duration": "2h"},
+            "buffer": {"placement": {"backend": "slurm"}},
+            "contract": {
+                "bridge": "peaknet",
+                "arrays": [{"field": "x", "dtype": "uint16", "shape": [-1, 4]}, {"field": "e", "scalar": True}],
+                "batch_size": 16,
+            },
+            "keep": "1h",
+            "reuse": True,
+        }
+    ).transfer
+    assert (transfer.streamer_placement.backend, transfer.streamer_placement.queue) == ("slurm", "main")
+    assert dict(transfer.streamer_placement.attributes) == {"exclusive": "true"}
+    resources = transfer.streamer_resources
+    assert (resources.node_count, resources.cores_per_process, resources.memory_bytes) == (2, 4, 1024)
+    assert (resources.duration.seconds, transfer.keep.seconds, transfer.reuse) == (7200, 3600, True)
+    assert transfer.buffer_spec.placement.backend == "slurm"
+    contract = transfer.contract
+    assert (contract.bridge, contract.batch_size) == ("peaknet", 16)
+    assert [(a.field, list(a.shape), a.scalar) for a in contract.arrays] == [("x", [-1, 4], False), ("e", [], True)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "words"),
+    [
+        ({"placement": "slurm"}, "placement", "backend: slurm"),
+        ({"placement": {"backnd": "x"}}, "placement.backnd", "did you mean 'backend'?"),
+        ({"resources": {"nodes": 0}}, "resources.nodes", "whole number from 1"),
+        ({"resources": {"processes": 2}}, "resources.processes", "unknown key"),
+        ({"contract": {"arrays": {"x": 1}}}, "contract.arrays", "must be a list"),
+        ({"contract": {"arrays": [{"dtype": "u2"}]}}, "contract.arrays[0].field", "is missing"),
+        ({"contract": {"arrays": [{"field": "x", "shape": [-2]}]}}, "contract.arrays[0].shape", "-1 for any"),
+        ({"keep": "soon"}, "keep", "must be seconds or text"),
+        ({"reuse": "yes"}, "reuse", "must be true or false"),
+    ],
+)
+def test_what_is_wrong_with_these_is_named(changes: dict[str, object], field: str, words: str) -> None:
+    found = problems(MINIMAL | changes)
+    assert set(found) == {field}
+    assert words in found[field]

@@ -181,6 +181,11 @@ class Requests(RequestServiceServicer):
         await self.set(state=Transfer.STATE_CANCELLED)
         return self.transfer
 
+    async def unasked(self, request, context):
+        raise BeamwireError(Reason.UNSUPPORTED, "nothing here asks for this")
+
+    EstimateTransfer = ExtendTransfer = unasked
+
     async def set(self, **changes) -> None:
         async with self.changed:
             transfer = Transfer()

@@ -10,7 +10,7 @@ from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.ids import Role
 from beamwire.mesh.patterns import Patterns
 from beamwire.mesh.policy import Grant
-from beamwire.services.job.model import JobSpec
+from beamwire.services.job.model import Callback, InputFile, JobSpec, Placement, Resources
 from beamwire.services.job.partners import check
 
 PARTNER = "spiffe://b.test/service/request"
@@ -92,11 +92,35 @@ def test_a_variable_has_a_name(name):
 
 def test_it_runs_in_its_own_directory_with_as_many_processes_as_a_transfer():
     refused(JobSpec(executable="/bin/true", directory="/tmp"), "/bin/true", reason=Reason.INVALID_FIELD)
-    spec = JobSpec(executable="x", mpi=True, process_count=5)
+    spec = JobSpec(executable="x", mpi=True, resources=Resources(process_count=5))
     refused(spec, "module:x", reason=Reason.INVALID_FIELD)
-    may(spec.model_copy(update={"process_count": 4}), "module:x")
+    may(spec.model_copy(update={"resources": Resources(process_count=4)}), "module:x")
 
 
 def test_it_ends_soon_when_it_is_told_to():
     refused(JobSpec(executable="/bin/true", grace=3600), "/bin/true", reason=Reason.INVALID_FIELD)
     may(JobSpec(executable="/bin/true", grace=60), "/bin/true")
+
+
+@pytest.mark.parametrize(
+    "brought",
+    [
+        {"executable": "", "script": "#!/bin/sh\nid\n"},
+        {"bundle": "env.tar", "input_files": (InputFile(path="env.tar"),)},
+        {"inherit_environment": True},
+        {"placement": Placement(backend="slurm", attributes={"constraint": "gpu"})},
+        {"callback": Callback(url="http://127.0.0.1:8000/", secret=b"0123456789abcdef")},
+        {"executable": "./uploaded"},
+        {"environment": {"PATH": "/tmp"}},
+    ],
+)
+def test_only_who_may_run_anything_may_bring_it(brought):
+    spec = JobSpec(executable="/bin/true").model_copy(update=brought)
+    refused(spec, "/bin/*")
+    may(spec, "**")
+
+
+@pytest.mark.parametrize("own", [{"identity_path": "cache/x"}, {"server_names": ("a.test",)}, {"directory": "/tmp"}])
+def test_who_may_run_anything_is_still_nobody_else(own):
+    refused(JobSpec(executable="/bin/true", enroll=True).model_copy(update=own), "**", reason=Reason.INVALID_FIELD)
+    refused(JobSpec(executable="/bin/true", environment={"BEAMWIRE_CREDENTIALS_DIR": "/"}), "**")

@@ -113,7 +113,7 @@ def signed(fields: object, authority: Authority, *, spaced: bool = False) -> str
         ({"trust_domain": ""}, "not a trust domain"),
         ({"trust_domain": "a.test/user"}, "not a trust domain"),
         ({"address": "nowhere"}, "not host:port"),
-        ({"enroll_address": "a:1,b:2"}, "not host:port"),
+        ({"enroll_address": "a:1,b"}, "not host:port"),
         ({"enroll_address": "dns://1.2.3.4/a:1"}, "not host:port"),
         ({"address": "unix:/run/a:1"}, "not host:port"),
         ({"address": "a:1" + "0" * 2000}, "out of bounds"),

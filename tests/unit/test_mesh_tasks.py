@@ -53,19 +53,31 @@ async def test_leaving_the_block_ends_what_runs() -> None:
     assert runner.kept() == []
 
 
-async def test_the_first_failure_ends_the_rest_and_is_raised() -> None:
+@pytest.mark.parametrize("fault", [ValueError("broken"), TimeoutError("slow"), asyncio.CancelledError("of another")])
+async def test_a_fault_of_a_background_task_ends_nothing(
+    fault: BaseException, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "FIRST_PAUSE", 0.01)
+    again = asyncio.Event()
     other = Sleeper()
+    faults = [fault, fault]
 
-    async def run() -> None:
+    async def failing() -> None:
+        if faults:
+            raise faults.pop()
+        again.set()
+        await asyncio.Event().wait()
+
+    with caplog.at_level(logging.ERROR):
         async with TaskRunner() as runner:
             runner.start("other", other)
             await other.running.wait()
-            runner.start("failing", fail)
-            await asyncio.Event().wait()
-
-    with pytest.raises(ValueError, match="broken"):
-        await run()
-    assert other.cancelled
+            runner.start("trust of caches", failing)
+            async with asyncio.timeout(5):
+                await again.wait()
+            assert not other.cancelled
+    assert caplog.text.count("trust of caches") == 2
+    assert type(fault).__name__ in caplog.text
 
 
 async def test_an_error_of_the_block_ends_the_rest_and_is_raised() -> None:
@@ -169,6 +181,64 @@ async def test_cancelling_one_waits_for_its_end() -> None:
         assert runner.kept() == []
 
 
+async def test_what_hangs_when_it_is_cancelled_is_named_and_cut_off(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "STOP_PATIENCE", 0.05)
+    tidying = Sleeper()
+
+    async def endless() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await tidying()
+            raise
+
+    async with asyncio.timeout(5), TaskRunner() as runner:
+        runner.keep("buffers/b", endless)
+        await asyncio.sleep(0)
+    assert tidying.cancelled
+    assert caplog.text.count("buffers/b has not ended 0.05 s after it was cancelled") == 1
+
+
+async def test_what_ignores_every_cancellation_is_left_to_the_process(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "STOP_PATIENCE", 0.05)
+    monkeypatch.setattr(tasks, "STOP_MARGIN", 0.05)
+    released = asyncio.Event()
+
+    async def deaf() -> None:
+        while not released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await released.wait()
+
+    async with asyncio.timeout(5), TaskRunner() as runner:
+        runner.start("deaf", deaf)
+        await asyncio.sleep(0)
+    assert caplog.text.count("deaf has not ended") == 2
+    released.set()
+    await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=5)
+
+
+async def test_what_fails_when_it_is_cancelled_is_not_begun_again(caplog: pytest.LogCaptureFixture) -> None:
+    began = 0
+
+    async def failing() -> None:
+        nonlocal began
+        began += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await fail()
+
+    async with TaskRunner() as runner:
+        runner.keep("a", failing)
+        await asyncio.sleep(0)
+    assert began == 1
+    assert "a failed as it was ended" in caplog.text
+
+
 async def test_a_task_cancelled_before_it_began_leaves_no_warning() -> None:
     async with TaskRunner() as runner:
         runner.keep("a", Sleeper())
@@ -178,32 +248,32 @@ async def test_a_task_cancelled_before_it_began_leaves_no_warning() -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_drains_and_ends(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    kept, drained = Sleeper(), False
+    kept, of_last_call = Sleeper(), Sleeper()
     async with TaskRunner() as runner:
         runner.keep("a", kept)
 
         async def drain() -> None:
-            nonlocal drained
             assert not kept.cancelled
-            with pytest.raises(BeamwireError) as caught:
-                runner.keep("late", Sleeper())
-            assert caught.value.reason is Reason.DRAINING
-            drained = True
+            runner.keep("b", of_last_call)
+            await of_last_call.running.wait()
 
         asyncio.get_running_loop().call_later(0.02, os.kill, os.getpid(), number)
         await runner.run_until_signal(drain)
-    assert drained
+        with pytest.raises(BeamwireError) as caught:
+            runner.keep("late", Sleeper())
+        assert caught.value.reason is Reason.DRAINING
     assert kept.cancelled
+    assert of_last_call.cancelled
     assert signal.getsignal(number) is before
 
 
-async def test_a_failure_ends_the_wait_for_a_signal() -> None:
+async def test_what_fails_while_the_process_drains_is_raised() -> None:
     before = signal.getsignal(signal.SIGTERM)
 
     async def run() -> None:
         async with TaskRunner() as runner:
-            runner.start("failing", fail)
-            await runner.run_until_signal()
+            asyncio.get_running_loop().call_later(0.02, os.kill, os.getpid(), signal.SIGTERM)
+            await runner.run_until_signal(fail)
 
     with pytest.raises(ValueError, match="broken"):
         await run()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
+from pydantic import JsonValue
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.patterns import Patterns
+from beamwire.services.request.content import content_sha256
 from beamwire.services.request.datasets import Dataset, Datasets, Reader
 from beamwire.services.request.preflight import StreamerCheck
 
@@ -114,3 +117,63 @@ async def test_one_that_names_more_files_than_can_be_said_is_refused():
     with pytest.raises(BeamwireError) as error:
         await StreamerCheck(command=talks).check(config(Path("/x")), lambda _: None)
     assert error.value.reason is Reason.INVALID_FIELD
+
+
+SYNTHETIC: dict[str, JsonValue] = {
+    "source_identifier": "",
+    "event_source": {"type": "SyntheticEventSource", "number_of_events": 9},
+    "data_sources": {"x": {"type": "SyntheticDetector"}},
+    "skip_incomplete_events": False,
+}
+
+
+async def test_a_name_is_told_and_nothing_is_opened(tmp_path):
+    asked: list[Dataset] = []
+    content = await StreamerCheck().name(config(tmp_path / "no-such.h5"), asked.extend)
+    assert [each.named for each in asked] == [f"path:{tmp_path}/no-such.h5"]
+    assert content["max_events"] == 0, "what was left out has its default"
+    with pytest.raises(BeamwireError) as wrong:
+        await StreamerCheck().name({**SYNTHETIC, "max_evnts": 1}, asked.extend)
+    assert wrong.value.reason is Reason.INVALID_FIELD
+
+
+async def test_the_same_request_is_the_same_whichever_way_it_is_written():
+    def ignore(found) -> None: ...
+
+    check = StreamerCheck()
+    first = await check.name(SYNTHETIC, ignore)
+    spelt: dict[str, JsonValue] = {**SYNTHETIC, "max_events": 0, "data_serializer": {"type": "NativeSerializer"}}
+    other: dict[str, JsonValue] = {**SYNTHETIC, "max_events": 8}
+    hashes = [content_sha256(await check.name(each, ignore)) for each in (spelt, other)]
+    assert hashes[0] == content_sha256(first) == content_sha256((await check.check(SYNTHETIC, ignore)).content)
+    assert hashes[1] != hashes[0]
+
+
+def answer(*lines: dict, noise: bytes = b"") -> bytes:
+    return noise + b"".join(json.dumps(line).encode() + b"\n" + noise for line in lines)
+
+
+TOLD = {"datasets": [{"field": "f", "named": "path:/data/a.h5", "found": ["path:/data/a.h5"]}], "content": {}}
+GOOD = {"ok": True, "fields": [], "expected_event_count": 7, "event_bytes": 4, "opened": ["/data/a.h5"]}
+
+
+def test_what_a_check_printed_elsewhere_is_read_and_held_to_the_policy_here():
+    alice = reader("path:/data/**")
+
+    def allow(found) -> None:
+        Datasets().check(found, alice)
+
+    check = StreamerCheck()
+    assert check.conclude(answer(TOLD, GOOD, noise=b"MPI says hello\n"), allow).expected_event_count == 7
+    elsewhere = {**GOOD, "opened": ["/data/a.h5", "/secret/b.h5"]}
+    with pytest.raises(BeamwireError) as refused:
+        check.conclude(answer(TOLD, elsewhere), allow)
+    assert refused.value.reason is Reason.POLICY_REFUSED
+    bad = {"ok": False, "reason": "DATASET_NOT_FOUND", "message": "no", "violations": []}
+    with pytest.raises(BeamwireError, match="no") as missing:
+        check.conclude(answer(TOLD, bad), allow)
+    assert missing.value.reason is Reason.DATASET_NOT_FOUND
+    for broken in (b"", b"killed\n", answer(GOOD)):
+        with pytest.raises(BeamwireError) as fault:
+            check.conclude(broken, allow)
+        assert fault.value.reason is Reason.INTERNAL

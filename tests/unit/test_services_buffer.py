@@ -28,6 +28,7 @@ from beamwire.services.buffer.model import BufferRecord, BufferSpec, Seal, Shard
 from beamwire.services.buffer.placement import Placement, Rings, range_of_shard, write_configuration
 from beamwire.services.buffer.restarts import GOOD_WHILE, MOST_RESTARTS, after_death
 from beamwire.services.buffer.shards import merge
+from beamwire.services.buffer.sites import Sites
 from beamwire.services.buffer.tickets import issue
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME
 
@@ -305,9 +306,9 @@ async def test_the_driver_counts_deaths_by_its_clock(tmp_path: Path, monkeypatch
     async def mint(identity: str, names: tuple[str, ...]) -> str:
         raise AssertionError(identity)
 
-    driver = Driver(
-        "buffers/b", store, tmp_path, "facility.test", Placement(), Rings(tmp_path), mint, now=lambda: moment[0]
-    )
+    sites = Sites(tmp_path, "facility.test", Placement(), mint)
+    record = await store.require("buffers/b")
+    driver = Driver("buffers/b", store, sites.of(record), "facility.test", now=lambda: moment[0])
     death = BeamwireError(Reason.CACHE_FAILED, "it died")
     for _ in range(MOST_RESTARTS):
         await driver.bury(0, death)
@@ -344,9 +345,8 @@ async def test_a_buffer_that_was_failing_when_the_service_stopped_fails_when_it_
         raise AssertionError(f"a cache was started for {identity}")
 
     async with TaskRunner() as runner:
-        buffers = Buffers(
-            store, tmp_path / "buffers", "facility.test", Placement(), mint, runner, Policy("facility.test")
-        )
+        sites = Sites(tmp_path / "buffers", "facility.test", Placement(), mint)
+        buffers = Buffers(store, sites, "facility.test", Placement(), runner, Policy("facility.test"))
         await buffers.resume()
         async with aclosing(store.watch("buffers/b")) as versions:
             failed = await anext(version async for version in versions if version.state == "FAILED")

@@ -47,6 +47,9 @@ def test_check_tells_what_would_come() -> None:
     size, sent, rate = (answer.pop(key) for key in ("event_bytes", "sent_event_bytes", "events_per_second"))
     assert answer.pop("sent_bytes") == 50 * sent
     assert answer.pop("seconds") == pytest.approx(50 / rate, abs=0.1)
+    content = answer.pop("content")
+    assert content["data_sources"]["peaks"]["required"] is True
+    assert "data_handlers" not in content
     assert (code, answer) == (
         0,
         {
@@ -56,6 +59,7 @@ def test_check_tells_what_would_come() -> None:
                 {"name": "peaks", "dtype": "<f4", "shape": [-1, 3], "unit": ""},
             ],
             "expected_event_count": 50,
+            "batch_size": 8,
         },
     )
     assert size > 32 * 64 * 2

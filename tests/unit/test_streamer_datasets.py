@@ -313,7 +313,7 @@ def test_what_a_later_file_leads_to_is_told_although_it_is_closed_again(tmp_path
         "event_source": HDF5,
         "data_sources": {"x": {"type": "HDF5Dataset", "path": "d"}},
     }
-    assert str(tmp_path / "secret.h5") in check(config, ask=lambda _: None)["opened"]
+    assert str(tmp_path / "secret.h5") in check(config, ask=lambda *_: None)["opened"]
 
 
 def test_it_is_printed_as_json_takes_it(tmp_path):

@@ -1,126 +1,235 @@
-"""One SQLite file and the process that owns it: a writing connection, a reading one, a lock against a second owner."""
+"""Where a service keeps its records: a SQLite file with one owner, or a schema of PostgreSQL with several replicas.
 
+An answer means that what it tells is on the disk. A fault that passes, such as a server that restarts, is waited out
+where nothing can be done twice by that; what lasts longer is SERVICE_UNAVAILABLE and harms nobody who asks later.
+"""
+
+from __future__ import annotations
+
+import abc
 import asyncio
-import fcntl
-import os
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+import logging
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
-from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy import ColumnElement, Connection
+from sqlalchemy.ext.asyncio import AsyncConnection
 
+from beamwire.mesh import schema
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.tables import metadata
+from beamwire.mesh.replicas import new_replica, this_host
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Way = Literal["upgrade", "downgrade"]
 
 CLOSING_SECONDS = 10.0
-"""How long `Database.close` waits for changes that were begun."""
+"""How long `Database.close` waits for changes that were begun while the database does not answer."""
+PATIENCE = 10.0
+"""Seconds for which a call waits out faults of the database."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.02, 1.0
+"""Seconds before what failed is done again."""
+ASK_AGAIN = 1.0
+"""Seconds after which a caller should come again who was told that the database is away."""
+
+patience: ContextVar[float] = ContextVar("patience", default=PATIENCE)
+"""Seconds for which faults of the database are waited out; infinite for who has nobody waiting for an answer."""
 
 
-class Database:
-    """One SQLite file, owned by this process until it is closed."""
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What is wrong with the database itself: whether it will pass of its own, and what to say and do."""
 
-    def __init__(self, path: Path, lock_fd: int) -> None:
-        self.path = path
-        self._lock_fd = lock_fd
-        self._writer = _engine(path, writing=True)
-        self._reader = _engine(path, writing=False)
-        self._writing = asyncio.Lock()
-        self._tasks: set[asyncio.Task[Any]] = set()
+    passing: bool
+    message: str
 
-    @classmethod
-    async def open(cls, path: Path) -> "Database":
-        """Opens or creates the file (mode 0600); ILLEGAL_STATE if another process has it open."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock_fd = _own(path)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        database = cls(path, lock_fd)
-        try:
-            async with database.write() as connection:
-                await connection.run_sync(metadata.create_all)
-        except BaseException:
-            await database.close()
-            raise
-        return database
 
-    async def close(self) -> None:
-        """Waits for what was begun, then lets go of the file."""
-        while self._tasks:
-            await asyncio.wait(self._tasks)
-        await self._reader.dispose()
-        await self._writer.dispose()
-        os.close(self._lock_fd)
+class Follower(Protocol):
+    """Who is told what happens to records, by whichever replica."""
+
+    kind: str
+
+    def noticed(self, name: str) -> None:
+        """The record of this name has changed, or may have."""
+        ...
+
+    def catch_up(self) -> None:
+        """Nothing was heard for a while: any record may have changed."""
+        ...
+
+    async def flush(self) -> None:
+        """Write down what only this replica knows."""
+        ...
+
+
+class Database(abc.ABC):
+    """The records of one service. Open it with `Database.open`; close it with `close`."""
+
+    shared: bool
+    """Whether several replicas may have it open at once."""
+
+    def __init__(self) -> None:
+        self.replica = new_replica()
+        self.host = this_host()
+        self._tasks: set[asyncio.Future[Any]] = set()
+        self._exclusive: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._closing_at = float("inf")
+        self._away = False
+        self.posted = asyncio.Event()
+
+    @staticmethod
+    async def open(target: Path | str, schema: str = "public") -> Database:
+        """Open or create a SQLite file, or a schema of the PostgreSQL database that a URL names; bring it up to date.
+
+        Raises:
+            BeamwireError: ILLEGAL_STATE if another process owns the file or a newer release made the schema,
+                SERVICE_UNAVAILABLE if the database cannot be used, INVALID_FIELD for a URL that is none of ours.
+        """
+        if isinstance(target, Path):
+            from beamwire.mesh.sqlite import SqliteDatabase
+
+            return await SqliteDatabase.make(target)
+        from beamwire.mesh.postgres import PostgresDatabase
+
+        return await PostgresDatabase.make(target, schema)
+
+    @abc.abstractmethod
+    def write(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """One transaction; it is on the disk when the block has been left. See `change` for one that meets faults."""
+
+    @abc.abstractmethod
+    def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
+        """A connection to read with, each statement by itself."""
+
+    @abc.abstractmethod
+    def fault(self, error: Exception) -> Fault | None:
+        """What is wrong with the database if that is what the error tells."""
+
+    @abc.abstractmethod
+    def now(self) -> ColumnElement[float]:
+        """The time of the database in seconds since 1970, which all its replicas have in common."""
+
+    @abc.abstractmethod
+    def insert(self, table: Any) -> Any:
+        """An INSERT of this database, which has `on_conflict_do_nothing`."""
+
+    @abc.abstractmethod
+    async def _release(self) -> None:
+        """Close all connections."""
+
+    def follow(self, follower: Follower) -> None:
+        """Tell a store what other replicas change; nothing where there are none."""
+        del follower
+
+    def dirty(self) -> None:
+        """Some follower has something to flush; nothing where there is nobody to show it to."""
+        return
+
+    async def notify(self, connection: AsyncConnection, kind: str, names: list[str]) -> None:
+        """Tell all replicas that records changed, when the transaction of the connection has come about."""
+        del connection, kind, names
+
+    async def revision(self) -> str:
+        """The revision of its schema; empty for one with nothing in it."""
+        return await self.ask(lambda connection: connection.run_sync(schema.current))
+
+    async def move(self, way: Way, revision: str) -> None:
+        """Take the schema to a revision, whole or not at all; see `beamwire.mesh.schema`."""
+        await self.change(lambda connection: self._move(connection, way, revision))
+
+    async def _move(self, connection: AsyncConnection, way: Way, revision: str) -> None:
+        before = await connection.run_sync(schema.current)
+        await connection.run_sync(_WAYS[way], revision)
+        if before not in ("", revision):
+            log.warning("the schema was taken from %s to %s", before, revision)
+
+    async def open_at(self) -> list[str]:
+        """Where replicas have it open besides this one; always nowhere for one with one owner."""
+        return []
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncConnection]:
-        """One transaction on the writing connection; it is on the disk when the block has been left."""
-        async with self._writing, self._writer.begin() as connection:
-            yield connection
+    async def exclusive(self, key: str) -> AsyncIterator[None]:
+        """A block that one task among all replicas is in at a time: to look first and store then, for a limit, say."""
+        lock = self._exclusive.setdefault(key, asyncio.Lock())
+        async with lock:
+            yield
 
-    @asynccontextmanager
-    async def read(self) -> AsyncIterator[AsyncConnection]:
-        """The reading connection."""
-        async with self._reader.connect() as connection:
-            yield connection
+    async def change(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """What `work` returns, in one transaction that is on the disk then.
+
+        After a fault that passes it is begun again, even if the transaction may have come about: `work` must find what
+        it did before. It goes on to its end if the caller is cancelled.
+        """
+        return await self.carry_out(self._through(self.write, work))
+
+    async def ask(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """What `work` reads; begun again after a fault that passes."""
+        return await self.carry_out(self._through(self.read, work))
 
     async def carry_out(self, work: Awaitable[T]) -> T:
         """Awaits `work`, which goes on to its end even if the caller is cancelled, so that no change is half made."""
+        return await asyncio.shield(self.spawn(work))
+
+    def spawn(self, work: Awaitable[T]) -> asyncio.Future[T]:
+        """Begins `work`, which `close` waits for."""
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        return task
+
+    async def close(self) -> None:
+        """Waits for what was begun, then lets go of the database."""
+        self._closing_at = time.monotonic() + CLOSING_SECONDS
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._release()
+
+    async def _through(
+        self,
+        connect: Callable[[], AbstractAsyncContextManager[AsyncConnection]],
+        work: Callable[[AsyncConnection], Awaitable[T]],
+    ) -> T:
+        async def attempt() -> T:
+            async with connect() as connection:
+                return await work(connection)
+
+        return await self._passing(attempt)
+
+    async def _passing(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """What `attempt` returns, made again while the database has a fault that passes."""
+        until = time.monotonic() + patience.get()
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                found = await attempt()
+            except Exception as error:
+                fault = self.fault(error)
+                if fault is None:
+                    raise
+                if not fault.passing or time.monotonic() + pause > min(until, self._closing_at):
+                    raise _unavailable(fault) from error
+                if not self._away:
+                    log.warning("%s; it is tried again", fault.message)
+                self._away = True
+            else:
+                if self._away:
+                    log.warning("the database answers again")
+                self._away = False
+                return found
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _engine(path: Path, *, writing: bool) -> AsyncEngine:
-    engine = create_async_engine(
-        f"sqlite+aiosqlite:///{path}",
-        pool_size=1,
-        max_overflow=0,
-        # Records write and read their own JSON.
-        json_serializer=_same,
-        json_deserializer=_same,
-    )
-    event.listen(engine.sync_engine, "connect", _set_up_connection)
-    if writing:
-        # The driver would begin a transaction only at the first change, and take the write lock later still.
-        event.listen(engine.sync_engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
-    return engine
+_WAYS: dict[Way, Callable[[Connection, str], None]] = {"upgrade": schema.upgrade, "downgrade": schema.downgrade}
 
 
-def _set_up_connection(connection: Any, _record: object) -> None:
-    connection.isolation_level = None
-    cursor = connection.cursor()
-    for pragma in ("busy_timeout = 5000", "journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _same(text: str) -> str:
-    return text
-
-
-def is_open(path: Path) -> bool:
-    """Whether a process has the file open as its own."""
-    try:
-        os.close(_own(path))
-    except BeamwireError:
-        return True
-    return False
-
-
-def _own(path: Path) -> int:
-    """Locks the file for this process, until the returned descriptor is closed or the process dies."""
-    fd = os.open(path.with_name(f"{path.name}.lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(fd)
-        raise BeamwireError(
-            Reason.ILLEGAL_STATE,
-            f"{path} is open already: end the process that has it (fuser {path}) or use another directory",
-            metadata={"path": str(path)},
-        ) from None
-    return fd
+def _unavailable(fault: Fault) -> BeamwireError:
+    return BeamwireError(Reason.SERVICE_UNAVAILABLE, fault.message, retry_after=ASK_AGAIN)

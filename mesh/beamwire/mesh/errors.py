@@ -37,6 +37,7 @@ class Reason(enum.IntEnum):
     UNSUPPORTED = 43
     INTERNAL = 44
     TIMED_OUT = 45
+    OVERLOADED = 46
     PRODUCER_FAILED = 60
     CACHE_FAILED = 61
     LAUNCH_FAILED = 62
@@ -46,6 +47,10 @@ class Reason(enum.IntEnum):
     CANCELLED = 66
     STREAM_TRUNCATED = 67
     FRAME_CORRUPT = 68
+    JOB_FAILED = 69
+    OUT_OF_MEMORY = 70
+    NODE_FAILED = 71
+    DEPENDENCY_FAILED = 72
 
 
 @dataclass(frozen=True, slots=True)

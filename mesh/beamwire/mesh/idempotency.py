@@ -3,19 +3,29 @@
 The same id and body gets the first answer, the same id with another body is refused, and one that is still being
 carried out is told to ask later. What was begun goes on to its end although its caller has gone: that caller asks
 again. Errors are not kept.
+
+With several replicas a request is carried out by one of them, which holds a lease on it for so long; that of one which
+has died is taken over by the next that is asked.
 """
 
+import asyncio
 import hashlib
+import logging
 import time
-from collections.abc import Awaitable, Callable
-from typing import NamedTuple
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, and_, delete, insert, select, update
+from sqlalchemy import ColumnElement, Row, and_, delete, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from beamwire.mesh.claims import LEASE_SECONDS
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.replicas import has_died
 from beamwire.mesh.tables import answers
+
+log = logging.getLogger(__name__)
 
 KEPT = 24 * 3600.0
 """Seconds for which an answer is kept."""
@@ -23,6 +33,8 @@ ASK_AGAIN = 0.2
 """Seconds after which a caller whose request is being carried out should ask again."""
 PRUNE_INTERVAL = 600.0
 """Seconds between two removals of what has been kept long enough."""
+RENEW_SECONDS = 3.0
+"""Between two renewals of the lease on a request that takes long."""
 
 
 class _Key(NamedTuple):
@@ -35,7 +47,7 @@ class _Key(NamedTuple):
 
 
 class Idempotency:
-    """The answers of one service. Only one Idempotency per database: it knows what this process carries out."""
+    """The answers of one service. Only one Idempotency per Database: it knows what this replica carries out."""
 
     def __init__(self, db: Database, *, clock: Callable[[], float] = time.time) -> None:
         self._db = db
@@ -56,12 +68,7 @@ class Idempotency:
             return await self._db.carry_out(action())
         key = _Key(caller, method, request_id)
         if key in self._in_flight:
-            raise BeamwireError(
-                Reason.REQUEST_IN_FLIGHT,
-                f"request {request_id} is being carried out; ask again in {ASK_AGAIN} s",
-                metadata={"request_id": request_id},
-                retry_after=ASK_AGAIN,
-            )
+            raise _in_flight(key)
         self._in_flight.add(key)
         return await self._db.carry_out(self._run(key, hashlib.sha256(body).digest(), action))
 
@@ -71,40 +78,92 @@ class Idempotency:
             if kept is not None:
                 return kept
             try:
-                answer = await action()
+                async with self._held(key):
+                    answer = await action()
             except BaseException:
-                async with self._db.write() as connection:
-                    await connection.execute(delete(answers).where(key.row()))
+                await self._change(delete(answers).where(self._mine(key)))
                 raise
-            async with self._db.write() as connection:
-                await connection.execute(update(answers).where(key.row()).values(answer=answer))
+            await self._change(update(answers).where(self._mine(key)).values(answer=answer))
             return answer
         finally:
             self._in_flight.discard(key)
 
     async def _begin(self, key: _Key, digest: bytes) -> bytes | None:
-        """The answer kept; None after noting, durably, that the request is being carried out.
-
-        A note without an answer is from a process that died, since ours are in `_in_flight`: it is taken over.
-        """
-        async with self._db.write() as connection:
-            await self._prune(connection)
-            row = (await connection.execute(select(answers).where(key.row()))).one_or_none()
-            if row is None:
-                noted = {**key._asdict(), "body_sha256": digest, "begun": self._clock()}
-                await connection.execute(insert(answers).values(noted))
-                return None
+        """The answer kept; None after noting, durably, that this replica carries the request out."""
+        row = await self._db.change(lambda connection: self._note(connection, key, digest))
+        if row is None:
+            return None
         if row.body_sha256 != digest:
             raise BeamwireError(
                 Reason.REQUEST_ID_REUSED,
                 f"request_id {key.request_id} was used for another request; use a new UUID for each",
                 metadata={"request_id": key.request_id},
             )
-        answer: bytes | None = row.answer
+        if row.answer is None:
+            raise _in_flight(key)
+        answer: bytes = row.answer
         return answer
+
+    async def _note(self, connection: AsyncConnection, key: _Key, digest: bytes) -> Row[Any] | None:
+        """Note that this replica carries the request out; the row of who was first, if it is another's or done."""
+        await self._prune(connection)
+        noted = {**key._asdict(), "body_sha256": digest, "begun": self._clock(), **self._lease()}
+        new = self._db.insert(answers).values(noted).on_conflict_do_nothing()
+        if (await connection.execute(new)).rowcount:
+            return None
+        row = (await connection.execute(select(answers).where(key.row()))).one_or_none()
+        if row is None:
+            # Removed in this moment: by who failed, and may be asked again.
+            raise _in_flight(key)
+        if row.answer is not None or row.body_sha256 != digest:
+            return row
+        # Ours are in `_in_flight`: one that is not is from a life of this replica in which its answer got lost.
+        over = answers.c.held_until < self._db.now()
+        if not self._db.shared or has_died(row.holder or ""):
+            over = answers.c.holder.is_not_distinct_from(row.holder)
+        free = or_(answers.c.holder.is_(None), answers.c.holder == self._db.replica, over)
+        taken = update(answers).where(key.row(), answers.c.answer.is_(None), free).values(self._lease())
+        return None if (await connection.execute(taken)).rowcount else row
+
+    @asynccontextmanager
+    async def _held(self, key: _Key) -> AsyncIterator[None]:
+        """Keep the lease on a request while it is carried out."""
+        renewing = asyncio.create_task(self._renew(key)) if self._db.shared else None
+        try:
+            yield
+        finally:
+            if renewing is not None:
+                renewing.cancel()
+                await asyncio.wait([renewing])
+
+    async def _renew(self, key: _Key) -> None:
+        while True:
+            await asyncio.sleep(RENEW_SECONDS)
+            try:
+                await self._change(update(answers).where(self._mine(key)).values(self._lease()))
+            except BeamwireError:
+                log.warning("the lease on a request could not be renewed", exc_info=True)
+
+    def _lease(self) -> dict[str, object]:
+        return {"holder": self._db.replica, "held_until": self._db.now() + LEASE_SECONDS}
+
+    def _mine(self, key: _Key) -> ColumnElement[bool]:
+        return and_(key.row(), answers.c.holder == self._db.replica)
+
+    async def _change(self, statement: Any) -> None:
+        await self._db.change(lambda connection: connection.execute(statement))
 
     async def _prune(self, connection: AsyncConnection) -> None:
         now = self._clock()
         if now - self._pruned >= PRUNE_INTERVAL:
             self._pruned = now
             await connection.execute(delete(answers).where(answers.c.begun < now - KEPT))
+
+
+def _in_flight(key: _Key) -> BeamwireError:
+    return BeamwireError(
+        Reason.REQUEST_IN_FLIGHT,
+        f"request {key.request_id} is being carried out; ask again in {ASK_AGAIN} s",
+        metadata={"request_id": key.request_id},
+        retry_after=ASK_AGAIN,
+    )

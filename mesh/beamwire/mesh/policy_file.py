@@ -55,8 +55,10 @@ def _check_dataset(text: str) -> str:
 
 
 def _check_executable(text: str) -> str:
-    if not text.startswith(("/", "module:")):
-        raise ValueError(f"{text!r} must be an absolute path, or module:<name> for a module that mpi runs")
+    if text != "**" and not text.startswith(("/", "module:")):
+        raise ValueError(
+            f"{text!r} must be an absolute path, module:<name> for a module that mpi runs, or ** for anything at all"
+        )
     return text
 
 

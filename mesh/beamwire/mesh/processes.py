@@ -32,11 +32,14 @@ _spawned: dict[int, subprocess.Popen[bytes]] = {}
 @dataclass(frozen=True, slots=True)
 class Exit:
     """How a program ended. `exit_code` is 128 + `signal` if a signal ended it; 126 or 127 with `error` if it could
-    not be started at all."""
+    not be started at all. `out_of_memory` if it was ended for want of memory; `lost` if the host was started again
+    while it ran."""
 
     exit_code: int
     signal: int | None
     error: str = ""
+    out_of_memory: bool = False
+    lost: bool = False
 
     def __str__(self) -> str:
         if self.signal is not None:
@@ -79,9 +82,10 @@ class Process:
         self._reap()
         document = _read(self.directory / "exit.json")
         if document is not None:
-            return Exit(int(document["exit_code"]), document["signal"], str(document["error"]))
+            starved = bool(document.get("out_of_memory", False))
+            return Exit(int(document["exit_code"]), document["signal"], str(document["error"]), starved)
         await self._sweep()
-        return Exit(128 + signal.SIGKILL, signal.SIGKILL)
+        return Exit(128 + signal.SIGKILL, signal.SIGKILL, lost=not self._this_boot)
 
     async def terminate(self) -> Exit:
         """Ends the program: SIGTERM to its group, SIGKILL to all that is left after the grace time. Nothing escapes."""
@@ -152,13 +156,15 @@ async def launch(
     cwd: Path | None = None,
     stdin: bytes | None = None,
     grace: float = 5.0,
+    memory_bytes: int = 0,
 ) -> Process:
     """Starts a program in a session of its own, with exactly the environment `env`.
 
     `directory` is its own: made if need be, mode 0700. `cwd` defaults to it. What the program prints is appended to
     `stdout` and `stderr` there. A directory runs one program until that is forgotten: launching there again attaches to
     it, so a launch that may or may not have happened can be repeated. A program that cannot be started is a Process
-    too, whose `wait` says why. LAUNCH_FAILED if the machinery itself fails.
+    too, whose `wait` says why. One that comes to use more than `memory_bytes`, with all that it started, is killed.
+    LAUNCH_FAILED if the machinery itself fails.
     """
     spec = {
         "argv": list(argv),
@@ -166,6 +172,7 @@ async def launch(
         "cwd": str(cwd or directory),
         "stdin": os.devnull if stdin is None else "stdin",
         "grace": grace,
+        "memory_bytes": memory_bytes,
     }
     # A thread goes on although its caller is cancelled: no program may be half launched.
     return await asyncio.to_thread(_launch, directory, spec, stdin)

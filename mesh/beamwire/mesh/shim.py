@@ -3,7 +3,10 @@
 Run as `python -S -E shim.py spec.json` in a session of its own; it needs the standard library only. Beside the spec it
 writes `process.json` (who runs) before the program starts and `exit.json` (how it ended) when nothing of it is left.
 It says on standard output, in one line, whether the program was `started`, `failed` to start, or is `taken` because
-another shim had this directory first.
+another shim had this directory first. It ends with the program's exit code. SIGTERM has the program ended, SIGUSR1 too,
+because its time is over.
+
+`python -S -E shim.py -- program arguments…` runs a part of a program on another node: all that it starts ends with it.
 """
 
 import contextlib
@@ -20,37 +23,70 @@ from typing import Any
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
-SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 LOOK_AGAIN = 0.1
 """Seconds after which the process table is read again while waiting for something that gives no signal."""
+LOOK_AT_MEMORY = 0.25
+"""Seconds between two looks at how much memory a program that has a limit of it uses, with all that it started."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main(spec_path: str) -> None:
-    """Runs what the spec says, to its end."""
+def main(spec_path: str) -> int:
+    """Runs what the spec says, to its end; returns its exit code, 128 + n if signal n ended it."""
     path = Path(spec_path)
     os.chdir(path.parent)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    spec = json.loads(path.read_text())
     me = {"boot_id": boot_id(), "shim_pid": os.getpid(), "shim_start": start_time(os.getpid())}
+    # What a batch system says of itself to those who find this process.
+    me |= {"told": {name: os.environ.get(name, "") for name in spec.get("told", ())}}
     if not _claim(me):
         _say("taken")
-        return
-    spec = json.loads(path.read_text())
+        return 0
+    kills = oom_kills()
     try:
         child = _start(spec)
     except OSError as error:
         code = 127 if isinstance(error, FileNotFoundError) else 126
         write_json(Path("exit.json"), {"exit_code": code, "signal": None, "error": str(error)})
         _say("failed")
-        return
+        return code
     write_json(Path("process.json"), {**me, "pid": child, "start": start_time(child)})
     _say("started")
-    status = _supervise(child, float(spec["grace"]))
+    status, cause = _supervise(child, spec)
     _kill_descendants()
     number = -status if status < 0 else None
-    write_json(Path("exit.json"), {"exit_code": 128 + number if number else status, "signal": number, "error": ""})
+    # A SIGKILL that nobody here sent, while the kernel killed for lack of memory, is the kernel's.
+    if not cause and number == signal.SIGKILL and oom_kills() > kills:
+        cause = "out_of_memory"
+    code = 128 + number if number else status
+    causes = {name: cause == name for name in ("asked", "timed_out", "out_of_memory")}
+    write_json(Path("exit.json"), {"exit_code": code, "signal": number, "error": "", **causes})
+    return code
+
+
+def leash(argv: list[str]) -> int:
+    """Runs a program with what this process has open, and kills what it leaves; returns its exit code."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    shim = os.getpid()
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == shim:
+            os.execvp(argv[0], argv)
+        os._exit(1)
+    while True:
+        received = signal.sigwaitinfo(SIGNALS)
+        if received.si_signo != signal.SIGCHLD:
+            os.kill(child, received.si_signo)
+        for pid, status in _reap():
+            if pid == child:
+                _kill_descendants()
+                return status if status >= 0 else 128 - status
 
 
 def boot_id() -> str:
@@ -137,10 +173,12 @@ def _start(spec: dict[str, Any]) -> int:
         os.open("stdout", append, 0o600),
         os.open("stderr", append, 0o600),
     ]
+    # What a batch system has set for the job's sake: its devices, its allocation.
+    taken = {name: value for name, value in os.environ.items() if name.startswith(tuple(spec.get("take", ())))}
     try:
         child = subprocess.Popen(
             spec["argv"],
-            env=spec["env"],
+            env={**taken, **spec["env"]},
             cwd=spec["cwd"],
             stdin=opened[0],
             stdout=opened[1],
@@ -156,25 +194,49 @@ def _start(spec: dict[str, Any]) -> int:
     return child.pid
 
 
-def _supervise(child: int, grace: float) -> int:
-    """Waits for the end of the program, and, once asked to end it, for its group too; returns the program's status."""
+def _supervise(child: int, spec: dict[str, Any]) -> tuple[int, str]:
+    """Waits for the end of the program, and, once it is to be ended, for its group too.
+
+    Returns the program's status, and why it was ended: `asked`, `timed_out` after its `limit` in seconds,
+    `out_of_memory` because it used more than its `memory_bytes` with all that it started; empty if it ended by itself.
+    """
+    limit, memory_bytes = spec.get("limit"), int(spec.get("memory_bytes", 0))
+    over = None if limit is None else time.monotonic() + float(limit)
     status: int | None = None
     deadline: float | None = None
+    cause = ""
     while True:
-        timeout = LOOK_AGAIN if deadline is not None else 3600.0
-        received = signal.sigtimedwait(SIGNALS, timeout)
+        received = signal.sigtimedwait(SIGNALS, _patience(deadline is not None, memory_bytes, over))
+        if memory_bytes and status is None and memory_of(descendants(), memory_bytes) > memory_bytes:
+            cause = "out_of_memory"
+            for pid in descendants():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         for pid, code in _reap():
             if pid == child:
                 status = code
-        if received is not None and received.si_signo == signal.SIGTERM and deadline is None:
-            deadline = time.monotonic() + grace
+        # Whoever ends a whole session signals the program first, or this process.
+        pending = signal.sigpending() & {signal.SIGTERM, signal.SIGUSR1}
+        number = min(pending, default=received.si_signo if received is not None else 0)
+        timed_out = number == signal.SIGUSR1 or (over is not None and time.monotonic() >= over)
+        if deadline is None and (timed_out or number == signal.SIGTERM):
+            cause = cause or ("timed_out" if timed_out else "asked")
+            deadline = time.monotonic() + float(spec["grace"])
             _signal_group(child, signal.SIGTERM)
         if status is not None and (deadline is None or not _group_lives(child)):
-            return status
+            return status, cause
         if deadline is not None and time.monotonic() >= deadline:
             if status is not None:
-                return status
+                return status, cause
             _signal_group(child, signal.SIGKILL)
+
+
+def _patience(ending: bool, memory_bytes: int, over: float | None) -> float:
+    """Returns the seconds after which something has to be looked at that gives no signal."""
+    if ending:
+        return LOOK_AGAIN
+    left = 3600.0 if over is None else max(0.0, over - time.monotonic())
+    return min(left, LOOK_AT_MEMORY) if memory_bytes else left
 
 
 def _reap() -> list[tuple[int, int]]:
@@ -217,6 +279,29 @@ def descendants() -> list[int]:
     return found[1:]
 
 
+def memory_of(pids: list[int], limit: int) -> int:
+    """The bytes of memory that processes have; what they share is counted once, if it matters for the limit."""
+    resident = sum(_status_bytes(f"/proc/{pid}/status", "VmRSS:") for pid in pids)
+    if resident <= limit:
+        return resident
+    # Dearer to read.
+    return sum(_status_bytes(f"/proc/{pid}/smaps_rollup", "Pss:") for pid in pids)
+
+
+def _status_bytes(path: str, key: str) -> int:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def oom_kills() -> int:
+    """How many processes the kernel has killed on this host for lack of memory, there or in a control group."""
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+
+
 def _kill_descendants() -> None:
     while True:
         _reap()
@@ -235,4 +320,4 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(leash(sys.argv[2:]) if sys.argv[1] == "--" else main(sys.argv[1]))

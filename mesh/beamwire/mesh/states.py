@@ -37,6 +37,10 @@ class StateMachine(Generic[S]):
             metadata={"machine": self.name, "start": _word(start), "finish": _word(finish)},
         )
 
+    def moves(self) -> frozenset[tuple[S, S]]:
+        """Every legal move, from one state to another."""
+        return frozenset((start, finish) for start, finishes in self._table.items() for finish in finishes)
+
     def is_terminal(self, state: S) -> bool:
         """Whether nothing follows `state`."""
         return state in self.terminal

@@ -1,63 +1,54 @@
-"""The durable store: one SQLite file per service, its records, and the watch that tells of every change.
+"""The durable store: the records of one service, and the watch that tells of every change.
 
-An answer means fsynced (WAL with synchronous=FULL). One process owns a file, through one writing connection, so the
-records it read or wrote last are also kept in memory; so are versions that `publish` made, counters mostly, which no
-crash needs to keep.
+An answer means fsynced. A SQLite file has one owner, so the records it read or wrote last are also kept in memory; so
+are versions that `publish` made, counters mostly, which no crash needs to keep. With several replicas over PostgreSQL
+what is kept in memory only saves reading a document again whose revision the database has confirmed.
 """
 
+from __future__ import annotations
+
 import builtins
+import secrets
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
-from datetime import UTC, datetime
-from typing import Any, Generic, TypeVar
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
+from datetime import timedelta
+from typing import Any, Generic
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
-from sqlalchemy import ColumnElement, Row, Select, delete, insert, select, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import ColumnElement, Row, and_, delete, func, literal, or_, select, true, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
+from beamwire.mesh import queries
+from beamwire.mesh.claims import LEASE_SECONDS, ClaimLost, driving
 from beamwire.mesh.database import Database
-from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.following import Following
+from beamwire.mesh.outbox import OutboxItem, post
+from beamwire.mesh.records import (
+    R,
+    Record,
+    columns_of,
+    conflict,
+    missing,
+    revision_in,
+    time_text,
+    utcnow,
+    written,
+)
 from beamwire.mesh.tables import resources
-from beamwire.mesh.watching import Watcher
+from beamwire.mesh.watching import Watchers
 
-T = TypeVar("T")
+__all__ = ["Outgoing", "Record", "Store", "utcnow"]
 
 KNOWN_RECORDS = 4096
 """Records of one Store that are kept in memory; the least recently used one makes room."""
+TOKEN_BYTES, TOKENS_KEPT = 6, 8
+"""Of each change a token is kept in the row, for the newest ones: by it who lost the connection knows its own."""
+PRUNED_AT_ONCE = 500
+"""Records that one transaction of `prune` forgets at most."""
 
 _Row = Row[*tuple[Any, ...]]
-_Select = Select[*tuple[Any, ...]]
-
-
-def utcnow() -> datetime:
-    """Now, aware, in UTC."""
-    return datetime.now(UTC)
-
-
-class Record(BaseModel):
-    """What every stored resource has; a service derives its own from it. Change a copy: `r.model_copy(update=…)`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64")
-
-    name: str
-    owner: str
-    state: str
-    create_time: AwareDatetime = Field(default_factory=utcnow)
-    update_time: AwareDatetime = Field(default_factory=utcnow)
-    revision: int = 0
-
-    @property
-    def etag(self) -> str:
-        """Changes with every durable change, and differs from that of an earlier resource of the same name."""
-        return f"{self.revision}-{int(self.create_time.timestamp() * 1e6):x}"
-
-    @property
-    def cursor(self) -> str:
-        """Where the record stands in a list: `Store.list(after=last.cursor)` is the next page."""
-        return f"{_time_text(self.create_time)}|{self.name}"
-
-
-R = TypeVar("R", bound=Record)
+Outgoing = Callable[[R], Iterable[OutboxItem]]
+"""What is to be told outside of a record as it was stored."""
 
 
 class Store(Generic[R]):
@@ -67,19 +58,56 @@ class Store(Generic[R]):
         self.db = db
         self.record_type = record_type
         self.kind = record_type.__name__
+        self.claims_new = False
+        """Whether what this replica inserts is its own to drive; see `beamwire.mesh.drivers`."""
+        self.claimed: set[str] = set()
+        """What it has inserted so, and nobody drives yet."""
         self._known: OrderedDict[str, R] = OrderedDict()
         self._deletions = 0
-        self._watchers: dict[str, set[Watcher[R]]] = {}
+        # Made once: to make it costs as much as to ask.
+        self._one = queries.one(self.kind, shared=db.shared)
+        self._watchers: Watchers[R] = Watchers()
+        self._following = Following(db, self.kind, self._watchers, self._newest, self._parse)
+        db.follow(self._following)
 
-    async def insert(self, record: R) -> R:
-        """Stores a new record as revision 1; RESOURCE_EXISTS if the name is taken."""
-        return await self.db.carry_out(self._insert(record))
+    async def insert(self, record: R, *, outbox: Outgoing[R] | None = None) -> R:
+        """Stores a new record as revision 1, and what is to be told of it; RESOURCE_EXISTS if the name is taken."""
+        stored, document = written(record, revision=1)
+        token = secrets.token_hex(TOKEN_BYTES)
+        values = {
+            "name": stored.name,
+            "kind": self.kind,
+            "create_time": time_text(stored.create_time),
+            "trail": token,
+            **columns_of(stored, document),
+        }
+        claims = self.claims_new and self.db.shared and stored.host in ("", self.db.host)
+        if claims:
+            values |= {"holder": self.db.replica, "held_until": self.db.now() + LEASE_SECONDS}
+        statement = self.db.insert(resources).values(values).on_conflict_do_nothing()
 
-    async def add(self, record: R, contents: Callable[[R], object]) -> R:
+        async def change(connection: AsyncConnection) -> None:
+            if (await connection.execute(statement)).rowcount == 0:
+                found = select(resources.c.trail).where(resources.c.name == stored.name)
+                if token not in str((await connection.execute(found)).scalar()):
+                    raise BeamwireError(
+                        Reason.RESOURCE_EXISTS, f"{record.name} exists already", metadata={"name": record.name}
+                    )
+            if outbox is not None:
+                await post(self.db, connection, outbox(stored))
+
+        record = await self.db.carry_out(self._stored(stored, change, told=outbox is not None))
+        if claims:
+            self.claimed.add(record.name)
+        return record
+
+    async def add(self, record: R, contents: Callable[[R], object], *, outbox: Outgoing[R] | None = None) -> R:
         """Stores a new record, or returns the one of that name if both have the same contents; else RESOURCE_EXISTS."""
         try:
-            return await self.insert(record)
-        except BeamwireError:
+            return await self.insert(record, outbox=outbox)
+        except BeamwireError as error:
+            if error.reason is not Reason.RESOURCE_EXISTS:
+                raise
             existing = await self.get(record.name)
             if existing is None or contents(existing) != contents(record):
                 raise
@@ -88,16 +116,16 @@ class Store(Generic[R]):
     async def get(self, name: str) -> R | None:
         """The newest version, published ones included; None if there is no such record."""
         known = self._known.get(name)
-        if known is not None:
+        if known is not None and not self.db.shared:
             self._known.move_to_end(name)
             return known
         deletions = self._deletions
-        row = await self.db.carry_out(self._one(name))
+        row = await self._row(name)
         if row is None:
             return None
         record = self._newest(row)
         # What was deleted while it was being read must not come back.
-        if deletions == self._deletions:
+        if deletions == self._deletions and not self.db.shared:
             self._remember(record)
         return record
 
@@ -105,20 +133,40 @@ class Store(Generic[R]):
         """The newest version; RESOURCE_NOT_FOUND if there is no such record."""
         record = await self.get(name)
         if record is None:
-            raise BeamwireError(Reason.RESOURCE_NOT_FOUND, f"{name} does not exist", metadata={"name": name})
+            raise missing(name)
         return record
 
-    async def update(self, record: R) -> R:
-        """Stores a changed record as the next revision.
+    async def update(self, record: R, *, outbox: Outgoing[R] | None = None) -> R:
+        """Stores a changed record as the next revision, and what is to be told of it.
 
-        ETAG_MISMATCH if the record was changed since `record` was read, RESOURCE_NOT_FOUND if it is gone.
+        ETAG_MISMATCH if the record was changed since `record` was read, RESOURCE_NOT_FOUND if it is gone. From the
+        driver of the record SERVICE_UNAVAILABLE if another replica drives it by now.
         """
-        return await self.db.carry_out(self._update(record))
+        stored, document = written(record, revision=record.revision + 1, update_time=max(utcnow(), record.update_time))
+        token = secrets.token_hex(TOKEN_BYTES)
+        one = and_(resources.c.kind == self.kind, resources.c.name == record.name)
+        fence: ColumnElement[bool] = true()
+        if self.db.shared and driving.get() == record.name:
+            fence = or_(resources.c.holder.is_(None), resources.c.holder == self.db.replica)
+        kept = func.substr(resources.c.trail, 1, 2 * TOKEN_BYTES * (TOKENS_KEPT - 1))
+        values = {**columns_of(stored, document), "trail": literal(token).concat(kept)}
+        statement = update(resources).where(one, resources.c.revision == record.revision, fence).values(values)
 
-    async def change(self, name: str, changes: Callable[[R], Mapping[str, object]]) -> R:
+        async def change(connection: AsyncConnection) -> None:
+            if (await connection.execute(statement)).rowcount == 0:
+                found = select(resources.c.revision, resources.c.trail).where(one)
+                _check_is_ours(record, token, (await connection.execute(found)).one_or_none())
+            if outbox is not None:
+                await post(self.db, connection, outbox(stored))
+
+        return await self.db.carry_out(self._stored(stored, change, told=outbox is not None))
+
+    async def change(
+        self, name: str, changes: Callable[[R], Mapping[str, object]], *, outbox: Outgoing[R] | None = None
+    ) -> R:
         """Stores what `changes` makes of the newest version, asking it again if somebody else was faster.
 
-        An empty change stores nothing. RESOURCE_NOT_FOUND if there is no such record.
+        An empty change stores nothing, nor anything in the outbox. RESOURCE_NOT_FOUND if there is no such record.
         """
         while True:
             record = await self.require(name)
@@ -126,16 +174,20 @@ class Store(Generic[R]):
             if not update:
                 return record
             try:
-                return await self.update(record.model_copy(update=update))
+                return await self.update(record.model_copy(update=update), outbox=outbox)
             except BeamwireError as error:
                 if error.reason is not Reason.ETAG_MISMATCH:
                     raise
 
     def publish(self, record: R) -> None:
-        """Shows a version with new volatile parts to get, list and watch, until the next update; nothing is written.
+        """Shows a version with new volatile parts to get, list and watch, until the next update; nothing durable.
 
-        A version made from an outdated revision is ignored. State is not a volatile part: use `update` for it.
+        A version made from an outdated revision is ignored. State is not a volatile part: use `update` for it. Other
+        replicas see it a moment later.
         """
+        if self.db.shared:
+            self._following.publish(record)
+            return
         known = self._known.get(record.name)
         if known is None or record.revision >= known.revision:
             self._remember(record)
@@ -143,12 +195,24 @@ class Store(Generic[R]):
 
     async def delete(self, name: str) -> bool:
         """Forgets a record; False if there was none."""
-        return await self.db.carry_out(self._delete(name))
+        return bool(await self.db.carry_out(self._forget([name])))
+
+    async def prune(
+        self, terminal: Collection[str], older_than: timedelta, *, limit: int = PRUNED_AT_ONCE
+    ) -> builtins.list[str]:
+        """Forgets at most `limit` records that are in one of some states, and changed last so long ago; their names."""
+        before = time_text(utcnow() - older_than)
+        old = and_(
+            resources.c.kind == self.kind, resources.c.state.in_(sorted(terminal)), resources.c.update_time < before
+        )
+        query = select(resources.c.name).where(old).order_by(resources.c.update_time).limit(limit)
+        names = await self.db.ask(lambda connection: _scalars(connection, query))
+        return await self.db.carry_out(self._forget(names, old)) if names else []
 
     async def unfinished(self, terminal: Collection[str]) -> builtins.list[R]:
         """Every record whose state is not among `terminal`, oldest first: what to reconcile on start."""
-        query = self._select().where(resources.c.state.not_in(terminal))
-        return await self._records(query.order_by(resources.c.create_time, resources.c.name))
+        found = await self._records(queries.unfinished(self.kind, sorted(terminal), shared=self.db.shared))
+        return sorted(found, key=lambda record: (record.create_time, record.name))
 
     async def list(
         self, *, owner: str | None = None, equals: Mapping[str, str] | None = None, limit: int, after: str = ""
@@ -158,89 +222,93 @@ class Store(Generic[R]):
         `equals` compares `state`, `owner` or a dotted path into the document (`labels.sample`). `after` is the
         `cursor` of the last record of the page before; INVALID_PAGE_TOKEN if it is not one.
         """
-        query = self._select()
-        for path, value in ({"owner": owner} if owner is not None else {}).items() | (equals or {}).items():
-            query = query.where(_column(path) == value)
-        if after:
-            query = query.where(_older_than(after))
-        newest_first = query.order_by(resources.c.create_time.desc(), resources.c.name.desc())
-        return await self._records(newest_first.limit(limit))
+        wanted = dict(equals or {})
+        if owner is not None and wanted.setdefault("owner", owner) != owner:
+            return []
+        return await self._records(queries.page(self.kind, wanted, after, limit, shared=self.db.shared))
 
     async def watch(self, name: str, *, etag: str = "") -> AsyncGenerator[R, None]:
         """The record at once, unless it still has `etag`, and again after every change; ends when it is deleted.
 
-        Every state is seen, in order and without delay. Versions of one state are coalesced to the newest, those of
-        `publish` to one per PUBLISH_INTERVAL. A record that does not exist ends the watch at once.
+        Every state is seen, in order and without delay, also those that were left since `etag`, whichever replica made
+        them. Versions of one state are coalesced to the newest, those of `publish` to one per PUBLISH_INTERVAL. A
+        record that does not exist ends the watch at once.
         """
-        watcher: Watcher[R] = Watcher()
-        watchers = self._watchers.setdefault(name, set())
-        watchers.add(watcher)
         try:
-            current = await self.get(name)
-            if current is None:
-                return
-            watcher.begin(current)
-            if current.etag != etag:
-                yield current
-            async for record in watcher:
-                yield record
+            with self._watchers.watcher(name) as watcher:
+                current = await self.get(name)
+                if current is None:
+                    return
+                watcher.begin(current)
+                self._following.begun(current)
+                since = revision_in(etag, current) if etag else None
+                if since is not None:
+                    for record in await self._following.left(current, since):
+                        yield record
+                if current.etag != etag:
+                    yield current
+                async for record in watcher:
+                    yield record
         finally:
-            watchers.discard(watcher)
-            if not watchers and self._watchers.get(name) is watchers:
-                del self._watchers[name]
+            self._following.ended(name)
 
-    async def _insert(self, record: R) -> R:
-        stored, document = self._stored(record, revision=1, update_time=record.update_time)
-        values = {
-            "name": stored.name,
-            "kind": self.kind,
-            "create_time": _time_text(stored.create_time),
-            **_changing(stored, document),
-        }
-        try:
-            async with self.db.write() as connection:
-                await connection.execute(insert(resources).values(values))
-        except IntegrityError:
-            raise BeamwireError(
-                Reason.RESOURCE_EXISTS, f"{record.name} exists already", metadata={"name": record.name}
-            ) from None
+    async def _stored(self, stored: R, change: Callable[[AsyncConnection], Any], *, told: bool) -> R:
+        await self.db.change(change)
         self._remember(stored)
-        self._tell(stored, urgent=True)
+        if told:
+            self.db.posted.set()
+        if not self.db.shared:
+            self._tell(stored, urgent=True)
         return stored
 
-    async def _update(self, record: R) -> R:
-        stored, document = self._stored(
-            record, revision=record.revision + 1, update_time=max(utcnow(), record.update_time)
-        )
-        one = (resources.c.kind == self.kind) & (resources.c.name == record.name)
-        async with self.db.write() as connection:
-            changed = await connection.execute(
-                update(resources)
-                .where(one, resources.c.revision == record.revision)
-                .values(_changing(stored, document))
-            )
-            if changed.rowcount == 0:
-                raise _conflict(record, (await connection.execute(select(resources.c.revision).where(one))).scalar())
-        self._remember(stored)
-        self._tell(stored, urgent=True)
-        return stored
+    async def _forget(self, names: builtins.list[str], also: Any = None) -> builtins.list[str]:
+        which = and_(resources.c.kind == self.kind, resources.c.name.in_(names), true() if also is None else also)
+        gone: dict[str, None] = {}
 
-    async def _delete(self, name: str) -> bool:
-        async with self.db.write() as connection:
-            result = await connection.execute(
-                delete(resources).where(resources.c.kind == self.kind, resources.c.name == name)
+        async def change(connection: AsyncConnection) -> None:
+            # Kept over a second attempt, which would find nothing after a first that came about unheard.
+            gone.update(
+                dict.fromkeys(await _scalars(connection, delete(resources).where(which).returning(resources.c.name)))
             )
-        self._known.pop(name, None)
+
+        await self.db.change(change)
         self._deletions += 1
-        if result.rowcount:
-            for watcher in self._watchers.pop(name, set()):
-                watcher.end()
-        return bool(result.rowcount)
+        for name in names:
+            self._known.pop(name, None)
+        if not self.db.shared:
+            for name in gone:
+                self._watchers.end(name)
+        return [*gone]
 
-    async def _one(self, name: str) -> _Row | None:
-        async with self.db.read() as connection:
-            found = await connection.execute(self._select().where(resources.c.name == name))
-            return found.one_or_none()
+    async def _row(self, name: str) -> _Row | None:
+        async def one(connection: AsyncConnection) -> _Row | None:
+            return (await connection.execute(self._one, {"wanted": name})).one_or_none()
+
+        return await self.db.ask(one)
+
+    async def _records(self, query: queries.SelectRows) -> builtins.list[R]:
+        async def rows(connection: AsyncConnection) -> Collection[_Row]:
+            return (await connection.execute(query)).all()
+
+        return [self._newest(row) for row in await self.db.ask(rows)]
+
+    def _newest(self, row: _Row) -> R:
+        """The record of a row: as it is kept in memory if that is as new, else as it is written there."""
+        known = self._known.get(row.name)
+        if not self.db.shared:
+            return known if known is not None and known.revision >= row.revision else self._parse(row.document)
+        unwritten = self._following.unwritten(row)
+        if unwritten is not None:
+            return unwritten
+        if row.shown is not None:
+            return self._parse(row.shown)
+        if known is None or (known.revision, time_text(known.create_time)) != (row.revision, row.create_time):
+            known = self._parse(row.document)
+            self._remember(known)
+        return known
+
+    def _parse(self, document: str) -> R:
+        return self.record_type.model_validate_json(document)
 
     def _remember(self, record: R) -> None:
         self._known[record.name] = record
@@ -248,69 +316,20 @@ class Store(Generic[R]):
         if len(self._known) > KNOWN_RECORDS:
             self._known.popitem(last=False)
 
-    async def _records(self, query: _Select) -> builtins.list[R]:
-        async def rows() -> Collection[_Row]:
-            async with self.db.read() as connection:
-                found: Collection[_Row] = (await connection.execute(query)).all()
-                return found
-
-        return [self._newest(row) for row in await self.db.carry_out(rows())]
-
-    def _select(self) -> _Select:
-        columns = resources.c
-        return select(columns.name, columns.revision, columns.document).where(columns.kind == self.kind)
-
-    def _newest(self, row: _Row) -> R:
-        known = self._known.get(row.name)
-        if known is not None and known.revision >= row.revision:
-            return known
-        return self.record_type.model_validate_json(row.document)
-
-    def _stored(self, record: R, **changes: object) -> tuple[R, str]:
-        """The record as it will be read again, and its JSON: a copy with wrong values must fail here, not later."""
-        unknown = record.__dict__.keys() - self.record_type.model_fields.keys()
-        if unknown:
-            raise ValueError(f"{self.kind} has no field {', '.join(sorted(unknown))}")
-        document = record.model_copy(update=changes).model_dump_json(warnings="error")
-        return self.record_type.model_validate_json(document), document
-
     def _tell(self, record: R, *, urgent: bool) -> None:
-        for watcher in self._watchers.get(record.name, ()):
-            watcher.push(record, urgent=urgent)
+        self._watchers.tell(record, record.name, urgent=urgent)
 
 
-def _time_text(moment: datetime) -> str:
-    """Fixed width, so that text sorts as time does."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+def _check_is_ours(record: Record, token: str, row: _Row | None) -> None:
+    """Raise what kept a change from being made, unless it was made before the connection to the database was lost."""
+    if row is None:
+        raise missing(record.name)
+    if token in row.trail:
+        return
+    if row.revision != record.revision:
+        raise conflict(record, row.revision)
+    raise ClaimLost(record.name)
 
 
-def _changing(record: Record, document: str) -> dict[str, object]:
-    return {"owner": record.owner, "state": record.state, "revision": record.revision, "document": document}
-
-
-def _conflict(record: Record, revision: int | None) -> BeamwireError:
-    if revision is None:
-        return BeamwireError(Reason.RESOURCE_NOT_FOUND, f"{record.name} does not exist", metadata={"name": record.name})
-    return BeamwireError(
-        Reason.ETAG_MISMATCH,
-        f"{record.name} changed since it was read (revision {record.revision}, now {revision}); read it again",
-        metadata={"name": record.name},
-    )
-
-
-def _column(path: str) -> ColumnElement[str]:
-    if path in ("state", "owner"):
-        return resources.c[path]
-    parts = tuple(path.split("."))
-    if '"' in path or not all(parts):
-        raise invalid_field("filter", f"{path!r} is not a path into a document, such as labels.sample")
-    column: ColumnElement[str] = resources.c.document[parts].as_string()
-    return column
-
-
-def _older_than(cursor: str) -> ColumnElement[bool]:
-    moment, bar, name = cursor.partition("|")
-    if not bar:
-        raise BeamwireError(Reason.INVALID_PAGE_TOKEN, f"{cursor!r} does not say where a page ended")
-    columns = resources.c
-    return (columns.create_time < moment) | ((columns.create_time == moment) & (columns.name < name))
+async def _scalars(connection: AsyncConnection, query: Any) -> builtins.list[str]:
+    return [*(await connection.execute(query)).scalars()]

@@ -16,42 +16,46 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds before work that failed is begun again."""
+STOP_PATIENCE = 5.0
+"""Seconds that cancelled tasks have to end what they are at."""
+STOP_MARGIN = 1.0
+"""Seconds that those have then which are cancelled once more."""
 
 T = TypeVar("T")
 
 
 class TaskRunner:
-    """Runs the tasks of one process. Leaving its block cancels all that still run and awaits them.
+    """Runs the tasks of one process. Leaving its block cancels all that still run and awaits them, within a bound.
 
-    The first failure of a task given to `start` cancels the rest and is raised from the block. A task given to
-    `keep` belongs to one resource: its failure is logged, and harms nobody else.
+    A task given to `start` belongs to the process, one given to `keep` to one resource. The failure of either is
+    logged, harms nobody else, and the work is begun again: no fault in the background ends a service. What a task does
+    when it is cancelled is cut off too if it takes long: it is taken up by the next who serves.
     """
 
     def __init__(self) -> None:
-        self._group = asyncio.TaskGroup()
         self._started: set[asyncio.Task[None]] = set()
         self._kept: dict[str, asyncio.Task[None]] = {}
         self._draining = False
 
     async def __aenter__(self) -> Self:
-        await self._group.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._draining = True
-        for task in (*self._started, *self._kept.values()):
-            task.cancel()
-        try:
-            await self._group.__aexit__(kind, error, trace)
-        except BaseExceptionGroup as group:
-            # The first is the cause; the group had cancelled the others when they failed too.
-            raise group.exceptions[0] from None
+        tasks = {*self._started, *self._kept.values()}
+        for patience in (STOP_PATIENCE, STOP_MARGIN):
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                _, tasks = await asyncio.wait(tasks, timeout=patience)
+            for task in tasks:
+                log.warning("%s has not ended %g s after it was cancelled; it is %s", *_hanging(task, patience))
 
     def start(self, name: str, coro_fn: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Runs `coro_fn()` until it returns; if it fails, everything ends."""
-        task = self._group.create_task(coro_fn(), name=name)
+        """Runs `coro_fn()` until it returns, begun again after a pause as often as it fails."""
+        task = asyncio.create_task(_until_done(name, coro_fn), name=name)
         self._started.add(task)
         task.add_done_callback(self._started.discard)
 
@@ -64,7 +68,7 @@ class TaskRunner:
         if self._draining:
             raise BeamwireError(Reason.DRAINING, f"{name} cannot be started: this process is ending")
         if name not in self._kept:
-            task = self._group.create_task(_until_done(name, work), name=name)
+            task = asyncio.create_task(_until_done(name, work), name=name)
             self._kept[name] = task
             task.add_done_callback(lambda _: self._kept.pop(name, None))
 
@@ -86,12 +90,15 @@ class TaskRunner:
             await asyncio.wait([task])
 
     async def run_until_signal(self, drain: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Waits for SIGTERM or SIGINT, then refuses new kept tasks and awaits `drain()`."""
+        """Waits for SIGTERM or SIGINT, then awaits `drain()`, and refuses new kept tasks.
+
+        Not before: what was asked for until then is still taken up.
+        """
         with stop_on_signals() as stop:
             await stop.wait()
-            self._draining = True
             if drain is not None:
                 await drain()
+            self._draining = True
 
 
 @contextmanager
@@ -110,15 +117,35 @@ def stop_on_signals() -> Iterator[asyncio.Event]:
             signal.signal(number, handler)
 
 
+def _hanging(task: asyncio.Task[None], seconds: float) -> tuple[str, float, str]:
+    """Return the name of a task, for how long it hangs, and where."""
+    frames = task.get_stack()
+    where = f"in {frames[-1].f_code.co_qualname}, line {frames[-1].f_lineno}" if frames else "ending"
+    return task.get_name(), seconds, where
+
+
 async def _until_done(name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
     pause = FIRST_PAUSE
     while True:
+        began = loop.time()
         try:
             await work()
+        except asyncio.CancelledError:
+            if task.cancelling():
+                raise
+            # Of something that it awaited, which somebody else cancelled: no word that this shall end.
+            log.exception("%s was cut off; it is begun again in %g s", name, pause)
         except Exception:
+            if task.cancelling():
+                log.exception("%s failed as it was ended", name)
+                return
             log.exception("%s failed; it is tried again in %g s", name, pause)
         else:
             return
+        if loop.time() - began > LONGEST_PAUSE:
+            pause = FIRST_PAUSE
         await asyncio.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 

@@ -49,6 +49,7 @@ ATTR_CONSUMER: Final = "beamwire.consumer"
 ATTR_SEQUENCE: Final = "beamwire.sequence"
 ATTR_EVENTS: Final = "beamwire.events"
 ATTR_REASON: Final = "beamwire.reason"
+ATTR_FOUND: Final = "beamwire.found"
 ATTR_RPC_METHOD: Final = "rpc.method"
 
 LOG_TIME: Final = "time"
@@ -156,16 +157,18 @@ def span(
     attributes: Mapping[str, AttributeValue] | None = None,
     kind: SpanKind = SpanKind.INTERNAL,
     links: Sequence[str] = (),
+    begun: int | None = None,
 ) -> Iterator[Span]:
     """A span around the block, current in it, ended with an error status if the block raises.
 
-    `parent` is a traceparent or a context; default: the current span. `links` are traceparents. Without `setup`, the
-    parent's context is passed on and nothing is recorded.
+    `parent` is a traceparent or a context; default: the current span. `links` are traceparents. `begun` is when it
+    began, in nanoseconds since the Unix epoch, if not now. Without `setup`, the parent's context is passed on and
+    nothing is recorded.
     """
     context = context_from(parent) if isinstance(parent, str) else parent
     linked = [Link(trace.get_current_span(context_from(link)).get_span_context()) for link in links]
     tracer: trace.Tracer = trace.NoOpTracer() if _current is None else _current.tracer
-    with tracer.start_as_current_span(name, context, kind, attributes, linked) as current:
+    with tracer.start_as_current_span(name, context, kind, attributes, linked, begun) as current:
         yield current
 
 

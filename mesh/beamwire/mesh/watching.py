@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Generic, Protocol, Self, TypeVar
 
 PUBLISH_INTERVAL = 0.1
@@ -35,21 +36,24 @@ class Watcher(Generic[V]):
         self._urgent = asyncio.Event()
         self._some = asyncio.Event()
         self._ended = False
-        self._newest = 0
         self._sent_at = float("-inf")
+        self._latest: V | None = None
+        self.newest = 0
+        """The revision of the newest version that it has, to send or sent; 0 before it has begun."""
 
     def begin(self, current: V) -> None:
         """Takes the version that was read first, which tells all that was pushed up to its revision."""
-        self._newest = max(self._newest, current.revision)
+        if current.revision >= self.newest:
+            self.newest, self._latest = current.revision, current
         while self._pending and self._pending[0].revision <= current.revision:
             self._pending.popleft()
         self._sent()
 
     def push(self, record: V, *, urgent: bool) -> None:
-        """Adds a newer version; an urgent one makes all that is pending due at once."""
-        if record.revision < self._newest:
+        """Adds a newer version; an urgent one, of a new revision, makes all that is pending due at once."""
+        if record.revision < self.newest + urgent or record == self._latest:
             return
-        self._newest = record.revision
+        self.newest, self._latest = record.revision, record
         if self._pending and self._pending[-1].state == record.state:
             self._pending.pop()
         self._pending.append(record)
@@ -88,3 +92,41 @@ class Watcher(Generic[V]):
             with suppress(TimeoutError):
                 async with asyncio.timeout(remaining):
                     await self._urgent.wait()
+
+
+class Watchers(Generic[V]):
+    """Who watches which record."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, set[Watcher[V]]] = {}
+
+    @contextmanager
+    def watcher(self, name: str) -> Iterator[Watcher[V]]:
+        """A watcher of one record, for as long as the block lasts."""
+        watcher: Watcher[V] = Watcher()
+        watchers = self._of.setdefault(name, set())
+        watchers.add(watcher)
+        try:
+            yield watcher
+        finally:
+            watchers.discard(watcher)
+            if not watchers and self._of.get(name) is watchers:
+                del self._of[name]
+
+    def names(self) -> list[str]:
+        """The records that somebody watches."""
+        return list(self._of)
+
+    def of(self, name: str) -> tuple[Watcher[V], ...]:
+        """The watchers of one record."""
+        return tuple(self._of.get(name, ()))
+
+    def tell(self, record: V, name: str, *, urgent: bool) -> None:
+        """Gives a version to all who watch."""
+        for watcher in self._of.get(name, ()):
+            watcher.push(record, urgent=urgent)
+
+    def end(self, name: str) -> None:
+        """Ends all watches of a record, which is gone."""
+        for watcher in self._of.pop(name, set()):
+            watcher.end()

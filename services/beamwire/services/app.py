@@ -18,6 +18,7 @@ from beamwire.buffer.v1 import buffer_service_pb2_grpc
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
 from beamwire.job.v1 import job_service_pb2_grpc
 from beamwire.mesh import telemetry
+from beamwire.mesh.addresses import replicas
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.idempotency import Idempotency
@@ -25,19 +26,27 @@ from beamwire.mesh.identity.biscuits import TokenChecker, TokenKey
 from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.identity.membership import Membership
 from beamwire.mesh.identity.trust import Trust
+from beamwire.mesh.outbox import Outbox
 from beamwire.mesh.pages import Pager
 from beamwire.mesh.policy import PolicyFile
+from beamwire.mesh.retention import Retention
 from beamwire.mesh.rpc.access import Gate
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.rpc.convert import to_duration
+from beamwire.mesh.rpc.limits import CallLimits
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
 from beamwire.request.v1 import request_service_pb2_grpc
+from beamwire.services.backends import make_backends
+from beamwire.services.buffer.batch import BatchSystems
+from beamwire.services.buffer.clients import CacheJobs, TransferClient
 from beamwire.services.buffer.domain import Buffers
 from beamwire.services.buffer.model import BufferRecord
 from beamwire.services.buffer.placement import Placement
+from beamwire.services.buffer.reconciliation import Reconciler
 from beamwire.services.buffer.service import BufferService
+from beamwire.services.buffer.sites import Sites
 from beamwire.services.certificate.access import AccessAdviser
 from beamwire.services.certificate.delegation import DelegationRecord, Delegations
 from beamwire.services.certificate.federation import Federation
@@ -46,22 +55,26 @@ from beamwire.services.certificate.rates import Rates
 from beamwire.services.certificate.service import CertificateService, Desks
 from beamwire.services.config import SERVICE_NAMES, FacilitySettings, Layout, ServiceName
 from beamwire.services.facility import TOGETHER, open_office, renew_services
-from beamwire.services.job.backend import LocalBackend
-from beamwire.services.job.domain import Jobs, Surroundings
+from beamwire.services.job.domain import JobLimits, Jobs
+from beamwire.services.job.driver import Surroundings
 from beamwire.services.job.model import JobRecord
 from beamwire.services.job.service import JobService
+from beamwire.services.job.webhooks import Deliverer
 from beamwire.services.request.clients import BufferClient, JobClient
 from beamwire.services.request.datasets import Datasets
-from beamwire.services.request.domain import Limits, Transfers
+from beamwire.services.request.domain import Transfers
 from beamwire.services.request.model import TransferRecord
 from beamwire.services.request.placing import ConsumerClient
 from beamwire.services.request.preflight import StreamerCheck
+from beamwire.services.request.quotas import Limits
 from beamwire.services.request.service import RequestService
+from beamwire.services.supervision import keep_alive
 
 TOKEN_TTL = timedelta(minutes=10)
 # How long a job or a buffer waits for a Certificate service that is away.
 MINT_PATIENCE = 300.0
-STOP_GRACE = 2.0
+# Seconds that calls in progress have to be answered in when the process is told to end. All but a few need far less.
+STOP_GRACE = 10.0
 # Seconds, at most.
 LOOK_AFTER_PERIOD = 600.0
 # A process that serves renews at 45 to 55 % of a certificate's life; what is not renewed at 60 % has nobody who does.
@@ -101,7 +114,7 @@ class _Parts:
         return channel
 
     async def database(self, name: ServiceName) -> Database:
-        database = await Database.open(self.layout.database(name))
+        database = await Database.open(self.layout.database_target(self.settings, name), name)
         self.stack.push_async_callback(database.close)
         return database
 
@@ -117,10 +130,10 @@ class Minter:
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self._stub = certificate_service_pb2_grpc.CertificateServiceStub(channel)
 
-    async def __call__(self, identity: str, server_names: Sequence[str] = ()) -> str:
+    async def __call__(self, identity: str, server_names: Sequence[str] = (), *, ttl: timedelta = TOKEN_TTL) -> str:
         """Return a token for an identity that may serve under some names."""
         request = certificate_service_pb2.CreateJoinTokenRequest(
-            identity=identity, ttl=to_duration(TOKEN_TTL), server_names=server_names
+            identity=identity, ttl=to_duration(ttl), server_names=server_names
         )
         async for attempt in AsyncRetrying(
             retry=retry_if_exception(_unreachable),
@@ -134,7 +147,8 @@ class Minter:
 
 
 def _unreachable(error: BaseException) -> bool:
-    return isinstance(error, BeamwireError) and error.reason in (Reason.SERVICE_UNAVAILABLE, Reason.TIMED_OUT)
+    passing = (Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.TIMED_OUT, Reason.OVERLOADED)
+    return isinstance(error, BeamwireError) and error.reason in passing
 
 
 async def _add_certificate(parts: _Parts) -> None:
@@ -187,15 +201,22 @@ async def _add_buffer(parts: _Parts) -> None:
         lease=parts.settings.limits.lease + timedelta(hours=1),
         trace_dir=_trace_dir(parts),
         otlp_endpoint=parts.settings.telemetry.otlp_endpoint,
+        nodes=data.nodes,
     )
     mint = Minter(parts.channel("buffer", "certificate"))
-    buffers = Buffers(
-        store, parts.layout.buffers, parts.settings.trust_domain, placement, mint, parts.runner, parts.policy
-    )
-    service = BufferService(buffers, store, parts.pager, data.ticket_lifetime, parts.credentials("buffer"))
+    domain, retention = parts.settings.trust_domain, parts.settings.retention.buffers
+    credentials = parts.credentials("buffer")
+    sites = Sites(parts.layout.buffers, domain, placement, mint)
+    jobs = CacheJobs(parts.channel("buffer", "job"), str(credentials.identity))
+    sites.add(BatchSystems(jobs, credentials, placement, sites.rings))
+    buffers = Buffers(store, sites, domain, placement, parts.runner, parts.policy)
+    service = BufferService(buffers, store, parts.pager, data.ticket_lifetime, credentials, retention)
     parts.add("BufferService", buffer_service_pb2_grpc.add_BufferServiceServicer_to_server, service, database)
     parts.resume.append(buffers.resume)
     parts.believers.append(buffers.believe)
+    transfers = TransferClient(parts.channel("buffer", "request"))
+    parts.start["buffers"] = buffers.run
+    parts.start["remains of buffers"] = Reconciler(store, buffers, sites, retention, transfers).run
     parts.start["trust of caches"] = buffers.spread_trust
 
 
@@ -204,30 +225,53 @@ async def _add_job(parts: _Parts) -> None:
     store = Store(database, JobRecord)
     surroundings = Surroundings(_trace_dir(parts), parts.settings.telemetry.otlp_endpoint)
     mint = Minter(parts.channel("job", "certificate"))
-    jobs = Jobs(store, parts.layout.jobs, {"local": LocalBackend()}, mint, parts.runner, surroundings, parts.policy)
-    service = JobService(jobs, store, parts.pager, parts.settings.trust_domain, parts.settings.limits.processes)
+    limits = parts.settings.limits
+    jobs = Jobs(
+        store,
+        parts.layout.jobs,
+        make_backends(parts.layout, parts.settings),
+        mint,
+        parts.runner,
+        surroundings,
+        parts.policy,
+        JobLimits(limits.active_jobs, limits.job_file_bytes, parts.settings.retention.jobs),
+    )
+    service = JobService(jobs, store, parts.pager, parts.settings.trust_domain, limits.processes)
     parts.add("JobService", job_service_pb2_grpc.add_JobServiceServicer_to_server, service, database)
     parts.resume.append(jobs.resume)
+    parts.start["drivers of jobs"] = jobs.drivers.run
+    parts.start["events of jobs"] = Deliverer(store, Outbox(database)).run
+    parts.start["retention of jobs"] = Retention(
+        store, jobs.limits.retention, lambda record: record.end_time, jobs.forget
+    ).run
 
 
 async def _add_request(parts: _Parts) -> None:
     database = await parts.database("request")
     store = Store(database, TransferRecord)
-    limits = parts.settings.limits
+    limits, keep_for = parts.settings.limits, parts.settings.retention.transfers
     transfers = Transfers(
         store,
-        BufferClient(parts.channel("request", "buffer"), parts.settings.trust_domain),
-        JobClient(parts.channel("request", "job")),
+        BufferClient(parts.channel("request", "buffer"), parts.settings.trust_domain, limits.lease),
+        JobClient(parts.channel("request", "job"), limits.lease),
         StreamerCheck(),
         parts.runner,
-        Limits(limits.active_transfers, limits.processes, limits.lease),
+        Limits(
+            active_transfers=limits.active_transfers,
+            processes=limits.processes,
+            lease=limits.lease,
+            owner_processes=limits.owner_processes,
+            buffer_bytes=limits.buffer_bytes,
+        ),
         Datasets([parts.layout.directory]),
         parts.policy,
         ConsumerClient(parts.credentials("request"), parts.settings.addresses().of("job"), parts.stack),
     )
-    service = RequestService(transfers, store, parts.pager, parts.settings.trust_domain)
+    service = RequestService(transfers, store, parts.pager, parts.settings.trust_domain, keep_for)
     parts.add("RequestService", request_service_pb2_grpc.add_RequestServiceServicer_to_server, service, database)
-    parts.resume.append(transfers.resume)
+    parts.resume.append(transfers.drivers.resume)
+    parts.start["drivers of transfers"] = transfers.drivers.run
+    parts.start["retention of transfers"] = Retention(store, keep_for, lambda record: record.end_time, store.delete).run
 
 
 async def _look_after(parts: _Parts, office: Office) -> None:
@@ -268,11 +312,17 @@ _ADD: dict[ServiceName, Callable[[_Parts], Awaitable[None]]] = {
 
 
 def listen_address(settings: FacilitySettings, names: Sequence[ServiceName]) -> str:
-    """Return where a process that serves these services listens; INVALID_FIELD if they are configured apart."""
+    """Return where a process that serves these services listens; INVALID_FIELD if that does not follow from the file.
+
+    It does not if they are configured apart, or if each has several addresses, those of its replicas.
+    """
     addresses = {settings.addresses().of(name) for name in names}
     if len(addresses) > 1:
         raise invalid_field("services", f"{', '.join(names)} have different addresses; serve each by itself")
-    return addresses.pop()
+    (address,) = addresses
+    if len(replicas(address)) > 1:
+        raise invalid_field("listen", f"{', '.join(names)} may be at any of {address}; say with --listen at which one")
+    return address
 
 
 async def serve(
@@ -280,19 +330,22 @@ async def serve(
     settings: FacilitySettings,
     names: Sequence[ServiceName] = SERVICE_NAMES,
     *,
+    listen: str = "",
     ready: Callable[[str], None] = lambda _address: None,
     stopping: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve some services of a facility until SIGTERM or SIGINT.
 
-    `ready` is told the address once calls are answered, `stopping` is called when the end begins.
+    `listen` is the `host:port` of this process, if it is not the services' only address. `ready` is told it once calls
+    are answered, `stopping` is called when the end begins: new calls and streams are told to go elsewhere, calls in
+    progress are answered.
 
     Jobs and caches that run when the process ends go on, and are taken up again by the next that serves.
 
     Raises:
         BeamwireError: LAUNCH_FAILED if the address is taken, CERTIFICATE_INVALID if credentials cannot be read.
     """
-    address = listen_address(settings, names)
+    address = listen or listen_address(settings, names)
     identity = TOGETHER if len(names) > 1 else f"service/{names[0]}"
     setup = telemetry.setup(
         identity.removeprefix("service/"),
@@ -310,7 +363,7 @@ async def serve(
                 await add(parts)
         # Entered after the databases and channels, and so left before them: tasks end while what they use is there.
         await stack.enter_async_context(runner)
-        for task, work in parts.start.items():
+        for task, work in {**parts.start, "watchdog": keep_alive}.items():
             runner.start(task, work)
         # Before the first call is answered, so that no call finds a resource that lacks its driver.
         for resume in parts.resume:
@@ -322,27 +375,53 @@ async def serve(
             services=parts.services,
             idempotency=parts.idempotency,
             gate=Gate(credentials, policy, TokenChecker(lambda: credentials.verifier.trust)),
+            limits=CallLimits(settings.limits.calls_in_progress, settings.limits.open_streams),
         )
+        servers = [server]
+        # If this fails or is cancelled. Who is told to end has stopped them before.
+        stack.push_async_callback(_stop, servers, 0)
         await server.start()
-        stack.push_async_callback(server.stop, STOP_GRACE)
         if "certificate" in names:
-            await _listen_for_members(parts, credentials)
+            servers.append(await _listen_for_members(parts, credentials, listen))
         # Not before calls are answered: the Certificate service may be this process.
         runner.start("membership", _join(parts, identity.removeprefix("service/")).run)
         ready(address)
-        await runner.run_until_signal()
-        stopping()
+
+        async def drain() -> None:
+            stopping()
+            await _stop(servers, STOP_GRACE)
+
+        await runner.run_until_signal(drain)
 
 
-async def _listen_for_members(parts: _Parts, credentials: Credentials) -> None:
-    """Serve the methods that need no certificate, on a listener of their own."""
+async def _stop(servers: Sequence[Server], grace: float) -> None:
+    await asyncio.gather(*(server.stop(grace) for server in servers))
+
+
+async def _listen_for_members(parts: _Parts, credentials: Credentials, listen: str) -> Server:
+    """Serve the methods that need no certificate, on a listener of their own: the first address that is free.
+
+    It is on the host that this process was told to listen on, if it was.
+    """
     certificate = [service for service in parts.services if service.full_name.endswith(".CertificateService")]
-    server = Server(
-        credentials,
-        address=parts.settings.enroll_address,
-        services=certificate,
-        idempotency=parts.idempotency,
-        anonymous=True,
-    )
-    await server.start()
-    parts.stack.push_async_callback(server.stop, STOP_GRACE)
+    *others, last = replicas(parts.settings.enroll_address)
+    for address in (*others, last):
+        server = Server(
+            credentials,
+            address=_on_host_of(listen, address) if listen else address,
+            services=certificate,
+            idempotency=parts.idempotency,
+            anonymous=True,
+        )
+        try:
+            await server.start()
+        except BeamwireError:
+            if address == last:
+                raise
+        else:
+            return server
+    raise AssertionError("the last one is served or raises")
+
+
+def _on_host_of(listen: str, address: str) -> str:
+    return f"{listen.rpartition(':')[0]}:{address.rpartition(':')[2]}"

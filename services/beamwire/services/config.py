@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, get_args
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 
 from beamwire.mesh import policy
 from beamwire.mesh.addresses import Addresses, check_address
 from beamwire.mesh.config import Section, Settings, load
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 from beamwire.mesh.identity.ids import OWN_ROLES, Role, is_trust_domain
+from beamwire.mesh.rpc.limits import CALLS, STREAMS
 
 ServiceName = Literal["certificate", "buffer", "job", "request"]
 SERVICE_NAMES: tuple[ServiceName, ...] = get_args(ServiceName)
@@ -57,6 +59,11 @@ class Data(Section):
         default=True, description="admit buffers that processes of the services' user reach over a Unix socket"
     )
     capacity_bytes: int = Field(default=8 * 1024**3, gt=0, description="the largest ring of a buffer, with its shards")
+    nodes: tuple[str, ...] = Field(
+        default=(),
+        description="the names or addresses of the nodes on which a batch system may run caches, which go on their "
+        "certificates; empty: caches run on the host of the Buffer service alone",
+    )
     ticket_lifetime: timedelta = Field(
         default=timedelta(minutes=10), gt=timedelta(0), description="how long a ticket for a data connection is good"
     )
@@ -88,12 +95,65 @@ class Certificates(Section):
 
 
 class Limits(Section):
-    """What one owner may have."""
+    """What one owner may have, and what one process answers at a time."""
 
     active_transfers: int = Field(default=16, gt=0)
     active_buffers: int = Field(default=16, gt=0, description="besides those of transfers")
-    processes: int = Field(default=64, gt=0, description="MPI ranks of one streamer")
-    lease: timedelta = Field(default=timedelta(days=7), description="how long a transfer may take")
+    active_jobs: int = Field(default=64, gt=0, description="besides those of transfers and of the services themselves")
+    job_file_bytes: int = Field(default=16 * 1024**3, gt=0, description="the files of one job, to be uploaded to")
+    processes: int = Field(default=64, gt=0, description="MPI ranks of one streamer, processes of a user's job")
+    owner_processes: int = Field(default=256, gt=0, description="MPI ranks of all streamers of one owner")
+    buffer_bytes: int = Field(default=64 * 1024**3, gt=0, description="the rings of all transfers of one owner")
+    lease: timedelta = Field(default=timedelta(days=7), description="how long a transfer may take altogether")
+    calls_in_progress: int = Field(
+        default=CALLS, gt=1, description="of all users at one process, half of them of one alone; services besides"
+    )
+    open_streams: int = Field(default=STREAMS, gt=1, description="likewise: watches, logs, consumers behind a tunnel")
+
+
+class Retention(Section):
+    """How long what has ended can still be read; then it is forgotten."""
+
+    transfers: timedelta = Field(default=timedelta(days=30), gt=timedelta(0))
+    jobs: timedelta = Field(
+        default=timedelta(days=30), gt=timedelta(0), description="with what they left in their files"
+    )
+    buffers: timedelta = Field(default=timedelta(days=30), gt=timedelta(0))
+
+
+class DatabaseServer(Section):
+    """Where the services keep what they know, if several replicas of each are to run."""
+
+    url: SecretStr = Field(
+        default=SecretStr(""),
+        description="`postgresql+asyncpg://user@host/name`, a schema in it for each service; its password belongs into "
+        "PGPASSFILE, or the whole into BEAMWIRE_DATABASE__URL; empty: SQLite files in state/, one replica",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _is_url(cls, url: SecretStr) -> SecretStr:
+        if url.get_secret_value() and not url.get_secret_value().startswith(("postgresql+asyncpg://", "postgresql://")):
+            raise ValueError("must begin with postgresql+asyncpg://, or be empty")
+        return url
+
+
+class BatchSystem(Section):
+    """Where jobs run besides this host."""
+
+    kind: Literal["slurm", "psij"] = Field(description="`psij` for PBS, LSF, Flux and others, through psij-python")
+    executor: str = Field(default="", description="psij-python's name of the scheduler: pbs, lsf, flux, cobalt")
+    path: str = Field(default="", description="the directory of Slurm's commands; empty: they are on PATH")
+    conf: str = Field(default="", description="the file that SLURM_CONF shall name; empty: as the host has it")
+    queue: str = Field(default="", description="the queue of jobs that name none; empty: the scheduler's own default")
+    account: str = Field(default="", description="the account of jobs that name none; empty: the user's default")
+    mpi: str = Field(default="pmi2", description="how srun starts MPI ranks of MPICH: one of `srun --mpi=list`")
+
+    @model_validator(mode="after")
+    def _names_an_executor(self) -> BatchSystem:
+        if (self.kind == "psij") != bool(self.executor):
+            raise ValueError("a backend of kind psij needs an executor, and no other has one")
+        return self
 
 
 class Telemetry(Section):
@@ -116,7 +176,18 @@ class FacilitySettings(Settings):
     authority: Authority = Authority()
     certificates: Certificates = Certificates()
     limits: Limits = Limits()
+    retention: Retention = Retention()
+    database: DatabaseServer = DatabaseServer()
     telemetry: Telemetry = Telemetry()
+    backends: dict[str, BatchSystem] = Field(default={}, description="by the name that jobs say; besides `local`")
+
+    @field_validator("backends")
+    @classmethod
+    def _are_named(cls, backends: dict[str, BatchSystem]) -> dict[str, BatchSystem]:
+        for name in backends:
+            if name == "local" or not re.fullmatch(r"[a-z][a-z0-9-]{0,59}", name):
+                raise ValueError(f"{name[:100]!r} is not a name for a backend: a-z, 0-9 and -, and not local")
+        return backends
 
     @field_validator("trust_domain")
     @classmethod
@@ -156,12 +227,16 @@ class Layout:
         return self.directory / "members" / path
 
     def database(self, service: str) -> Path:
-        """Return the file that a service keeps its resources in."""
+        """Return the file that a service keeps its resources in, where there is no server for that."""
         return self.state / f"{service}.sqlite"
+
+    def database_target(self, settings: FacilitySettings, service: str) -> Path | str:
+        """Return where a service keeps its resources: its file, or the URL of the database of them all."""
+        return settings.database.url.get_secret_value() or self.database(service)
 
     def process_directories(self) -> Iterator[Path]:
         """Yield the directories of all processes that the services have started."""
-        yield from sorted(self.jobs.glob("*"))
+        yield from sorted(self.jobs.glob("*/steps/*"))
         # A buffer may have several caches.
         yield from sorted(self.buffers.glob("*/shard-*"))
 

@@ -52,7 +52,7 @@ async def make_facility(directory: Path, settings: FacilitySettings, *, parent: 
     for path in (layout.state, layout.jobs, layout.buffers, layout.traces):
         path.mkdir(mode=0o700)
     _write_private(layout.page_key, secrets.token_bytes(32))
-    database = await Database.open(layout.database("certificate"))
+    database = await Database.open(layout.database_target(settings, "certificate"), "certificate")
     try:
         registrar = (await open_office(layout, settings, database, Policy(settings.trust_domain))).registrar
         for member in (*_service_paths(), operator_path()):

@@ -16,6 +16,7 @@ from beamwire.buffer.v1.buffer_service_pb2_grpc import BufferServiceStub
 from beamwire.certificate.v1 import certificate_service_pb2 as certificate_pb2
 from beamwire.certificate.v1.certificate_service_pb2_grpc import CertificateServiceStub
 from beamwire.client.abroad import learn_trust
+from beamwire.client.aiojobs import AsyncJobs
 from beamwire.client.aiostream import AsyncStream
 from beamwire.client.config import (
     EnrolledFacility,
@@ -24,14 +25,13 @@ from beamwire.client.config import (
     config_directory,
     job_membership,
 )
-from beamwire.client.following import tail, watch
+from beamwire.client.following import watch
 from beamwire.client.forks import refuse_after_fork
 from beamwire.client.request import ParsedRequest, Request, parse_request
 from beamwire.client.session import Reading, Via
 from beamwire.client.source import Source
 from beamwire.client.transfers import full_name, has_ended
 from beamwire.common.v1.account_pb2 import EndCause
-from beamwire.job.v1 import job_service_pb2 as job_pb2
 from beamwire.job.v1.job_service_pb2_grpc import JobServiceStub
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.identity.credentials import MEMBER_FILE
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
     from beamwire.buffer.v1.buffer_service_pb2_grpc import BufferServiceAsyncStub
     from beamwire.certificate.v1.certificate_service_pb2_grpc import CertificateServiceAsyncStub
-    from beamwire.job.v1.job_service_pb2_grpc import JobServiceAsyncStub
     from beamwire.request.v1.request_service_pb2_grpc import RequestServiceAsyncStub
     from beamwire.stream.v1.link_pb2 import LinkRole
 
@@ -136,6 +135,18 @@ class AsyncClient:
         )
         # Longer than other calls: the dataset is opened before the answer.
         return await self._requests.CreateTransfer(call, timeout=_CREATE_SECONDS)
+
+    async def estimate_transfer(self, request: Request | ParsedRequest) -> request_pb2.EstimateTransferResponse:
+        """Ask what a transfer would give, how long it would take and what stands in its way; nothing is created."""
+        parsed = request if isinstance(request, ParsedRequest) else parse_request(request)
+        call = request_pb2.EstimateTransferRequest(transfer=parsed.transfer)
+        return await self._requests.EstimateTransfer(call, timeout=_CREATE_SECONDS)
+
+    async def extend_transfer(self, name: str, lease: timedelta) -> request_pb2.Transfer:
+        """Give a transfer so much time from now on; a shorter time than it has left changes nothing."""
+        call = request_pb2.ExtendTransferRequest(name=full_name("transfers", name), request_id=_request_id())
+        call.lease.FromTimedelta(lease)
+        return await self._requests.ExtendTransfer(call)
 
     async def get_transfer(self, name: str) -> request_pb2.Transfer:
         """Read a transfer, by `transfers/<id>` or `<id>`."""
@@ -302,36 +313,10 @@ class AsyncClient:
         request = certificate_pb2.CheckAccessRequest(method=method, dataset=dataset, identity=identity)
         return await self._certificates.CheckAccess(request)
 
-    async def get_job(self, name: str) -> job_pb2.Job:
-        """Read a job, by `jobs/<id>` or `<id>`."""
-        return await self._jobs.GetJob(job_pb2.GetJobRequest(name=full_name("jobs", name)))
-
-    async def list_jobs(self, filter: str = "", *, page_size: int = 0) -> AsyncIterator[job_pb2.Job]:  # noqa: A002
-        """Yield the caller's jobs, newest first, page by page."""
-        token = ""
-        while True:
-            page = await self._jobs.ListJobs(
-                job_pb2.ListJobsRequest(page_size=page_size, page_token=token, filter=filter)
-            )
-            for job in page.jobs:
-                yield job
-            token = page.next_page_token
-            if not token:
-                return
-
-    async def cancel_job(self, name: str) -> job_pb2.Job:
-        """Cancel a job; one that has ended stays as it is."""
-        return await self._jobs.CancelJob(
-            job_pb2.CancelJobRequest(name=full_name("jobs", name), request_id=_request_id())
-        )
-
-    async def tail_logs(
-        self, name: str, *, follow: bool = False, last_bytes: int = 0
-    ) -> AsyncIterator[job_pb2.TailLogsResponse]:
-        """Yield what a job printed, from the start or the last bytes on; with `follow`, until it has ended."""
-        request = job_pb2.TailLogsRequest(name=full_name("jobs", name), follow=follow, last_bytes=last_bytes)
-        async for piece in tail(self._jobs.TailLogs, request):
-            yield piece
+    @property
+    def jobs(self) -> AsyncJobs:
+        """The calls about jobs."""
+        return AsyncJobs(lambda: JobServiceStub(self._channel("job")))
 
     def _channel(self, service: str) -> grpc.aio.Channel:
         # Made on first use: a channel belongs to the event loop that is running.
@@ -362,10 +347,6 @@ class AsyncClient:
     @property
     def _certificates(self) -> CertificateServiceAsyncStub:
         return CertificateServiceStub(self._channel("certificate"))
-
-    @property
-    def _jobs(self) -> JobServiceAsyncStub:
-        return JobServiceStub(self._channel("job"))
 
 
 def find_facility(

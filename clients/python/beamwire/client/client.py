@@ -13,18 +13,18 @@ from beamwire.buffer.v1.buffer_service_pb2 import Buffer, BufferSpec
 from beamwire.certificate.v1.certificate_service_pb2 import CheckAccessResponse, DelegationToken, WhoAmIResponse
 from beamwire.client.aio import AsyncClient
 from beamwire.client.config import EnrolledFacility
+from beamwire.client.jobs import Jobs
 from beamwire.client.portal import Portal
 from beamwire.client.request import ParsedRequest, Request
 from beamwire.client.session import Reading, Via
 from beamwire.client.source import Source
 from beamwire.client.stream import Stream
 from beamwire.common.v1.account_pb2 import EndCause
-from beamwire.job.v1.job_service_pb2 import Job, TailLogsResponse
 from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import PREFETCH_BYTES
 from beamwire.mesh.stream.ticket import Ticket, TicketSource
-from beamwire.request.v1.request_service_pb2 import Transfer
+from beamwire.request.v1.request_service_pb2 import EstimateTransferResponse, Transfer
 
 if TYPE_CHECKING:
     from beamwire.stream.v1.link_pb2 import LinkRole
@@ -121,6 +121,14 @@ class Client:
             self._client.create_transfer(request, transfer_id=transfer_id, validate_only=validate_only)
         )
 
+    def estimate_transfer(self, request: Request | ParsedRequest) -> EstimateTransferResponse:
+        """Ask what a transfer would give, how long it would take and what stands in its way; nothing is created."""
+        return self._portal.call(self._client.estimate_transfer(request))
+
+    def extend_transfer(self, name: str, lease: timedelta) -> Transfer:
+        """Give a transfer so much time from now on; a shorter time than it has left changes nothing."""
+        return self._portal.call(self._client.extend_transfer(name, lease))
+
     def get_transfer(self, name: str) -> Transfer:
         """Read a transfer, by `transfers/<id>` or `<id>`."""
         return self._portal.call(self._client.get_transfer(name))
@@ -198,21 +206,10 @@ class Client:
         """Ask whether a method, a dataset or both would be allowed, to the caller or, for operators, to anybody."""
         return self._portal.call(self._client.check_access(method, dataset, identity))
 
-    def get_job(self, name: str) -> Job:
-        """Read a job, by `jobs/<id>` or `<id>`."""
-        return self._portal.call(self._client.get_job(name))
-
-    def list_jobs(self, filter: str = "", *, page_size: int = 0) -> Iterator[Job]:  # noqa: A002
-        """Yield the caller's jobs, newest first."""
-        return self._portal.iterate(self._client.list_jobs(filter, page_size=page_size))
-
-    def cancel_job(self, name: str) -> Job:
-        """Cancel a job; one that has ended stays as it is."""
-        return self._portal.call(self._client.cancel_job(name))
-
-    def tail_logs(self, name: str, *, follow: bool = False, last_bytes: int = 0) -> Iterator[TailLogsResponse]:
-        """Yield what a job printed, from the start or the last bytes on; with `follow`, until it has ended."""
-        return self._portal.iterate(self._client.tail_logs(name, follow=follow, last_bytes=last_bytes))
+    @property
+    def jobs(self) -> Jobs:
+        """The calls about jobs."""
+        return Jobs(self._portal, self._client.jobs)
 
 
 def _close(portal: Portal, client: AsyncClient) -> None:

@@ -12,7 +12,7 @@ from beamwire.mesh.errors import BeamwireError, Reason
 
 _RECONNECT_SECONDS = 30.0
 _RECONNECT_PAUSE = 0.5
-_PASSING = frozenset({Reason.SERVICE_UNAVAILABLE, Reason.DRAINING})
+_PASSING = frozenset({Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.OVERLOADED})
 
 
 class _Versioned(Protocol):

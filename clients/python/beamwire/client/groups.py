@@ -33,8 +33,12 @@ def for_group(parsed: ParsedRequest, group: str) -> ParsedRequest:
 def choose_group(wanted: str, transfer: Transfer) -> str:
     """Return the group to read in: the one wanted, else `default` or the only one of a transfer.
 
+    A transfer whose events come from the buffer of an earlier one has a group of its own there, and no other.
+
     Raises BeamwireError INVALID_FIELD if the transfer has several, and it cannot be told which is meant.
     """
+    if transfer.group:
+        return transfer.group
     declared = list(transfer.buffer_spec.groups)
     if wanted or not declared or DEFAULT_GROUP in declared:
         return wanted

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Struct
 
 from beamwire.buffer.v1 import buffer_service_pb2 as buffer_pb2
+from beamwire.client.demands import Demands
 from beamwire.client.problems import Problems
+from beamwire.client.values import INT32_MAX, INT64_MAX, kind_of
 from beamwire.client.yamlfile import read_yaml
 from beamwire.request.v1 import request_service_pb2 as request_pb2
 
@@ -30,7 +30,10 @@ _STREAM_KEYS = (
     "data_handlers",
     "max_events",
 )
-_OWN_KEYS = ("processes", "buffer", "lease", "labels", "consumer_jobs")
+_OWN_KEYS = (
+    *("processes", "buffer", "lease", "labels", "consumer_jobs"),
+    *("placement", "resources", "contract", "reuse", "keep"),
+)
 _KEYS = frozenset(_STREAM_KEYS + _OWN_KEYS)
 _BUFFER_KEYS = frozenset(
     {
@@ -44,6 +47,7 @@ _BUFFER_KEYS = frozenset(
         "frame_lease",
         "retain_bytes",
         "shard_count",
+        "placement",
     }
 )
 _JOB_KEYS = frozenset(
@@ -51,9 +55,6 @@ _JOB_KEYS = frozenset(
 )
 _HANDLER_KEYS = frozenset({"type", "write_directory", "file_prefix", "file_suffix"})
 _OLD_LAYOUT = "this is the older layout of LCLStreamer; move what is under it to the top level, each with its `type`"
-_UNIT_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_INT32_MAX = 2**31 - 1
-_INT64_MAX = 2**63 - 1
 _EXACT_IN_DOUBLE = 2**53
 
 
@@ -90,52 +91,46 @@ def parse_request(request: Request) -> ParsedRequest:
     return _Conversion(Problems(file.path, file.lines)).run(file.content)
 
 
-def parse_seconds(value: object) -> float | None:
-    """Return a length of time given as seconds or as text such as `90s`, `30m`, `2h` or `1d12h`; None if it is not."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int | float):
-        return float(value) if value > 0 and math.isfinite(value) else None
-    if isinstance(value, str) and re.fullmatch(r"(\d+(\.\d+)?[smhd])+", value):
-        parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", value)
-        return sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts) or None
-    return None
-
-
-class _Conversion:
+class _Conversion(Demands):
     """One request on its way to a Transfer; goes on after a problem to find the others."""
-
-    def __init__(self, problems: Problems) -> None:
-        self._problems = problems
 
     def run(self, content: Mapping[str, object]) -> ParsedRequest:
         for key in content:
             if key not in _KEYS:
-                self._problems.unknown_key(str(key), str(key), _KEYS, _OLD_LAYOUT if key == "lclstreamer" else "")
+                self.problems.unknown_key(str(key), str(key), _KEYS, _OLD_LAYOUT if key == "lclstreamer" else "")
         transfer = request_pb2.Transfer(
             config=self._config(content),
-            process_count=self._count("processes", content.get("processes"), _INT32_MAX, least=1),
-            labels=self._words_by_name("labels", content.get("labels")),
+            process_count=self.count("processes", content.get("processes"), INT32_MAX, least=1),
+            labels=self.words_by_name("labels", content.get("labels")),
             consumer_jobs=self._consumer_jobs(content.get("consumer_jobs")),
+            reuse=self.flag("reuse", content.get("reuse")),
         )
+        for key, part, convert in (
+            ("placement", transfer.streamer_placement, self.placement),
+            ("resources", transfer.streamer_resources, self.resources),
+            ("contract", transfer.contract, self.contract),
+            ("keep", transfer.keep, self.length),
+        ):
+            if content.get(key) is not None:
+                part.CopyFrom(convert(key, content[key]))  # type: ignore[arg-type]
         if content.get("buffer") is not None:
             transfer.buffer_spec.CopyFrom(self._buffer(content["buffer"]))
         if content.get("lease") is not None:
-            transfer.lease.CopyFrom(self._length("lease", content["lease"]))
+            transfer.lease.CopyFrom(self.length("lease", content["lease"]))
         output = self._handlers(content.get("data_handlers"))
-        self._problems.check()
+        self.problems.check()
         return ParsedRequest(transfer, output)
 
     def _config(self, content: Mapping[str, object]) -> request_pb2.StreamConfig:
         config = request_pb2.StreamConfig(
-            source_identifier=self._text("source_identifier", content.get("source_identifier")),
-            skip_incomplete_events=self._flag("skip_incomplete_events", content.get("skip_incomplete_events")),
-            max_event_count=self._count("max_events", content.get("max_events"), _INT64_MAX),
+            source_identifier=self.text("source_identifier", content.get("source_identifier")),
+            skip_incomplete_events=self.flag("skip_incomplete_events", content.get("skip_incomplete_events")),
+            max_event_count=self.count("max_events", content.get("max_events"), INT64_MAX),
             processing_pipeline=self._pipeline(content.get("processing_pipeline")),
             data_sources=self._sources(content.get("data_sources")),
         )
         if content.get("event_source") is None:
-            self._problems.add("event_source", "is missing; say where events come from, `type: Psana2EventSource`, say")
+            self.problems.add("event_source", "is missing; say where events come from, `type: Psana2EventSource`, say")
         else:
             config.event_source.CopyFrom(self._component("event_source", content["event_source"]))
         if content.get("data_serializer") is not None:
@@ -144,7 +139,7 @@ class _Conversion:
 
     def _sources(self, value: object) -> dict[str, request_pb2.Component]:
         if not isinstance(value, Mapping) or not value:
-            self._problems.add("data_sources", "must name at least one data source, each with its `type`")
+            self.problems.add("data_sources", "must name at least one data source, each with its `type`")
             return {}
         return {str(name): self._component(f"data_sources.{name}", item) for name, item in value.items()}
 
@@ -157,11 +152,11 @@ class _Conversion:
 
     def _component(self, path: str, value: object) -> request_pb2.Component:
         if not isinstance(value, Mapping):
-            self._problems.add(path, f"must be a mapping with a `type`, not {_kind(value)}")
+            self.problems.add(path, f"must be a mapping with a `type`, not {kind_of(value)}")
             return request_pb2.Component()
         kind = value.get("type")
         if not isinstance(kind, str) or not kind:
-            self._problems.add(f"{path}.type", "is missing; it names the component")
+            self.problems.add(f"{path}.type", "is missing; it names the component")
             return request_pb2.Component()
         parameters = {str(name): self._plain(f"{path}.{name}", item) for name, item in value.items() if name != "type"}
         component = request_pb2.Component(type=kind)
@@ -178,43 +173,36 @@ class _Conversion:
         if isinstance(value, bool | str) or value is None:
             return value
         if isinstance(value, int) and abs(value) > _EXACT_IN_DOUBLE:
-            self._problems.add(path, f"{value} is too large to be sent exactly; write it in quotes if it is a name")
+            self.problems.add(path, f"{value} is too large to be sent exactly; write it in quotes if it is a name")
             return 0.0
         if isinstance(value, int | float) and math.isfinite(value):
             return value
-        self._problems.add(path, f"must be a number, text, true or false, a list or a mapping, not {_kind(value)}")
+        self.problems.add(path, f"must be a number, text, true or false, a list or a mapping, not {kind_of(value)}")
         return None
 
     def _buffer(self, value: object) -> buffer_pb2.BufferSpec:
         spec = buffer_pb2.BufferSpec()
         if not isinstance(value, Mapping):
-            self._problems.add("buffer", f"must be a mapping, not {_kind(value)}")
+            self.problems.add("buffer", f"must be a mapping, not {kind_of(value)}")
             return spec
         for key in value:
             if key not in _BUFFER_KEYS:
-                self._problems.unknown_key(f"buffer.{key}", str(key), _BUFFER_KEYS)
-        spec.capacity_bytes = self._count("buffer.capacity_bytes", value.get("capacity_bytes"), _INT64_MAX, least=1)
-        spec.capacity_frames = self._count("buffer.capacity_frames", value.get("capacity_frames"), _INT32_MAX, least=1)
+                self.problems.unknown_key(f"buffer.{key}", str(key), _BUFFER_KEYS)
+        spec.capacity_bytes = self.count("buffer.capacity_bytes", value.get("capacity_bytes"), INT64_MAX, least=1)
+        spec.capacity_frames = self.count("buffer.capacity_frames", value.get("capacity_frames"), INT32_MAX, least=1)
         spec.overflow_policy = self._choice(value, "overflow_policy", buffer_pb2.OverflowPolicy)
         spec.delivery = self._choice(value, "delivery", buffer_pb2.Delivery)
         spec.transport = self._choice(value, "transport", buffer_pb2.Transport)
-        spec.retain_bytes = self._count("buffer.retain_bytes", value.get("retain_bytes"), _INT64_MAX)
-        spec.shard_count = self._count("buffer.shard_count", value.get("shard_count"), _INT32_MAX, least=1)
+        spec.retain_bytes = self.count("buffer.retain_bytes", value.get("retain_bytes"), INT64_MAX)
+        spec.shard_count = self.count("buffer.shard_count", value.get("shard_count"), INT32_MAX, least=1)
         who = "SPIFFE ids, such as spiffe://facility.example/user/bob"
-        spec.consumers.extend(self._words("buffer.consumers", value.get("consumers"), who))
-        spec.groups.extend(self._words("buffer.groups", value.get("groups"), "names, such as training"))
+        spec.consumers.extend(self.words("buffer.consumers", value.get("consumers"), who))
+        spec.groups.extend(self.words("buffer.groups", value.get("groups"), "names, such as training"))
+        if value.get("placement") is not None:
+            spec.placement.CopyFrom(self.placement("buffer.placement", value["placement"]))
         if value.get("frame_lease") is not None:
-            spec.frame_lease.CopyFrom(self._length("buffer.frame_lease", value["frame_lease"]))
+            spec.frame_lease.CopyFrom(self.length("buffer.frame_lease", value["frame_lease"]))
         return spec
-
-    def _words(self, path: str, value: object, what: str) -> list[str]:
-        """Return a list of words."""
-        if value is None:
-            return []
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return [str(item) for item in value]
-        self._problems.add(path, f"must be a list of {what}")
-        return []
 
     def _choice(self, mapping: Mapping[str, object], key: str, enum: Any) -> Any:
         """Return the number of the value that a word names; `enum` is one of the contract's."""
@@ -223,7 +211,7 @@ class _Conversion:
         words = {name.removeprefix(prefix).lower(): number for name, number in enum.items() if number}
         word = word.lower() if isinstance(word, str) else word
         if word is not None and (not isinstance(word, str) or word not in words):
-            self._problems.add(f"buffer.{key}", f"must be one of {', '.join(words)}, not {word!r}")
+            self.problems.add(f"buffer.{key}", f"must be one of {', '.join(words)}, not {word!r}")
             return 0
         return words[word] if word is not None else 0
 
@@ -240,7 +228,7 @@ class _Conversion:
                 case "BinaryFileWritingDataHandler":
                     output = self._file_handler(path, handler)
                 case kind:
-                    self._problems.add(
+                    self.problems.add(
                         f"{path}.type",
                         f"{kind!r} cannot be honoured: events are delivered to you; leave it out, or use "
                         "BinaryFileWritingDataHandler to say where `beamwire get` writes",
@@ -250,8 +238,8 @@ class _Conversion:
     def _file_handler(self, path: str, item: Mapping[str, object]) -> OutputDefaults:
         for key in item:
             if key not in _HANDLER_KEYS:
-                self._problems.unknown_key(f"{path}.{key}", str(key), _HANDLER_KEYS)
-        directory = self._text(f"{path}.write_directory", item.get("write_directory"))
+                self.problems.unknown_key(f"{path}.{key}", str(key), _HANDLER_KEYS)
+        directory = self.text(f"{path}.write_directory", item.get("write_directory"))
         return OutputDefaults(
             directory=Path(directory) if directory else None,
             prefix=self._name_part(f"{path}.file_prefix", item.get("file_prefix")),
@@ -259,94 +247,44 @@ class _Conversion:
         )
 
     def _name_part(self, path: str, value: object) -> str:
-        text = self._text(path, value)
+        text = self.text(path, value)
         if "/" in text or "\0" in text:
-            self._problems.add(path, "must not contain `/`; the directory is `write_directory`")
+            self.problems.add(path, "must not contain `/`; the directory is `write_directory`")
             return ""
         return text
-
-    def _length(self, path: str, value: object) -> Duration:
-        length = Duration()
-        seconds = parse_seconds(value)
-        if seconds is None:
-            self._problems.add(path, f"must be seconds or text such as 90s, 30m, 2h or 1d, not {value!r}")
-        else:
-            length.FromNanoseconds(round(seconds * 1e9))
-        return length
 
     def _consumer_jobs(self, value: object) -> list[request_pb2.ConsumerJob]:
         if value is None:
             return []
         if not isinstance(value, list | tuple):
-            self._problems.add("consumer_jobs", f"must be a list of programs to run, not {_kind(value)}")
+            self.problems.add("consumer_jobs", f"must be a list of programs to run, not {kind_of(value)}")
             return []
         return [self._consumer_job(f"consumer_jobs[{index}]", item) for index, item in enumerate(value)]
 
     def _consumer_job(self, path: str, value: object) -> request_pb2.ConsumerJob:
         consumer = request_pb2.ConsumerJob()
         if not isinstance(value, Mapping):
-            self._problems.add(path, f"must be a mapping with an `executable`, not {_kind(value)}")
+            self.problems.add(path, f"must be a mapping with an `executable`, not {kind_of(value)}")
             return consumer
         for key in value:
             if key not in _JOB_KEYS:
-                self._problems.unknown_key(f"{path}.{key}", str(key), _JOB_KEYS)
-        consumer.trust_domain = self._text(f"{path}.facility", value.get("facility"))
+                self.problems.unknown_key(f"{path}.{key}", str(key), _JOB_KEYS)
+        consumer.trust_domain = self.text(f"{path}.facility", value.get("facility"))
         spec = consumer.spec
-        spec.executable = self._text(f"{path}.executable", value.get("executable"))
+        spec.executable = self.text(f"{path}.executable", value.get("executable"))
         if not spec.executable:
-            self._problems.add(f"{path}.executable", "is missing; it names the program")
-        spec.arguments.extend(self._words(f"{path}.arguments", value.get("arguments"), "words"))
-        spec.environment.update(self._words_by_name(f"{path}.environment", value.get("environment")))
-        spec.display_name = self._text(f"{path}.display_name", value.get("display_name"))
-        spec.mpi = self._flag(f"{path}.mpi", value.get("mpi"))
-        spec.resources.process_count = self._count(f"{path}.processes", value.get("processes"), _INT32_MAX, least=1)
+            self.problems.add(f"{path}.executable", "is missing; it names the program")
+        spec.arguments.extend(self.words(f"{path}.arguments", value.get("arguments"), "words"))
+        spec.environment.update(self.words_by_name(f"{path}.environment", value.get("environment")))
+        spec.display_name = self.text(f"{path}.display_name", value.get("display_name"))
+        spec.mpi = self.flag(f"{path}.mpi", value.get("mpi"))
+        spec.resources.process_count = self.count(f"{path}.processes", value.get("processes"), INT32_MAX, least=1)
         if value.get("duration") is not None:
-            spec.resources.duration.CopyFrom(self._length(f"{path}.duration", value["duration"]))
+            spec.resources.duration.CopyFrom(self.length(f"{path}.duration", value["duration"]))
         return consumer
-
-    def _words_by_name(self, path: str, value: object) -> dict[str, str]:
-        if value is None:
-            return {}
-        if not isinstance(value, Mapping):
-            self._problems.add(path, f"must be a mapping of words, not {_kind(value)}")
-            return {}
-        for name, word in value.items():
-            if isinstance(word, Mapping | list | tuple) or word is None:
-                self._problems.add(f"{path}.{name}", f"must be a word, not {_kind(word)}")
-        return {str(name): _word(word) for name, word in value.items()}
-
-    def _text(self, path: str, value: object) -> str:
-        if value is None or isinstance(value, str):
-            return value or ""
-        self._problems.add(path, f"must be text, not {_kind(value)}")
-        return ""
-
-    def _flag(self, path: str, value: object) -> bool:
-        if value is None or isinstance(value, bool):
-            return bool(value)
-        self._problems.add(path, f"must be true or false, not {value!r}")
-        return False
-
-    def _count(self, path: str, value: object, most: int, *, least: int = 0) -> int:
-        if value is None:
-            return 0
-        if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
-            return value
-        self._problems.add(path, f"must be a whole number from {least} to {most}, not {value!r}")
-        return 0
 
 
 def _struct(parameters: dict[str, Any]) -> Struct:
     struct = Struct()
     struct.update(parameters)
     return struct
-
-
-def _word(value: object) -> str:
-    # As YAML writes them, so that a filter can be written as the request was.
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _kind(value: object) -> str:
-    names = {type(None): "nothing", list: "a list", dict: "a mapping", str: "text", int: "a number", float: "a number"}
-    return names.get(type(value), f"a {type(value).__name__}")

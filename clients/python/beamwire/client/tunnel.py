@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 _LIMIT: Final = 1024 * 1024
 # A service that is away, and a cache that is being started again, come back.
-_PASSING: Final = frozenset({Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.TIMED_OUT, Reason.CACHE_FAILED})
+_PASSING: Final = frozenset(
+    {Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.TIMED_OUT, Reason.OVERLOADED, Reason.CACHE_FAILED}
+)
 
 
 class Tunnel:

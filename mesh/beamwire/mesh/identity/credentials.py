@@ -324,13 +324,15 @@ class Credentials:
             certificate_chain=state.chain_pem,
         )
 
-    def server_credentials(self, *, require_client: bool = True) -> grpc.ServerCredentials:
+    def server_credentials(
+        self, *, require_client: bool = True, may_change: Callable[[], bool] = lambda: True
+    ) -> grpc.ServerCredentials:
         """What a gRPC server shows and believes at one port. A renewal counts from the next handshake on.
 
-        gRPC is given a new configuration only after a change: while it replaces one, a second handshake at the same
-        time may use memory that is already free (grpc/grpc#36693), and a new one for every handshake soon kills the
-        process. In return a client can resume a TLS session after its certificate has ended, so a server must check
-        the time at every call.
+        gRPC is given a new configuration only after a change, and when `may_change`, which its threads ask one at a
+        time, says so: while it replaces one, a second handshake at the same time may use memory that is already free
+        (see `beamwire.mesh.rpc.handover`). In return a client can resume a TLS session after its certificate has ended,
+        so a server must check the time at every call.
         """
         import grpc
 
@@ -339,7 +341,7 @@ class Credentials:
         def renewed() -> Any:
             nonlocal served
             state = self._fresh()
-            if state is served:
+            if state is served or not may_change():
                 return None  # which the stubs of grpcio do not know
             served = state
             return state.server_configuration()

@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
+from beamwire.mesh.addresses import target
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.credentials import MEMBER_FILE, PUBLIC, Credentials, new_key_and_csr, write_file
 from beamwire.mesh.identity.ids import services_name
@@ -41,8 +42,8 @@ def _decode(text: str) -> bytes:
 class JoinToken:
     """A one-time right to enrol, as one word to hand over.
 
-    `enroll_address` is where to enrol and `address` where to call afterwards, both `host:port`; `root_der` is the root
-    certificate that the enrolment listener must lead to.
+    `enroll_address` is where to enrol and `address` where to call afterwards, both `host:port` or several of them;
+    `root_der` is the root certificate that the enrolment listener must lead to.
     """
 
     trust_domain: str
@@ -89,7 +90,7 @@ def enroll(token: JoinToken, directory: Path, *, timeout: float = 30) -> Credent
     )
     roots = grpc.ssl_channel_credentials(root_certificates=token.roots_pem)
     options = [("grpc.ssl_target_name_override", services_name(token.trust_domain))]
-    with grpc.secure_channel(token.enroll_address, roots, options) as channel:
+    with grpc.secure_channel(target(token.enroll_address), roots, options) as channel:
         stub = certificate_service_pb2_grpc.CertificateServiceStub(channel)
         try:
             certificate = stub.EnrollMember(request, timeout=timeout)

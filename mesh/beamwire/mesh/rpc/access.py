@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache, lru_cache
-from typing import Final, NoReturn, Protocol
+from typing import Final, NamedTuple, NoReturn, Protocol
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -25,6 +25,8 @@ OPEN_SERVICES: Final = frozenset(
     {"grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"}
 )
 
+# Certificates, and those who show them, that are kept in memory.
+_KNOWN: Final = 1024
 # Roles that the Gate gives to the facility's own members only.
 _UNLIMITED: Final = frozenset({Role.SERVICE, Role.OPERATOR})
 
@@ -112,6 +114,7 @@ class MethodAccess:
 
 ANONYMOUS: Final = Caller(None, None)
 
+
 _caller: ContextVar[Caller] = ContextVar("beamwire_caller")
 
 
@@ -142,14 +145,23 @@ def declared_access(method: str) -> MethodAccess | None:
     return MethodAccess(frozenset(Role[name] for name in names), access.owner_only, access.anonymous)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=_KNOWN)
 def _parse(pem: bytes) -> tuple[x509.Certificate, ...]:
     return tuple(x509.load_pem_x509_certificates(pem))
 
 
-@lru_cache(maxsize=1024)
-def _fingerprint(pem: bytes) -> bytes:
-    return _parse(pem)[0].fingerprint(hashes.SHA256())
+class _Shown(NamedTuple):
+    """What somebody shows at a connection."""
+
+    leaf: x509.Certificate
+    chain: tuple[x509.Certificate, ...]
+    sha256: bytes
+
+
+@lru_cache(maxsize=_KNOWN)
+def _shown(leaf_pem: bytes, chain_pem: bytes) -> _Shown:
+    (leaf, *_) = _parse(leaf_pem)
+    return _Shown(leaf, _parse(chain_pem) if chain_pem else (), leaf.fingerprint(hashes.SHA256()))
 
 
 def certificate_end(auth_context: Mapping[str, Iterable[bytes]]) -> datetime:
@@ -170,6 +182,7 @@ class Gate:
         self._credentials = credentials
         self._policy = policy or Policy(credentials.identity.trust_domain)
         self._tokens = tokens
+        self._callers: dict[bytes, Caller] = {}
 
     def identify(self, auth_context: Mapping[str, Iterable[bytes]], token: str = "") -> Caller:
         """Who is at the other end of a gRPC connection; `token` is the delegation token that came with the call.
@@ -184,13 +197,17 @@ class Gate:
                 "the call came without a client certificate; enrol first",
                 metadata={"check": "chain"},
             )
-        chain_pem = next(iter(auth_context.get("x509_pem_cert_chain", ())), b"")
-        verifier = self._credentials.verifier
-        identity = verifier.verify(_parse(leaf_pem)[0], _parse(chain_pem) if chain_pem else ())
+        shown = _shown(leaf_pem, next(iter(auth_context.get("x509_pem_cert_chain", ())), b""))
+        identity = self._credentials.verifier.verify(shown.leaf, shown.chain)
         if token:
-            return self._holder(token, identity, _fingerprint(leaf_pem))
+            return self._holder(token, identity, shown.sha256)
         grant = self._grant(identity)
-        return Caller(identity, grant.role, _fingerprint(leaf_pem), grant)
+        known = self._callers.get(shown.sha256)
+        if known is None or known.grant is not grant:
+            if len(self._callers) >= _KNOWN:
+                self._callers.clear()
+            known = self._callers[shown.sha256] = Caller(identity, grant.role, shown.sha256, grant)
+        return known
 
     def _grant(self, identity: SpiffeId) -> Grant:
         try:

@@ -10,6 +10,7 @@ from weakref import WeakSet
 import grpc
 
 from beamwire.mesh import telemetry
+from beamwire.mesh.addresses import target
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.identity.delegation import METADATA_KEY, check_text
@@ -29,8 +30,10 @@ _Explain = Callable[[grpc.RpcError, grpc.aio.Channel], BeamwireError]
 def service_config() -> dict[str, Any]:
     """The gRPC service config of every service: what `<api>_service_config.json` beside each proto says of one.
 
-    UNAVAILABLE alone is retried, 5 attempts being the most that gRPC makes. There is no timeout in it, because grpcio
-    lets that fire early: deadlines are set per call.
+    A call that nobody began to answer is made again, 5 attempts being the most that gRPC makes: if it did not arrive or
+    the server drains (UNAVAILABLE), is overloaded for the moment (RESOURCE_EXHAUSTED), or ended in that very instant
+    (CANCELLED). Our servers say with all other answers of the last two codes that calling again is no use. There is no
+    timeout in it, because grpcio lets that fire early: deadlines are set per call.
     """
     return {
         "loadBalancingConfig": [{"round_robin": {}}],
@@ -42,7 +45,7 @@ def service_config() -> dict[str, Any]:
                     "initialBackoff": "0.1s",
                     "maxBackoff": "2s",
                     "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
+                    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
                 },
             }
         ],
@@ -57,7 +60,10 @@ def connect(
     server_name: str | None = None,
     token: str = "",
 ) -> grpc.aio.Channel:
-    """A channel to `host:port`: to a service of a facility, the caller's own unless `trust_domain` names another.
+    """A channel to a service of a facility, the caller's own unless `trust_domain` names another.
+
+    `address` is `host:port`, or those of the service's replicas, `host:port,host:port`: each answers its share of the
+    calls, and one that cannot, or ends, has its calls answered by another.
 
     The server is believed by the roots of that facility alone, and must have the name of a facility's services on its
     certificate unless `server_name` says what to expect.
@@ -111,7 +117,7 @@ class _RenewingChannel(grpc.aio.Channel):
         shown = (self._credentials.chain_pem, self._credentials.roots_of(self._trust_domain))
         if shown != self._made_with:
             security = self._credentials.channel_credentials(self._trust_domain)
-            self._newest = grpc.aio.secure_channel(self._address, security, self._options)
+            self._newest = grpc.aio.secure_channel(target(self._address), security, self._options)
             self._alive.add(self._newest)
             self._made_with = shown
         return self._newest

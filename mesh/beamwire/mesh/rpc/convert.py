@@ -1,14 +1,42 @@
-"""Times and losses between Python and protobuf."""
+"""Times and losses between Python and protobuf; and messages that are made once of what does not change."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from beamwire.common.v1 import account_pb2
+
+Of = TypeVar("Of")
+Made = TypeVar("Made")
+P = ParamSpec("P")
+
+
+def made_once(make: Callable[Concatenate[Of, P], Made]) -> Callable[Concatenate[Of, P], Made]:
+    """Let a function be asked once for each object that it makes something of, as long as that object lives.
+
+    For a message of a stored record, which costs more to make than the whole call that asks for it. The object must
+    not change, and nobody may change what is made.
+    """
+    known: dict[int, tuple[weakref.ref[Of], tuple[object, ...], Made]] = {}
+
+    @wraps(make)
+    def made(of: Of, /, *args: P.args, **kwargs: P.kwargs) -> Made:
+        key, asked = id(of), (*args, *kwargs.items())
+        found = known.get(key)
+        if found is not None and found[0]() is of and found[1] == asked:
+            return found[2]
+        result = make(of, *args, **kwargs)
+        known[key] = weakref.ref(of, lambda _: known.pop(key, None)), asked, result
+        return result
+
+    return made
 
 
 def to_timestamp(time: datetime | None) -> Timestamp | None:

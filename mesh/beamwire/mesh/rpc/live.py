@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,20 +21,31 @@ _LOOKS_PER_CHECK: Final = 4
 _log = logging.getLogger(__name__)
 
 
+class Kind(enum.Enum):
+    """What becomes of a call when the service is to end."""
+
+    ANSWERED_ONCE = enum.auto()
+    """It has time to be answered."""
+    LASTING = enum.auto()
+    """A stream of answers, which may have no end: it is cut off at once, and goes on elsewhere."""
+    WATCHING = enum.auto()
+    """It watches just that, and lasts to the end; nobody waits for it."""
+
+
 class LiveCall:
     """A call while it lasts; entered by the task that answers it. `check` raises if it may not go on."""
 
-    __slots__ = ("_calls", "_check", "_failure", "_task")
+    __slots__ = ("_calls", "_check", "_failure", "_task", "kind")
 
-    def __init__(self, calls: set[LiveCall], check: Callable[[], object]) -> None:
+    def __init__(self, calls: LiveCalls, check: Callable[[], object], kind: Kind) -> None:
         self._calls = calls
         self._check = check
         self._failure: BeamwireError | None = None
         self._task: asyncio.Task[Any] | None = None
+        self.kind = kind
 
     def __enter__(self) -> None:
-        self._task = asyncio.current_task()
-        self._calls.add(self)
+        self._task = self._calls.add(self)
 
     def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None) -> None:
         self._calls.discard(self)
@@ -43,18 +55,20 @@ class LiveCall:
             raise self._failure from None
 
     def check(self) -> None:
-        """Cut it off if it may not go on: what answers it is cancelled, and its caller is told why."""
-        if self._failure is not None:
-            return
+        """Cut it off if it may not go on."""
         try:
             self._check()
         except BeamwireError as error:
-            self._failure = error
+            self.cut(error)
         except Exception as error:
             # Whom we cannot judge we do not serve.
             _log.exception("a live call cannot be checked")
-            self._failure = BeamwireError(Reason.INTERNAL, f"the caller cannot be identified again: {error!r}")
-        if self._failure is not None and self._task is not None:
+            self.cut(BeamwireError(Reason.INTERNAL, f"the caller cannot be identified again: {error!r}"))
+
+    def cut(self, failure: BeamwireError) -> None:
+        """Cancel what answers it, and tell its caller why."""
+        if self._failure is None and self._task is not None:
+            self._failure = failure
             self._task.cancel()
 
 
@@ -63,18 +77,49 @@ class LiveCalls:
 
     def __init__(self) -> None:
         self._calls: set[LiveCall] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._fewer: asyncio.Event | None = None
 
     def __len__(self) -> int:
         return len(self._calls)
 
-    def entered(self, check: Callable[[], object]) -> LiveCall:
+    def add(self, call: LiveCall) -> asyncio.Task[Any] | None:
+        """A call begins; the task that answers it."""
+        self._calls.add(call)
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        # To find the running loop costs more than all the rest of this.
+        return asyncio.current_task(self._loop)
+
+    def discard(self, call: LiveCall) -> None:
+        """A call has been answered."""
+        self._calls.discard(call)
+        if self._fewer is not None:
+            self._fewer.set()
+
+    def entered(self, check: Callable[[], object], kind: Kind = Kind.ANSWERED_ONCE) -> LiveCall:
         """A call that begins, to be entered by its task."""
-        return LiveCall(self._calls, check)
+        return LiveCall(self, check, kind)
 
     def check(self) -> None:
         """Check all of them."""
         for call in list(self._calls):
             call.check()
+
+    def cut(self, failure: BeamwireError, kind: Kind) -> None:
+        """Cut off all of one kind."""
+        for call in list(self._calls):
+            if call.kind is kind:
+                call.cut(failure)
+
+    async def answered(self, patience: float) -> None:
+        """Wait until none is left but those that watch the end, some seconds at most."""
+        self._fewer = asyncio.Event()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                while any(call.kind is not Kind.WATCHING for call in self._calls):
+                    self._fewer.clear()
+                    await self._fewer.wait()
 
     async def watch(self, credentials: Credentials) -> None:
         """Check them when the server's trust changes, at once, and each second; until it is cancelled."""

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Final
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.rpc.access import Gate
 from beamwire.mesh.rpc.chain import Chain
 from beamwire.mesh.rpc.channel import MAX_MESSAGE_BYTES
+from beamwire.mesh.rpc.handover import Handover
+from beamwire.mesh.rpc.limits import CallLimits
 
 if TYPE_CHECKING:  # its database stays out of programs that only call
     from beamwire.mesh.idempotency import Idempotency
@@ -36,6 +38,8 @@ _OPTIONS: Final = (
     ("grpc.keepalive_timeout_ms", 5_000),
 )
 
+# Seconds for the answers to calls that were given up to be sent.
+_LAST_ANSWERS: Final = 1.0
 # One connection of somebody without a certificate.
 _STRANGERS: Final = (("grpc.max_concurrent_streams", 64),)
 
@@ -45,16 +49,16 @@ class Service:
     """A service to serve: its full name, the generated function that adds it, and what answers."""
 
     full_name: str
-    add: Callable[[Any, grpc.aio.Server], None]
+    add: Callable[[Any, Any], None]
     servicer: object
 
 
 class Server:
     """Serves services at one address (`host:port`, port 0 for any).
 
-    `gate` says who calls: without one, whom the credentials believe, by the default policy. `anonymous` makes it an
-    enrolment listener: no client certificate is asked for, only the methods that allow that are
-    served, and neither health nor reflection.
+    `gate` says who calls: without one, whom the credentials believe, by the default policy. `limits` is how many calls
+    it answers at a time; what is beyond is refused with OVERLOADED. `anonymous` makes it an enrolment listener: no
+    client certificate is asked for, only the methods that allow that are served, and neither health nor reflection.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Server:
         idempotency: Mapping[str, Idempotency] | None = None,
         gate: Gate | None = None,
         anonymous: bool = False,
+        limits: CallLimits | None = None,
     ) -> None:
         self._credentials = credentials
         self._address = address
@@ -73,26 +78,33 @@ class Server:
         self._idempotency = dict(idempotency or {})
         self._gate = gate or Gate(credentials)
         self._anonymous = anonymous
+        self._limits = limits
+        self._chain: Chain | None = None
         self._server: grpc.aio.Server | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._health = health_aio.HealthServicer()
 
     async def start(self) -> int:
         """Listen and serve; the port. BeamwireError LAUNCH_FAILED if the address cannot be had."""
-        chain = Chain(self._gate, self._idempotency, anonymous=self._anonymous)
-        server = grpc.aio.server(interceptors=[chain], options=_OPTIONS + (_STRANGERS if self._anonymous else ()))
+        chain = self._chain = Chain(self._gate, self._idempotency, anonymous=self._anonymous, limits=self._limits)
         for service in self._services:
-            service.add(service.servicer, server)
+            service.add(service.servicer, chain)
         if not self._anonymous:
-            await self._add_health_and_reflection(server)
-        port = self._listen(server)
+            await self._add_health_and_reflection(chain)
+        server = grpc.aio.server(handlers=[chain], options=_OPTIONS + (_STRANGERS if self._anonymous else ()))
+        handover = Handover()
+        port = self._listen(server, handover)
         await server.start()
         self._server = server
-        self._watch = asyncio.create_task(chain.live.watch(self._credentials), name="live calls")
+        host = self._address.rpartition(":")[0].strip("[]")
+        self._tasks = [
+            asyncio.create_task(chain.live.watch(self._credentials), name="live calls"),
+            asyncio.create_task(handover.run(self._credentials, host, port), name="handover of credentials"),
+        ]
         return port
 
-    def _listen(self, server: grpc.aio.Server) -> int:
-        security = self._credentials.server_credentials(require_client=not self._anonymous)
+    def _listen(self, server: grpc.aio.Server, handover: Handover) -> int:
+        security = self._credentials.server_credentials(require_client=not self._anonymous, may_change=handover.allowed)
         try:
             return server.add_secure_port(self._address, security)
         except RuntimeError as error:
@@ -103,21 +115,25 @@ class Server:
                 metadata={"address": self._address},
             ) from error
 
-    async def _add_health_and_reflection(self, server: grpc.aio.Server) -> None:
+    async def _add_health_and_reflection(self, chain: Any) -> None:
         names = [service.full_name for service in self._services]
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, chain)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        reflection.enable_server_reflection([*names, health_name, reflection.SERVICE_NAME], server)
+        reflected = reflection.aio.ReflectionServicer([*names, health_name, reflection.SERVICE_NAME])
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflected, chain)
         for name in ["", *names]:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace: float = 5.0) -> None:
-        """Take no more calls, give those that run some seconds, then end."""
-        if self._server is None:
+        """Refuse new calls and end streams, with DRAINING; give the calls that run some seconds; then end."""
+        if self._server is None or self._chain is None:
             return
         await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace)
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.wait([self._watch])
+        # It tells the clients to go elsewhere, at once.
+        stopped = asyncio.create_task(self._server.stop(grace + _LAST_ANSWERS))
+        await self._chain.drain(grace)
+        await stopped
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._server = None

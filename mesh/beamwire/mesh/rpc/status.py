@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Final
 
 import grpc
@@ -12,6 +14,8 @@ from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 
 DOMAIN: Final = "beamwire.org"
 DETAILS_KEY: Final = "grpc-status-details-bin"
+PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
+"""Tells the gRPC of a client, whatever its language, when to call again by itself; -1: not at all."""
 
 CODES: Final[dict[Reason, grpc.StatusCode]] = {
     Reason.INVALID_FIELD: grpc.StatusCode.INVALID_ARGUMENT,
@@ -41,6 +45,7 @@ CODES: Final[dict[Reason, grpc.StatusCode]] = {
     Reason.UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,
     Reason.INTERNAL: grpc.StatusCode.INTERNAL,
     Reason.TIMED_OUT: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Reason.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     # Reasons that stand in resources and streams; a call that must answer with one says that it was aborted or that
     # data was lost, codes that no client retries by itself.
     Reason.PRODUCER_FAILED: grpc.StatusCode.ABORTED,
@@ -52,7 +57,14 @@ CODES: Final[dict[Reason, grpc.StatusCode]] = {
     Reason.CANCELLED: grpc.StatusCode.CANCELLED,
     Reason.STREAM_TRUNCATED: grpc.StatusCode.DATA_LOSS,
     Reason.FRAME_CORRUPT: grpc.StatusCode.DATA_LOSS,
+    Reason.JOB_FAILED: grpc.StatusCode.ABORTED,
+    Reason.OUT_OF_MEMORY: grpc.StatusCode.ABORTED,
+    Reason.NODE_FAILED: grpc.StatusCode.ABORTED,
+    Reason.DEPENDENCY_FAILED: grpc.StatusCode.ABORTED,
 }
+
+# Clients call again by themselves if the server did not say that it is no use; see `channel.service_config`.
+_RETRIED_IF_NOBODY_BEGAN: Final = frozenset({grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED})
 
 # What an answer means that carries no ErrorInfo: gRPC itself, or a program that is not ours, made it.
 _REASONS: Final[dict[grpc.StatusCode, Reason]] = {
@@ -108,6 +120,31 @@ def to_status(error: BeamwireError) -> status_pb2.Status:
         details.append(error_details_pb2.QuotaFailure(violations=[violation]))
     code: int = CODES[error.reason].value[0]
     return status_pb2.Status(code=code, message=error.message, details=[_pack(d) for d in details])
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An error as gRPC sends it, made once if it is sent often."""
+
+    code: grpc.StatusCode
+    message: str
+    trailers: Mapping[str, str | bytes]
+
+    @classmethod
+    def of(cls, error: BeamwireError) -> Refusal:
+        """An error on the wire; no client calls again by itself, unless it is UNAVAILABLE."""
+        status = to_status(error)
+        code = CODES[error.reason]
+        refusal = cls(code, status.message, {DETAILS_KEY: status.SerializeToString()})
+        return refusal.final() if code in _RETRIED_IF_NOBODY_BEGAN else refusal
+
+    def final(self) -> Refusal:
+        """The same, and no client calls again by itself."""
+        return replace(self, trailers={**self.trailers, PUSHBACK_KEY: "-1"})
+
+    def again_after(self, seconds: float) -> Refusal:
+        """The same, and clients call again after some time."""
+        return replace(self, trailers={**self.trailers, PUSHBACK_KEY: str(round(1000 * seconds))})
 
 
 def from_status(status: status_pb2.Status) -> BeamwireError | None:

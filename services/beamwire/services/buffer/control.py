@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import socket
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,14 +12,13 @@ from typing import Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.services.buffer.doors import Door, SocketDoor
 
-CONTROL_SOCKET: Final = "control.sock"
-_LINE_LIMIT: Final = 16 * 1024 * 1024
 _ANSWER_TIMEOUT: Final = 10.0
 _FIRST_DELAY: Final = 0.01
 _LONGEST_DELAY: Final = 0.2
 
-CacheState = Literal["READY", "DRAINING", "ENDED", "FAILED"]
+CacheState = Literal["READY", "DRAINING", "KEPT", "ENDED", "FAILED"]
 # A `beamwire.buffer.v1.Flow` without its prefix; empty while it is not known.
 Flow = Literal["", "FLOWING", "NO_PRODUCER", "NO_READER", "FULL", "STARVED"]
 
@@ -76,6 +73,8 @@ class GroupStatus(_Message):
     in_flight_frame_count: int = 0
     redelivered_frame_count: int = 0
     losses: dict[str, int] = {}
+    ended: bool = False
+    added: bool = False
 
 
 class Counters(_Message):
@@ -103,7 +102,7 @@ class CacheStatus(_Message):
 
     `end_cause` is the name of an EndCause without its prefix, empty while the stream goes on. `epoch` is the one that
     the cache serves: higher than it was told if it found nothing of what it had stored. `restarted` tells that it went
-    on with what it found.
+    on with what it found, `whole` that it has every frame that ever came, if it is to keep them.
     """
 
     state: CacheState
@@ -111,6 +110,7 @@ class CacheStatus(_Message):
     epoch: int = 1
     flow: Flow = ""
     restarted: bool = False
+    whole: bool = False
     end_cause: str = ""
     end_detail: str = ""
     counters: Counters = Counters()
@@ -119,15 +119,15 @@ class CacheStatus(_Message):
 
 
 class CacheControl:
-    """The control socket of the cache in a directory. Each call has a connection of its own."""
+    """The control connection of a cache, that in a directory unless it is said where. A connection for each call."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, door: Path | Door) -> None:
+        self._door = SocketDoor(door) if isinstance(door, Path) else door
 
     @classmethod
-    async def connect(cls, directory: Path, timeout: float) -> Self:
+    async def connect(cls, door: Path | Door, timeout: float) -> Self:
         """Wait until the cache answers, which it does when it takes peers. BeamwireError TIMED_OUT if it does not."""
-        control = cls(directory)
+        control = cls(door)
         delay = _FIRST_DELAY
         try:
             async with asyncio.timeout(timeout):
@@ -141,7 +141,7 @@ class CacheControl:
                     else:
                         return control
         except TimeoutError as error:
-            story = f"the cache in {directory} did not answer within {timeout:g} s; its stderr is beside its socket"
+            story = f"the cache in {door} did not answer within {timeout:g} s; its stderr says why"
             raise BeamwireError(Reason.TIMED_OUT, story) from error
 
     async def status(self) -> CacheStatus:
@@ -158,9 +158,22 @@ class CacheControl:
         finally:
             writer.close()
 
-    async def seal(self, cause: str, detail: str = "") -> CacheStatus:
-        """Say that no more frames will come. `cause` is an EndCause without its prefix. Only the first seal counts."""
-        return _parse(await self._ask({"op": "seal", "cause": cause, "detail": detail}))
+    async def seal(self, cause: str, detail: str = "", group: str = "") -> CacheStatus:
+        """Say that no more frames will come. `cause` is an EndCause without its prefix. Only the first seal counts.
+
+        With a group, one that was added: end it alone.
+        """
+        # A cache of an earlier release, which goes on after an upgrade, refuses a word that it does not know.
+        more = {"group": group} if group else {}
+        return _parse(await self._ask({"op": "seal", "cause": cause, "detail": detail, **more}))
+
+    async def add_group(self, group: str, consumers: Sequence[str]) -> CacheStatus:
+        """Have everything that is kept delivered to one more group, of these SPIFFE ids."""
+        return _parse(await self._ask({"op": "group", "group": group, "consumers": list(consumers)}))
+
+    async def release(self) -> CacheStatus:
+        """Say that what is kept need not be kept any longer."""
+        return _parse(await self._ask({"op": "release"}))
 
     async def revoke(self, identity: str) -> CacheStatus:
         """Cut the connections of a SPIFFE id and let it in no more."""
@@ -169,6 +182,10 @@ class CacheControl:
     async def trust(self, domains: Sequence[str]) -> CacheStatus:
         """Say whom to believe: all trust domains, each as `DomainTrust.to_json`."""
         return _parse(await self._ask({"op": "trust", "domains": list(domains)}))
+
+    async def discard(self) -> None:
+        """Ask the process to end as `stop` does, and to remove its ring."""
+        await self._ask({"op": "discard"})
 
     async def stop(self) -> None:
         """Ask the process to end: at once after ENDED, else as SIGTERM does."""
@@ -204,24 +221,13 @@ class CacheControl:
             raise self._failed(str(error)) from error
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        # The path of a socket may have 107 characters; through the directory's descriptor it always has few.
         try:
-            directory = os.open(self._directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                sock.setblocking(False)
-                await asyncio.get_running_loop().sock_connect(sock, f"/proc/self/fd/{directory}/{CONTROL_SOCKET}")
-                return await asyncio.open_unix_connection(sock=sock, limit=_LINE_LIMIT)
-            except BaseException:
-                sock.close()
-                raise
-            finally:
-                os.close(directory)
-        except OSError as error:
+            return await self._door.open()
+        except (OSError, BeamwireError) as error:
             raise self._failed(str(error)) from error
 
     def _failed(self, why: str) -> BeamwireError:
-        return BeamwireError(Reason.CACHE_FAILED, f"the cache in {self._directory} does not answer: {why}")
+        return BeamwireError(Reason.CACHE_FAILED, f"the cache in {self._door} does not answer: {why}")
 
 
 def _line(message: dict[str, Any]) -> bytes:

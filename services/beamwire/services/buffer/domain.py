@@ -1,77 +1,97 @@
-"""The life of a buffer: its caches are driven, sealed and stopped, and found again after a restart of the service."""
+"""The life of a buffer: what is wanted of it is stored here, and done by the one replica that drives it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import secrets
-import shutil
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
-from functools import partial
-from pathlib import Path
 
 from beamwire.mesh import telemetry
-from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.drivers import Drivers, Interrupted, unless
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.failure import Failure
 from beamwire.mesh.identity.trust import Trust
 from beamwire.mesh.policy import PolicySource, check_quota
+from beamwire.mesh.replicas import this_host
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
-from beamwire.services.buffer import supervisor
-from beamwire.services.buffer.driver import Driver, Minter
-from beamwire.services.buffer.model import BUFFER_STATES, BufferRecord, BufferSpec, BufferState, Seal, Shard
-from beamwire.services.buffer.placement import Placement, Rings
+from beamwire.services.buffer.changes import sealed_groups, supersedes, times
+from beamwire.services.buffer.driver import Driver
+from beamwire.services.buffer.model import (
+    BUFFER_STATES,
+    AddedGroup,
+    BufferRecord,
+    BufferSpec,
+    BufferState,
+    Seal,
+    Shard,
+)
+from beamwire.services.buffer.placement import GROUP, GROUP_NAMES, Placement
+from beamwire.services.buffer.sites import Sites
 
 log = logging.getLogger(__name__)
 
-EXPIRE_TIMEOUT = 30.0
 # How long the cache still answers latecomers with END after the stream has ended.
 LINGER = 3.0
+# What a service that stops does about a cache that lingers may take so long, in seconds.
+PARTING = 2.0
 TICKET_KEY_BYTES = 32
+MOST_ADDED = 8
+# How long the deletion of a buffer that runs may take, in seconds.
+DELETE_TIMEOUT = 60.0
 
 
 class Buffers:
-    """Drives every buffer of the facility.
+    """Drives every buffer of the facility that no other replica drives.
 
     Args:
         store: where buffers are kept.
-        directory: holds one directory for each buffer.
+        sites: where their caches run.
         trust_domain: the domain the caches are members of.
-        placement: where caches run.
-        mint: mints a join token for a cache.
-        runner: runs one task for each buffer that has not ended.
+        placement: what the facility says of caches.
+        runner: runs one task for each buffer that is driven here.
         policy: says how much the members of another facility may have together.
     """
 
     def __init__(
         self,
         store: Store[BufferRecord],
-        directory: Path,
+        sites: Sites,
         trust_domain: str,
         placement: Placement,
-        mint: Minter,
         runner: TaskRunner,
         policy: PolicySource,
     ) -> None:
         self._store = store
-        self._directory = directory
+        self._sites = sites
         self._trust_domain = trust_domain
         self._placement = placement
-        self._mint = mint
-        self._runner = runner
         self._policy = policy
-        self._rings = Rings(directory)
-        self._admission = asyncio.Lock()
+        self._drivers = Drivers(store, runner, self._drive, BUFFER_STATES.terminal)
+        self._driven: dict[str, Driver] = {}
         self._trust: Trust | None = None
         self._trust_changed = asyncio.Event()
 
-    def check(self, spec: BufferSpec) -> None:
+    async def resume(self) -> None:
+        """Take up every buffer that has not ended and that no other replica drives."""
+        await self._drivers.resume()
+
+    async def run(self) -> None:
+        """Keep what is driven here, and take up what no replica drives any more, until cancelled."""
+        await self._drivers.run()
+
+    async def check(self, spec: BufferSpec) -> None:
         """Raise BeamwireError naming what is wrong with a specification, or what this release does not do."""
         self._placement.check(spec)
+        await self._sites.check(spec)
 
     async def create(self, name: str, owner: str, transfer: str, spec: BufferSpec) -> BufferRecord:
         """Store a buffer and begin to drive it; a buffer of that name with the same contents is returned as it is."""
         self._placement.check(spec)
+        if not spec.local and await self._store.get(name) is None:
+            await self._sites.check(spec)
         now = datetime.now(UTC)
         record = BufferRecord(
             name=name,
@@ -79,6 +99,7 @@ class Buffers:
             state=BufferState.STARTING,
             create_time=now,
             update_time=now,
+            host=this_host() if spec.local else "",
             spec=spec,
             shards=(Shard(),) * spec.shard_count,
             ticket_key=secrets.token_hex(TICKET_KEY_BYTES),
@@ -86,26 +107,12 @@ class Buffers:
             expire_time=now + timedelta(seconds=spec.lease),
             traceparent=telemetry.current_traceparent(),
         )
-        async with self._admission:
+        async with self._store.db.exclusive("admission"):
             if not transfer:
                 await self._admit(owner)
             record = await self._store.add(record, lambda r: (r.spec, r.owner, r.transfer))
-        self._keep(record)
+        self._drivers.keep(record)
         return record
-
-    async def resume(self) -> None:
-        """Take up every buffer that had not ended when the service stopped, and end what outlived its buffer."""
-        unfinished = await self._store.unfinished(BUFFER_STATES.terminal)
-        for record in unfinished:
-            self._keep(record)
-        driven = {record.name.removeprefix("buffers/") for record in unfinished}
-        left = {directory.name for directory in self._directory.glob("*")} | set(self._rings.buffers())
-        for buffer_id in sorted(left - driven):
-            self._runner.keep(f"discarding {buffer_id}", partial(self._discard, f"buffers/{buffer_id}"))
-
-    def _keep(self, record: BufferRecord) -> None:
-        if not _ended(record):
-            self._runner.keep(record.name, lambda: self._drive(record.name))
 
     async def _admit(self, owner: str) -> None:
         """Bound what a user may hold besides the buffers of transfers, which have a limit of their own."""
@@ -121,27 +128,82 @@ class Buffers:
         owners = (record.owner for record in active if not record.transfer)
         check_quota(self._policy.current, "active_buffers", owner, owners)
 
-    async def seal(self, name: str, seal: Seal) -> BufferRecord:
-        """Say that no more frames will come. The word is stored before it is passed on to the caches.
+    # What is wanted of a buffer: stored, and done by its driver.
 
-        DONE may still give way to a worse cause: who waits in vain for consumers must be able to end it.
+    async def seal(self, name: str, seal: Seal, group: str = "") -> BufferRecord:
+        """Say that no more frames will come, to all or to one group that was added.
+
+        DONE may still give way to a worse cause: who waits in vain for consumers must be able to end it. The end of one
+        that is only kept is that of the groups which still read.
         """
-        record = await self._store.change(name, lambda r: {"seal": seal} if _supersedes(seal, r) else {})
-        await self._tell(record)
-        return record
+        if group:
+            return await self._store.change(name, lambda r: _group_sealed(r, group, seal))
+        return await self._store.change(name, lambda r: _sealed(r, seal))
 
     async def revoke(self, name: str, identity: str) -> BufferRecord:
-        """Take a member's right to use a buffer, for good. Stored before it is passed on to the caches."""
-        record = await self._store.change(
+        """Take a member's right to use a buffer, for good."""
+        return await self._store.change(
             name, lambda r: {} if identity in r.revoked else {"revoked": (*r.revoked, identity)}
         )
-        await self._tell(record)
-        return record
 
-    async def _tell(self, record: BufferRecord) -> None:
-        # Before that, the one who drives the buffer tells what is stored when its caches are there.
-        if record.state in (BufferState.READY, BufferState.DRAINING) and record.error is None:
-            await self._driver(record.name).tell(record)
+    async def extend(self, name: str, lease: float) -> BufferRecord:
+        """Let a buffer live at least so many seconds from now on."""
+        self._placement.check_lease("lease", lease)
+        expire_time = datetime.now(UTC) + timedelta(seconds=lease)
+
+        def longer(record: BufferRecord) -> dict[str, object]:
+            if _ended(record) or record.seal is not None:
+                raise BeamwireError(Reason.ILLEGAL_STATE, f"{name} ends or has ended: its lease cannot be extended")
+            return {"expire_time": expire_time} if expire_time > record.expire_time else {}
+
+        return await self._store.change(name, longer)
+
+    async def add_group(self, name: str, group: str, consumers: tuple[str, ...], lease: float) -> BufferRecord:
+        """Add a group that is to have all that a buffer keeps; ILLEGAL_STATE if it does not keep all of it."""
+        if not GROUP.fullmatch(group):
+            raise invalid_field("group", f"{group[:40]!r} is no name of a group: {GROUP_NAMES}")
+        self._placement.check_lease("lease", lease)
+        expire_time = datetime.now(UTC) + timedelta(seconds=lease)
+        added = AddedGroup(name=group, consumers=consumers, expire_time=expire_time)
+        return await self._store.change(name, lambda r: _with_group(r, added))
+
+    async def delete(self, name: str, *, whatever: bool = False) -> None:
+        """Stop the caches if they run, and forget the buffer.
+
+        ILLEGAL_STATE if a transfer uses it and it has not ended, unless `whatever`; SERVICE_UNAVAILABLE if nobody who
+        drives it is there: it is deleted once somebody is.
+        """
+
+        def wanted(record: BufferRecord) -> dict[str, object]:
+            used = not _ended(record) and (record.state != BufferState.KEPT or record.unfinished())
+            if record.transfer and used and not whatever:
+                raise BeamwireError(
+                    Reason.ILLEGAL_STATE,
+                    f"{name} is used by {record.transfer}; cancel the transfer, which ends the buffer too",
+                    metadata={"resource": record.transfer},
+                )
+            return {} if record.delete_requested else {"delete_requested": True}
+
+        record = await self._store.change(name, wanted)
+        try:
+            async with asyncio.timeout(DELETE_TIMEOUT), aclosing(self._store.watch(name)) as versions:
+                async for record in versions:
+                    # Its driver may have come to the end before it heard of this.
+                    if _ended(record):
+                        await self._drivers.release(name)
+                        await self._forget(record)
+        except TimeoutError:
+            raise BeamwireError(
+                Reason.SERVICE_UNAVAILABLE,
+                f"{name} is not deleted yet: its caches do not end, or the host that drives them is away; it is "
+                "deleted as soon as they can be ended",
+            ) from None
+
+    async def _forget(self, record: BufferRecord) -> None:
+        await self._sites.discard(record)
+        await self._store.delete(record.name)
+
+    # Whom the caches believe.
 
     def believe(self, trust: Trust) -> None:
         """From now on all caches shall believe this; `spread_trust` tells them."""
@@ -149,102 +211,87 @@ class Buffers:
         self._trust_changed.set()
 
     async def spread_trust(self) -> None:
-        """Tell every cache whom to believe each time that it changes. Who begins later is told then."""
+        """Tell every cache that is driven here whom to believe each time that it changes; others are told there."""
         while True:
             await self._trust_changed.wait()
             self._trust_changed.clear()
-            records = await self._store.unfinished(BUFFER_STATES.terminal)
-            secured = [record for record in records if record.spec.transport == "TLS_TCP"]
-            await asyncio.gather(*(self._tell_trust(r.name, n) for r in secured for n in range(r.spec.shard_count)))
+            await asyncio.gather(*(driver.tell_trust() for driver in list(self._driven.values())))
 
-    async def _tell_trust(self, name: str, number: int) -> None:
-        try:
-            await self._driver(name).tell_trust(number)
-        except BeamwireError as error:
-            # It is told when it answers again.
-            log.warning("cache %d of %s does not know whom to believe: %s", number, name, error)
-
-    async def delete(self, name: str) -> None:
-        """Stop the caches if they run, and forget the buffer."""
-        # To the end even if the caller hangs up: between the lines the buffer has no driver.
-        await self._store.db.carry_out(self._delete(name))
-
-    async def _delete(self, name: str) -> None:
-        await self._runner.cancel(name)
-        await self._discard(name)
-        await self._store.delete(name)
-
-    def directory_of(self, name: str) -> Path:
-        """Return the directory that holds the files of a buffer's caches."""
-        return self._directory / name.removeprefix("buffers/")
-
-    def _driver(self, name: str) -> Driver:
-        return Driver(
-            name,
-            self._store,
-            self.directory_of(name),
-            self._trust_domain,
-            self._placement,
-            self._rings,
-            self._mint,
-            lambda: self._trust,
-        )
+    # What the replica that drives a buffer does.
 
     async def _drive(self, name: str) -> None:
-        """Bring one buffer from the state it is in to its end."""
+        """Bring one buffer from the state it is in to its end, or to nothing once its deletion is wanted."""
         record = await self._store.require(name)
-        driver = self._driver(name)
+        try:
+            await unless(self._store, name, _to_be_deleted, self._to_its_end(name))
+        except Interrupted:
+            await self._forget(await self._store.require(name))
+        except BeamwireError as error:
+            # Deleted while its caches lingered.
+            if error.reason is not Reason.RESOURCE_NOT_FOUND:
+                raise
+            await self._sites.discard(record)
+
+    async def _to_its_end(self, name: str) -> None:
+        record = await self._store.require(name)
+        driver = Driver(name, self._store, self._sites.of(record), self._trust_domain, lambda: self._trust)
+        self._driven[name] = driver
+        try:
+            await self._follow(record, driver)
+        finally:
+            del self._driven[name]
+
+    async def _follow(self, record: BufferRecord, driver: Driver) -> None:
+        name = record.name
         try:
             _raise_if_failing(record)
-            lease = (record.expire_time - datetime.now(UTC)).total_seconds()
-            try:
-                async with asyncio.timeout(lease):
-                    await driver.run()
-            except TimeoutError:
-                await self._expire(name, driver)
-            await self._linger(name)
+            await driver.run()
+            await self._linger(record)
         except Exception as error:
             if not isinstance(error, BeamwireError | OSError):
                 log.exception("%s met a fault", name)
-            failure = Failure.of(error)
-            # Before the caches that still run are stopped: who is cut off by that shall know why.
-            await self._store.change(name, lambda r: {"error": failure} if r.error != failure else {})
-            account = await _wound_up(driver, failure.message)
-            await self._store.change(name, lambda r: {**account, **_to(r, BufferState.FAILED)})
-        await self._discard(name)
+            await self._fail(name, driver, Failure.of(error))
+        await self._sites.discard(record)
 
-    async def _expire(self, name: str, driver: Driver) -> None:
-        """The lease ended: store the word, then follow the caches, which are told, to their end."""
-        seal = Seal(cause="EXPIRED", detail="the lease of the buffer ended")
-        await self._store.change(name, lambda r: {"seal": seal} if _supersedes(seal, r) else {})
-        try:
-            async with asyncio.timeout(EXPIRE_TIMEOUT):
-                await driver.run()
-        except TimeoutError:
-            raise BeamwireError(
-                Reason.LEASE_EXPIRED, f"the lease of {name} ended, and its caches did not within {EXPIRE_TIMEOUT:g} s"
-            ) from None
+    async def _fail(self, name: str, driver: Driver, failure: Failure) -> None:
+        """Close the account of a buffer whose caches are gone for good; one that is only kept has not failed."""
+        # Before the caches that still run are stopped: who is cut off by that shall know why.
+        record = await self._store.change(name, lambda r: _failing(r, failure))
+        if record.state == BufferState.KEPT:
+            log.warning("%s is kept no longer: %s", name, failure.message)
+        account = await _wound_up(driver, failure.message)
+        end = BufferState.ENDED if record.state == BufferState.KEPT else BufferState.FAILED
+        await self._store.change(name, lambda r: {**account, **_to(r, end)})
 
-    async def _linger(self, name: str) -> None:
-        """Leave the caches to latecomers for a while, but do not leave them behind when the service stops."""
+    async def _linger(self, record: BufferRecord) -> None:
+        """Leave the caches to latecomers for a while, but do not leave them behind when the service stops.
+
+        The Job service, which ends those elsewhere, may stop with this one. What cannot be ended now is found to be
+        left of a buffer that is over, by whoever serves next.
+        """
         try:
             await asyncio.sleep(LINGER)
         except asyncio.CancelledError:
-            await self._discard(name)
+            try:
+                async with asyncio.timeout(PARTING):
+                    await self._sites.discard(record)
+            except (TimeoutError, BeamwireError) as error:
+                log.warning("what is left of %s is removed when the service is back: %s", record.name, error)
             raise
 
-    async def _discard(self, name: str) -> None:
-        """Stop the caches of a buffer, if there are any, and remove their files and rings."""
-        directory = self.directory_of(name)
-        await asyncio.gather(*(supervisor.end(part) for part in sorted(directory.glob("shard-*"))))
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-        self._rings.remove(name.removeprefix("buffers/"))
+
+def _to_be_deleted(record: BufferRecord) -> bool:
+    return record.delete_requested
 
 
 def _raise_if_failing(record: BufferRecord) -> None:
     """Go on with the end of a buffer that had failed when the service stopped, its account not yet closed."""
     if record.error is not None:
         raise record.error.to_error()
+
+
+def _failing(record: BufferRecord, failure: Failure) -> dict[str, object]:
+    return {} if record.state == BufferState.KEPT or record.error == failure else {"error": failure}
 
 
 async def _wound_up(driver: Driver, story: str) -> dict[str, object]:
@@ -260,13 +307,48 @@ def _ended(record: BufferRecord) -> bool:
     return BUFFER_STATES.is_terminal(BufferState(record.state))
 
 
-def _supersedes(seal: Seal, record: BufferRecord) -> bool:
-    if _ended(record) or record.error is not None:
-        return False
-    return record.seal is None or (record.seal.cause == "DONE" and seal.cause != "DONE")
+def _sealed(record: BufferRecord, seal: Seal) -> dict[str, object]:
+    if record.state != BufferState.KEPT:
+        return {"seal": seal} if supersedes(seal, record) else {}
+    if seal.cause == "DONE":
+        return {}
+    over = {"keep_expire_time": min(datetime.now(UTC), record.keep_expire_time or datetime.now(UTC))}
+    return over | sealed_groups(record, {group.name for group in record.unfinished()}, seal)
+
+
+def _group_sealed(record: BufferRecord, group: str, seal: Seal) -> dict[str, object]:
+    if group not in {added.name for added in record.added}:
+        raise BeamwireError(Reason.RESOURCE_NOT_FOUND, f"no group {group[:40]!r} was added to {record.name}")
+    if seal.cause == "DONE":
+        raise invalid_field("cause", "is DONE, which a group is once it has END; say why it ends before")
+    return sealed_groups(record, {group}, seal) if not _ended(record) else {}
+
+
+def _with_group(record: BufferRecord, added: AddedGroup) -> dict[str, object]:
+    """Return the change of a buffer that adds a group."""
+    for group in record.added:
+        if (group.name, group.consumers) == (added.name, added.consumers):
+            return {}
+    if added.name in record.spec.groups or added.name in {group.name for group in record.added}:
+        raise BeamwireError(Reason.RESOURCE_EXISTS, f"{record.name} has another group {added.name} already")
+    if not record.spec.keep:
+        why = "it was not made to keep what it delivered"
+    elif record.delete_requested or record.state not in (BufferState.DRAINING, BufferState.KEPT):
+        why = f"it is {record.state}: groups are added once no more frames come, and until it ends"
+    elif not record.whole:
+        why = "the first of its frames are gone: the stream did not fit"
+    elif record.seal is not None and record.seal.cause != "DONE":
+        why = f"it was sealed as {record.seal.cause}"
+    elif len(record.added) >= MOST_ADDED:
+        raise BeamwireError(Reason.LIMIT_REACHED, f"{MOST_ADDED} groups were added to {record.name}, the limit")
+    else:
+        return {"added": (*record.added, added)}
+    raise BeamwireError(
+        Reason.ILLEGAL_STATE, f"{record.name} cannot be read again: {why}; make another transfer of the same request"
+    )
 
 
 def _to(record: BufferRecord, state: BufferState) -> dict[str, object]:
     """Return the change that takes a buffer to a state, if the table allows it."""
     BUFFER_STATES.check(BufferState(record.state), state, story=record.name)
-    return {"state": state}
+    return {"state": state, **times(record, state)}

@@ -15,14 +15,15 @@ from typing import Final
 
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.stream.connect import Transport
-from beamwire.services.buffer.model import DEFAULT_GROUP, BufferRecord, BufferSpec
+from beamwire.services.buffer.model import DEFAULT_GROUP, AddedGroup, BufferRecord, BufferSpec
 
 TRANSPORTS: Final[dict[str, Transport]] = {"TLS_TCP": "tls+tcp", "TCP": "tcp", "IPC": "ipc"}
 MOST_GROUPS: Final = 16
 MOST_SHARDS: Final = 64
 SHORTEST_FRAME_LEASE: Final = 1.0
 SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 - each file there is made by us, with a name of our own, mode 0600
-_GROUP: Final = re.compile(r"[a-z][a-z0-9-]{0,30}")
+GROUP: Final = re.compile(r"[a-z][a-z0-9-]{0,30}")
+GROUP_NAMES: Final = "1 to 31 of a-z, 0-9 and `-`, beginning with a letter"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Placement:
         lease: how long a buffer may live.
         trace_dir: where their traces go, or "".
         otlp_endpoint: where else, or "".
+        nodes: the names of the nodes on which a batch system may run caches.
     """
 
     host: str = "127.0.0.1"
@@ -50,6 +52,7 @@ class Placement:
     lease: timedelta = timedelta(days=8)
     trace_dir: str = ""
     otlp_endpoint: str = ""
+    nodes: tuple[str, ...] = ()
 
     @property
     def plain_tcp(self) -> bool:
@@ -72,6 +75,18 @@ class Placement:
         _check_groups(spec)
         if not spec.acked and spec.overflow_policy == "SPILL":
             raise invalid_field("buffer.spec.overflow_policy", "spill needs delivery acked: push keeps nothing")
+        if not spec.local:
+            self._check_place(spec)
+
+    def _check_place(self, spec: BufferSpec) -> None:
+        if not self.nodes:
+            raise invalid_field(
+                "buffer.spec.placement.backend",
+                "this facility does not say on which nodes caches may run; an operator can: `nodes` in [data] of "
+                "facility.toml",
+            )
+        if spec.transport != "TLS_TCP":
+            raise invalid_field("buffer.spec.transport", "a cache on another host is reached by tls_tcp alone")
 
     def _check_transport(self, spec: BufferSpec) -> None:
         field = "buffer.spec.transport"
@@ -105,15 +120,22 @@ class Placement:
             raise invalid_field(
                 "buffer.spec.retain_bytes", f"must be from 0 to {spec.capacity_bytes}, the capacity of the buffer"
             )
-        if spec.retain_bytes and not spec.acked:
-            raise invalid_field("buffer.spec.retain_bytes", "needs delivery acked: push keeps nothing")
+        for field in ("retain_bytes", "keep"):
+            if getattr(spec, field) and not spec.acked:
+                raise invalid_field(f"buffer.spec.{field}", "needs delivery acked: push keeps nothing")
 
     def _check_leases(self, spec: BufferSpec) -> None:
         longest = self.lease.total_seconds()
-        if not 0 < spec.lease <= longest:
-            raise invalid_field("buffer.spec.lease", f"must be positive and at most {self.lease}")
+        self.check_lease("buffer.spec.lease", spec.lease)
+        if not 0 <= spec.keep <= longest:
+            raise invalid_field("buffer.spec.keep", f"must be at most {self.lease}")
         if not SHORTEST_FRAME_LEASE <= spec.frame_lease <= longest:
             raise invalid_field("buffer.spec.frame_lease", f"must be from {SHORTEST_FRAME_LEASE:g} s to {self.lease}")
+
+    def check_lease(self, field: str, seconds: float) -> None:
+        """Raise INVALID_FIELD if nothing may live for so long."""
+        if not 0 < seconds <= self.lease.total_seconds():
+            raise invalid_field(field, f"must be positive and at most {self.lease}")
 
 
 def _check_groups(spec: BufferSpec) -> None:
@@ -124,10 +146,10 @@ def _check_groups(spec: BufferSpec) -> None:
     if len(spec.groups) > MOST_GROUPS:
         raise invalid_field("buffer.spec.groups", f"may be at most {MOST_GROUPS}")
     for index, group in enumerate(spec.groups):
-        if not _GROUP.fullmatch(group):
+        if not GROUP.fullmatch(group):
             raise invalid_field(
                 f"buffer.spec.groups[{index}]",
-                f"{group[:40]!r} is no name of a group: 1 to 31 of a-z, 0-9 and `-`, beginning with a letter",
+                f"{group[:40]!r} is no name of a group: {GROUP_NAMES}",
             )
         if group in spec.groups[:index]:
             raise invalid_field(f"buffer.spec.groups[{index}]", f"{group} is named twice")
@@ -154,8 +176,12 @@ class Rings:
         room = os.statvfs(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None
         if spec.overflow_policy == "SPILL" or room is None or room.f_bavail * room.f_frsize < spec.capacity_bytes:
             return str(self._directory.absolute() / buffer / f"shard-{shard}" / "ring")
+        return str(self.in_memory(buffer, shard))
+
+    def in_memory(self, buffer: str, shard: int) -> Path:
+        """Return the name of a ring in shared memory, on whichever host."""
         # No id has a dot in it, so that no buffer's files look like another's.
-        return str(SHARED_MEMORY / f"{self._prefix}{buffer}.{shard}")
+        return SHARED_MEMORY / f"{self._prefix}{buffer}.{shard}"
 
     def remove(self, buffer: str) -> None:
         """Remove the rings of a buffer from shared memory; those in its directory go with it."""
@@ -171,11 +197,29 @@ class Rings:
 def write_configuration(
     directory: Path, record: BufferRecord, number: int, placement: Placement, token_file: Path | None
 ) -> None:
-    """Write what one cache of a buffer is told when it starts, `cache.json`; the file holds a secret."""
+    """Write what a cache on this host is told when it starts, `cache.json`; the file holds a secret."""
+    encrypted = record.spec.transport == "TLS_TCP"
+    here = {
+        "host": placement.host,
+        "advertise": placement.advertise,
+        "credentials": str(directory / "credentials") if encrypted else None,
+        "join_token_file": str(token_file) if token_file else None,
+        "trace_dir": placement.trace_dir or None,
+    }
+    path = directory / "cache.json"
+    part = path.with_suffix(".part")
+    part.touch(mode=0o600)
+    part.write_text(
+        json.dumps(configuration(record, number) | here | {"otlp_endpoint": placement.otlp_endpoint}, indent=1)
+    )
+    part.replace(path)
+
+
+def configuration(record: BufferRecord, number: int) -> dict[str, object]:
+    """Return what one cache of a buffer is told wherever it runs."""
     spec, shard = record.spec, record.shards[number]
     port = "" if spec.transport == "IPC" else shard.address.rpartition(":")[2]
-    encrypted = spec.transport == "TLS_TCP"
-    configuration = {
+    return {
         "buffer": record.name.removeprefix("buffers/"),
         "transfer": record.transfer,
         "epoch": record.epoch,
@@ -188,6 +232,8 @@ def write_configuration(
         "capacity_bytes": spec.capacity_bytes,
         "capacity_frames": spec.capacity_frames,
         "retain_bytes": spec.retain_bytes,
+        "keep": spec.keep > 0,
+        "added": [_added(group) for group in record.added],
         "producer_count": spec.producer_count,
         "producer_numbers": range_of_shard(spec, number),
         "producers": spec.producers,
@@ -197,20 +243,15 @@ def write_configuration(
         "ticket_key": "" if spec.transport == "TCP" else record.ticket_key,
         "ring": shard.ring or None,
         "transport": TRANSPORTS[spec.transport],
-        "host": placement.host,
-        "advertise": placement.advertise,
         "port": int(port or 0),
-        "credentials": str(directory / "credentials") if encrypted else None,
-        "join_token_file": str(token_file) if token_file else None,
-        "trace_dir": placement.trace_dir or None,
-        "otlp_endpoint": placement.otlp_endpoint,
         "traceparent": record.traceparent,
     }
-    path = directory / "cache.json"
-    part = path.with_suffix(".part")
-    part.touch(mode=0o600)
-    part.write_text(json.dumps(configuration, indent=1))
-    part.replace(path)
+
+
+def _added(group: AddedGroup) -> dict[str, object]:
+    seal = group.seal
+    ended = {"cause": seal.cause, "detail": seal.detail} if seal is not None else {}
+    return {"name": group.name, "consumers": group.consumers, **ended}
 
 
 def range_of_shard(spec: BufferSpec, number: int) -> tuple[int, ...]:

@@ -62,7 +62,8 @@ def write_off(counters: Counters) -> Counters:
 
 
 def _write_off_group(group: GroupStatus, received: int) -> GroupStatus:
-    unsettled = received - group.acknowledged_event_count - sum(group.losses.values()) if group.declared else 0
+    waited_for = group.declared or group.added
+    unsettled = received - group.acknowledged_event_count - sum(group.losses.values()) if waited_for else 0
     return group.model_copy(
         update={
             "consumer_count": 0,
@@ -174,6 +175,8 @@ def _groups(ledger: Ledger, config: CacheConfig, facts: Facts) -> Iterator[Group
             acknowledged_bytes=words[record + at.GROUP_BYTES],
             redelivered_frame_count=words[record + at.GROUP_REDELIVERED],
             losses=ledger.losses(record + at.GROUP_LOSSES),
+            ended=bool(words[record + at.GROUP_CONFIRMATIONS]),
+            added=any(name == added.name for added in config.added),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from beamwire.buffer.v1 import buffer_service_pb2 as pb
 from beamwire.buffer.v1 import buffer_service_pb2_grpc as pb_grpc
 from beamwire.common.v1 import account_pb2
+from beamwire.job.v1 import job_service_pb2 as job_pb
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.identity.ids import Role, SpiffeId
@@ -17,7 +18,7 @@ from beamwire.mesh.listing import list_page, visible
 from beamwire.mesh.names import RESERVED, check_id, new_id, parse_name
 from beamwire.mesh.pages import Pager
 from beamwire.mesh.rpc.access import certificate_end, current_caller
-from beamwire.mesh.rpc.convert import from_duration, to_duration, to_losses, to_timestamp
+from beamwire.mesh.rpc.convert import from_duration, made_once, to_duration, to_losses, to_timestamp
 from beamwire.mesh.rpc.status import to_status
 from beamwire.mesh.store import Store
 from beamwire.mesh.stream.connect import ConnectString
@@ -28,9 +29,11 @@ from beamwire.services.buffer.domain import Buffers
 from beamwire.services.buffer.model import (
     BUFFER_STATES,
     DEFAULT_GROUP,
+    LOCAL,
     BufferRecord,
     BufferSpec,
     BufferState,
+    Place,
     Seal,
 )
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME, LINK_ROLE_PRODUCE
@@ -51,12 +54,14 @@ class BufferService(pb_grpc.BufferServiceServicer):
         pager: Pager,
         ticket_lifetime: timedelta,
         credentials: Credentials,
+        retention: timedelta,
     ) -> None:
         self._consumptions = Consumptions(store, credentials, ticket_lifetime)
         self._buffers = buffers
         self._store = store
         self._pager = pager
         self._ticket_lifetime = ticket_lifetime
+        self._retention = retention
 
     async def CreateBuffer(self, request: pb.CreateBufferRequest, context: object) -> pb.Buffer:
         """Start a cache."""
@@ -72,20 +77,20 @@ class BufferService(pb_grpc.BufferServiceServicer):
         buffer_id = check_id("buffer_id", chosen, reserved=reserved)
         name = f"buffers/{buffer_id}"
         if request.validate_only:
-            self._buffers.check(spec)
+            await self._buffers.check(spec)
             return pb.Buffer(name=name, owner=owner, spec=_from_spec(spec))
         made_for = buffer_id.removeprefix(RESERVED)
         transfer = f"transfers/{made_for}" if made_for != buffer_id else ""
-        return _to_message(await self._buffers.create(name, owner, transfer, spec))
+        return self._message(await self._buffers.create(name, owner, transfer, spec))
 
     async def GetBuffer(self, request: pb.GetBufferRequest, context: object) -> pb.Buffer:
         """Read one buffer."""
-        return _to_message(await visible(self._store, "buffers", request.name))
+        return self._message(await visible(self._store, "buffers", request.name))
 
     async def ListBuffers(self, request: pb.ListBuffersRequest, context: object) -> pb.ListBuffersResponse:
         """List buffers."""
         records, token = await list_page(self._store, self._pager, request, FILTER_KEYS)
-        return pb.ListBuffersResponse(buffers=map(_to_message, records), next_page_token=token)
+        return pb.ListBuffersResponse(buffers=map(self._message, records), next_page_token=token)
 
     async def WatchBuffer(
         self, request: pb.WatchBufferRequest, context: object
@@ -95,7 +100,7 @@ class BufferService(pb_grpc.BufferServiceServicer):
         if BUFFER_STATES.is_terminal(BufferState(record.state)) and record.etag == request.etag:
             return
         async for record in self._store.watch(request.name, etag=request.etag):
-            yield pb.WatchBufferResponse(buffer=_to_message(record))
+            yield pb.WatchBufferResponse(buffer=self._message(record))
             if BUFFER_STATES.is_terminal(BufferState(record.state)):
                 return
 
@@ -103,7 +108,23 @@ class BufferService(pb_grpc.BufferServiceServicer):
         """Say that no more frames will come."""
         await visible(self._store, "buffers", request.name)
         cause = account_pb2.EndCause.Name(request.cause).removeprefix("END_CAUSE_")
-        return _to_message(await self._buffers.seal(request.name, Seal(cause=cause, detail=request.detail)))
+        seal = Seal(cause=cause, detail=request.detail)
+        return self._message(await self._buffers.seal(request.name, seal, request.group))
+
+    async def ExtendBuffer(self, request: pb.ExtendBufferRequest, context: object) -> pb.Buffer:
+        """Let a buffer live longer."""
+        parse_name("buffers", request.name)
+        lease = from_duration(request.lease).total_seconds()
+        return self._message(await self._buffers.extend(request.name, lease))
+
+    async def AddGroup(self, request: pb.AddGroupRequest, context: object) -> pb.Buffer:
+        """Add a group to a buffer that is kept."""
+        parse_name("buffers", request.name)
+        _check_identities("consumers", request.consumers)
+        lease = from_duration(request.lease).total_seconds()
+        return self._message(
+            await self._buffers.add_group(request.name, request.group, tuple(request.consumers), lease)
+        )
 
     async def IssueTicket(self, request: pb.IssueTicketRequest, context: object) -> pb.Ticket:
         """Give the caller the right to produce or to consume for some minutes."""
@@ -130,22 +151,21 @@ class BufferService(pb_grpc.BufferServiceServicer):
             identity = str(SpiffeId.parse(request.identity))
         except BeamwireError as error:
             raise invalid_field("identity", error.message) from error
-        return _to_message(await self._buffers.revoke(request.name, identity))
+        return self._message(await self._buffers.revoke(request.name, identity))
 
     async def DeleteBuffer(self, request: pb.DeleteBufferRequest, context: object) -> pb.DeleteBufferResponse:
         """Stop and forget a buffer."""
         await visible(self._store, "buffers", request.name)
-        await self._buffers.delete(request.name)
+        await self._buffers.delete(request.name, whatever=current_caller().role is Role.SERVICE)
         return pb.DeleteBufferResponse()
+
+    def _message(self, record: BufferRecord) -> pb.Buffer:
+        return _to_message(record, self._retention)
 
 
 def _to_spec(message: pb.BufferSpec, owner: str) -> BufferSpec:
     for field in ("producers", "consumers"):
-        for index, identity in enumerate(getattr(message, field)):
-            try:
-                SpiffeId.parse(identity)
-            except BeamwireError as error:
-                raise invalid_field(f"buffer.spec.{field}[{index}]", error.message) from error
+        _check_identities(f"buffer.spec.{field}", getattr(message, field))
     default = BufferSpec()
     delivery = _word(pb.Delivery.Name(message.delivery), "DELIVERY_", default.delivery)
     groups = tuple(message.groups)
@@ -167,6 +187,26 @@ def _to_spec(message: pb.BufferSpec, owner: str) -> BufferSpec:
         ),
         retain_bytes=message.retain_bytes,
         shard_count=message.shard_count or default.shard_count,
+        keep=from_duration(message.keep).total_seconds(),
+        place=_to_place(message.placement),
+    )
+
+
+def _check_identities(field: str, identities: Iterable[str]) -> None:
+    for index, identity in enumerate(identities):
+        try:
+            SpiffeId.parse(identity)
+        except BeamwireError as error:
+            raise invalid_field(f"{field}[{index}]", error.message) from error
+
+
+def _to_place(message: job_pb.Placement) -> Place:
+    return Place(
+        backend=message.backend or LOCAL,
+        queue=message.queue,
+        account=message.account,
+        reservation=message.reservation,
+        attributes=dict(message.attributes),
     )
 
 
@@ -190,10 +230,13 @@ def _from_spec(spec: BufferSpec) -> pb.BufferSpec:
         frame_lease=to_duration(timedelta(seconds=spec.frame_lease)),
         retain_bytes=spec.retain_bytes,
         shard_count=spec.shard_count,
+        keep=to_duration(timedelta(seconds=spec.keep)) if spec.keep else None,
+        placement=job_pb.Placement(**spec.place.model_dump()),
     )
 
 
-def _to_message(record: BufferRecord) -> pb.Buffer:
+@made_once
+def _to_message(record: BufferRecord, retention: timedelta) -> pb.Buffer:
     return pb.Buffer(
         name=record.name,
         spec=_from_spec(record.spec),
@@ -209,6 +252,9 @@ def _to_message(record: BufferRecord) -> pb.Buffer:
         expire_time=to_timestamp(record.expire_time),
         etag=record.etag,
         restart_count=record.restart_count,
+        keep_expire_time=to_timestamp(record.keep_expire_time),
+        purge_time=to_timestamp(record.end_time + retention if record.end_time else None),
+        jobs=[shard.job for shard in record.shards if shard.job],
     )
 
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from beamwire.services.buffer.control import CacheState, CacheStatus, ConsumerStatus, Counters, Flow, GroupStatus
 
-_LIVES: Final[tuple[CacheState, ...]] = ("READY", "DRAINING", "ENDED")
+_LIVES: Final[tuple[CacheState, ...]] = ("READY", "DRAINING", "KEPT", "ENDED")
 # The first of these that some shard meets is what holds the buffer up; NO_PRODUCER only if it is true of all.
 _FLOWS: Final[tuple[Flow, ...]] = ("NO_READER", "FULL", "FLOWING", "STARVED", "NO_PRODUCER")
 # Worst first; a stream that goes on keeps the whole from being DONE.
@@ -25,11 +25,12 @@ def merge(statuses: Sequence[CacheStatus]) -> CacheStatus:
     flows = {status.flow for status in statuses}
     held_up: list[Flow] = [flow for flow in _FLOWS if flow in flows]
     return CacheStatus(
-        state="FAILED" if "FAILED" in states else min(states, key=_LIVES.index),
+        state=_state(states),
         address="",
         epoch=max(status.epoch for status in statuses),
         flow=held_up[0] if held_up else "",
         restarted=any(status.restarted for status in statuses),
+        whole=all(status.whole for status in statuses),
         end_cause=worst.end_cause,
         end_detail=worst.end_detail,
         counters=_counters([status.counters for status in statuses]),
@@ -56,6 +57,14 @@ def _counters(parts: Sequence[Counters]) -> Counters:
         last_refusal=next((part.last_refusal for part in parts if part.last_refusal), ""),
         groups=_groups(parts),
     )
+
+
+def _state(states: Sequence[CacheState]) -> CacheState:
+    if "FAILED" in states:
+        return "FAILED"
+    behind = min(states, key=_LIVES.index)
+    # What only some keep is not kept.
+    return "ENDED" if behind == "KEPT" and "ENDED" in states else behind
 
 
 def _tagged(consumer: ConsumerStatus, shard: int) -> ConsumerStatus:
@@ -85,6 +94,8 @@ def _group(parts: Sequence[GroupStatus]) -> GroupStatus:
         in_flight_frame_count=sum(part.in_flight_frame_count for part in parts),
         redelivered_frame_count=sum(part.redelivered_frame_count for part in parts),
         losses=_sum(part.losses for part in parts),
+        ended=all(part.ended for part in parts),
+        added=any(part.added for part in parts),
     )
 
 

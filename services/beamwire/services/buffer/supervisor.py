@@ -1,35 +1,32 @@
-"""Keeps one cache process going until its stream has ended: starts it, finds it again, starts it anew when it dies."""
+"""Keeps one cache going until its stream has ended: starts it, finds it again, starts it anew when it dies."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
-from pathlib import Path
 from typing import Protocol
 
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.processes import Process, launch
-from beamwire.services.buffer.cache.journal import JOURNAL_FILE
 from beamwire.services.buffer.control import CacheControl, CacheStatus
-from beamwire.services.buffer.remains import last_words
+from beamwire.services.buffer.model import BufferRecord
+from beamwire.services.buffer.sites import Life, Site
 
 log = logging.getLogger(__name__)
 
-START_TIMEOUT = 30.0
-# The cache drains on SIGTERM for a while before it gives up by itself.
-STOP_GRACE = 15.0
+# The control connection closes a moment before the process is gone; one that stays is broken.
+PARTING_TIMEOUT = 30.0
+# Another host may be cut off for a while, with a cache that runs on.
+GLITCH = 2.0
 
 
 class Overseer(Protocol):
     """Who keeps the record of a buffer, and decides about its caches."""
 
-    async def prepare(self, number: int) -> None:
-        """Write what the cache of this number is told when it starts; raise if it may not be started."""
+    async def prepare(self, number: int) -> BufferRecord:
+        """Return what the cache of this number is told when it starts; raise if it may not be started."""
         ...
 
-    async def connected(self, control: CacheControl) -> None:
+    async def connected(self, number: int, control: CacheControl) -> None:
         """Pass on what was said while nobody was connected to the cache."""
         ...
 
@@ -48,99 +45,70 @@ class CacheKeeper:
     Args:
         name: of the buffer, for people.
         number: of the cache among those of the buffer.
-        directory: the cache's own.
+        site: where it runs.
         overseer: who keeps the record.
     """
 
-    def __init__(self, name: str, number: int, directory: Path, overseer: Overseer) -> None:
+    def __init__(self, name: str, number: int, site: Site, overseer: Overseer) -> None:
         self._name = name
         self._number = number
-        self._directory = directory
+        self._site = site
         self._overseer = overseer
-        self._restores = False
 
     async def run(self) -> None:
         """Follow the cache until its stream has ended. CACHE_FAILED if it died for good, TIMED_OUT if it is stuck."""
-        process = await self._started()
+        life = await self._site.find() or await self._start()
         while True:
             try:
-                await self._watch(process)
+                await self._watch(life)
             except BeamwireError as error:
                 if error.reason is not Reason.CACHE_FAILED:
                     raise
                 await self._overseer.bury(self._number, error)
-                # One whose control socket is broken may run on.
-                await process.terminate()
-                process.forget()
-                process = await self._started()
+                # One whose control connection is broken may run on.
+                await life.stop()
+                life = await self._start()
             else:
                 return
 
-    async def _started(self) -> Process:
-        """Return the cache process: the one that was started before, or one started now."""
-        process = Process.attach(self._directory)
-        if process is not None:
-            return process
-        await self._overseer.prepare(self._number)
-        self._restores = (self._directory / JOURNAL_FILE).exists()
-        return await launch(
-            [sys.executable, "-m", "beamwire.services.buffer.cache", str(self._directory)],
-            directory=self._directory,
-            env=dict(os.environ),
-            cwd=self._directory,
-            grace=STOP_GRACE,
-        )
+    async def _start(self) -> Life:
+        return await self._site.start(await self._overseer.prepare(self._number))
 
-    async def _watch(self, process: Process) -> None:
-        """Follow the cache until the stream has ended; raise if the process dies first."""
-        followed = asyncio.create_task(self._follow())
-        died = asyncio.create_task(process.wait())
+    async def _watch(self, life: Life) -> None:
+        """Follow the cache until the stream has ended; raise if it dies first."""
+        died = asyncio.create_task(life.ended())
+        try:
+            while not await self._followed(life, died):
+                log.warning("the cache of %s cannot be heard; it is dialed again", self._name)
+        finally:
+            died.cancel()
+            await asyncio.gather(died, return_exceptions=True)
+
+    async def _followed(self, life: Life, died: asyncio.Task[str]) -> bool:
+        """Whether the stream has ended; not, if the connection was lost to a cache elsewhere that may live."""
+        followed = asyncio.create_task(self._follow(life))
         try:
             await asyncio.wait({followed, died}, return_when=asyncio.FIRST_COMPLETED)
             if followed.done():
                 problem = followed.exception()
                 if problem is None:
-                    return
+                    return True
                 if not isinstance(problem, BeamwireError) or problem.reason is not Reason.CACHE_FAILED:
                     raise problem
-                # The control socket closes a moment before the process is gone; one that stays is broken.
-                await asyncio.wait({died}, timeout=START_TIMEOUT)
-            raise self._death(died)
+                await asyncio.wait({died}, timeout=GLITCH if self._site.distant else PARTING_TIMEOUT)
+                if not died.done() and self._site.distant:
+                    return False
+            how = await died if died.done() else "its control connection closed"
+            raise self._site.death(how)
         finally:
-            for task in (followed, died):
-                task.cancel()
-            await asyncio.gather(followed, died, return_exceptions=True)
+            followed.cancel()
+            await asyncio.gather(followed, return_exceptions=True)
 
-    async def _follow(self) -> None:
-        async with await self._connect() as control:
-            await self._overseer.connected(control)
-            async for status in control.watch():
-                await self._overseer.note(self._number, status)
-                if status.state == "ENDED":
-                    return
+    async def _follow(self, life: Life) -> None:
+        control = await life.control()
+        await self._overseer.connected(self._number, control)
+        async for status in control.watch():
+            await self._overseer.note(self._number, status)
+            if status.state == "ENDED":
+                return
         raise BeamwireError(Reason.CACHE_FAILED, f"the cache of {self._name} closed its control connection")
-
-    async def _connect(self) -> CacheControl:
-        """Wait until the cache answers. One that has much to read again may take its time, as long as it lives."""
-        while True:
-            try:
-                return await CacheControl.connect(self._directory, START_TIMEOUT)
-            except BeamwireError as error:
-                if error.reason is not Reason.TIMED_OUT or not self._restores:
-                    raise
-                log.info("%s is still reading what it left", self._directory)
-
-    def _death(self, died: asyncio.Task[object]) -> BeamwireError:
-        words = last_words(self._directory)
-        how = str(died.result()) if died.done() and not died.cancelled() else "its control socket closed"
-        printed = f"; the last that it said: {words[-1]}" if words else ""
-        metadata = {"buffer": self._name, **({"log": "\n".join(words)} if words else {})}
-        return BeamwireError(Reason.CACHE_FAILED, f"the cache of {self._name} died ({how}){printed}", metadata=metadata)
-
-
-async def end(directory: Path) -> None:
-    """Stop the cache process of a directory, if there is one."""
-    process = Process.attach(directory)
-    if process is not None and process.alive():
-        await process.terminate()
-        await process.wait()

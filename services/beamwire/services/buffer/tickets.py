@@ -31,7 +31,7 @@ def admit(record: BufferRecord | None, name: str, caller: Caller, role: LinkRole
         raise BeamwireError(Reason.RESOURCE_NOT_FOUND, f"there is no buffer {name}", metadata={"resource": name})
     if caller.delegation is not None:
         _check_delegation(record, name, caller.delegation, role)
-    if record is None or caller.acts_for not in getattr(record.spec, members):
+    if record is None or caller.acts_for not in getattr(record, members):
         raise BeamwireError(
             Reason.NOT_OWNER,
             f"the buffer {name} does not exist, or {caller.acts_for} is not among its {members}",

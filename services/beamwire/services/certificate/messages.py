@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.mesh.identity.trust import DomainTrust
-from beamwire.mesh.rpc.convert import to_timestamp
+from beamwire.mesh.rpc.convert import made_once, to_timestamp
 from beamwire.services.certificate.model import AuditRecord, CertificateRecord, TrustRecord, bundle_name
 
 
+@made_once
 def to_certificate(record: CertificateRecord) -> pb.Certificate:
     """An entry of the ledger."""
     return pb.Certificate(

@@ -7,7 +7,10 @@ from click.shell_completion import get_completion_class
 
 from beamwire.services.cli.authority import authority
 from beamwire.services.cli.common import Commands
+from beamwire.services.cli.database import db
+from beamwire.services.cli.doctor import doctor, health
 from beamwire.services.cli.facility import facility
+from beamwire.services.cli.gc import gc
 from beamwire.services.cli.ledger import ledger
 from beamwire.services.cli.member import member
 from beamwire.services.cli.policy import policy
@@ -34,7 +37,7 @@ def main() -> None:
     """
 
 
-for _command in (facility, serve, validate, token, member, policy, ledger, authority, clean):
+for _command in (facility, serve, validate, token, member, policy, ledger, authority, db, clean, doctor, health, gc):
     main.add_command(_command)
 
 

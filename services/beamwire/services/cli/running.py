@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
 
 from beamwire.mesh import telemetry
-from beamwire.mesh.database import is_open
+from beamwire.mesh.addresses import check_address, replicas
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.sqlite import is_open
 from beamwire.services.cli.common import directory_option
 from beamwire.services.config import FILE_NAME, SERVICE_NAMES, Layout, ServiceName, load_facility
 
@@ -24,26 +26,41 @@ from beamwire.services.config import FILE_NAME, SERVICE_NAMES, Layout, ServiceNa
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help=f"The {FILE_NAME} of the facility, in place of --dir.",
 )
-def serve(services: tuple[ServiceName, ...], directory: Path, config: Path | None) -> None:
+@click.option(
+    "--listen",
+    metavar="HOST:PORT",
+    default="",
+    help="Where this process listens, of several that serve the same, or where that is not what others call.",
+)
+def serve(services: tuple[ServiceName, ...], directory: Path, config: Path | None, listen: str) -> None:
     """Serve the facility's SERVICES until SIGTERM or Ctrl-C; all four if none is named.
 
     Jobs and caches go on when the services stop, and are taken up again when they start. `beamwired clean` ends them.
     """
     from beamwire.services.app import serve as serve_services
+    from beamwire.services.supervision import end_in_time, notify
 
     if config is not None and config.name != FILE_NAME:
         raise click.UsageError(f"--config must be a facility's {FILE_NAME}, in the facility's directory; not {config}")
     layout, settings = load_facility(config.parent if config else directory)
+    if listen and len(replicas(check_address(listen))) > 1:
+        raise click.UsageError(f"--listen takes one address, not {listen}")
     names: Sequence[ServiceName] = services or SERVICE_NAMES
     telemetry.setup_logging("facility" if len(names) > 1 else "".join(names))
 
+    ending = ExitStack()
+
     def ready(address: str) -> None:
+        notify("READY=1")
         click.echo(f"beamwired: {', '.join(names)} of {settings.trust_domain} at {address}", err=True)
 
     def stopping() -> None:
+        notify("STOPPING=1")
         click.echo("beamwired: stopping", err=True)
+        ending.callback(end_in_time().cancel)
 
-    asyncio.run(serve_services(layout, settings, names, ready=ready, stopping=stopping))
+    with ending:
+        asyncio.run(serve_services(layout, settings, names, listen=listen, ready=ready, stopping=stopping))
     still = sum(_running(layout))
     if still:
         click.echo(f"beamwired: still running: {_count(still)}; `beamwired clean` would end them", err=True)

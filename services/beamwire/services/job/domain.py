@@ -1,54 +1,72 @@
-"""The life of a job: stored before it is acted on, driven to its end, found again after a restart."""
+"""What can be asked of jobs: each call stores what is wanted, and the job's driver, wherever it is, brings it about."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import shutil
-from asyncio import timeout
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Final
 
 from beamwire.mesh import telemetry
+from beamwire.mesh.drivers import Drivers
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.failure import Failure
-from beamwire.mesh.names import RESERVED
 from beamwire.mesh.policy import PolicySource, check_quota
+from beamwire.mesh.replicas import this_host
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
-from beamwire.services.job.backend import Backend, Outcome, Run
-from beamwire.services.job.model import JOB_STATES, JobRecord, JobSpec, JobState, Transition
+from beamwire.services.job.backends.interface import Backend, BackendState
+from beamwire.services.job.driver import JobDriver, Minter, Surroundings
+from beamwire.services.job.files import FileEntry, JobFiles, Upload, adopt
+from beamwire.services.job.model import JOB_STATES, Deliveries, JobRecord, JobSpec, JobState, StepRecord, Transition
+from beamwire.services.job.transitions import entered, news
+from beamwire.services.job.validation import check_outputs, check_spec
 
-log = logging.getLogger(__name__)
-
-LOG_TAIL_LINES = 20
-LOG_TAIL_BYTES = 4096
-
-# Mints a join token for an identity.
-Minter = Callable[[str], Awaitable[str]]
+MAX_STEPS: Final = 100
+"""How often one job can be run."""
+QUOTA: Final = "active_jobs"
+STATE_PATIENCE: Final = 5.0
+"""Seconds that a backend has to say how it is."""
+_REPORTED: Final = ("", JobState.ACTIVE, JobState.COMPLETED, JobState.FAILED)
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What every job is given in its environment, for its traces."""
+class JobLimits:
+    """What one owner may have, and how long jobs that have ended are kept."""
 
-    trace_dir: str = ""
-    otlp_endpoint: str = ""
+    active_jobs: int = 64
+    file_bytes: int = 16 * 1024**3
+    retention: timedelta = timedelta(days=30)
 
-    def environment(self, traceparent: str) -> dict[str, str]:
-        """Return the variables for a job that belongs to a trace."""
-        named = {
-            "BEAMWIRE_TRACE_DIR": self.trace_dir,
-            "OTEL_EXPORTER_OTLP_ENDPOINT": self.otlp_endpoint,
-            "TRACEPARENT": traceparent,
-        }
-        return {name: value for name, value in named.items() if value}
+
+@dataclass(frozen=True)
+class NewJob:
+    """A job to be made. `counted` if it is one of those that its owner may have so many of."""
+
+    name: str
+    owner: str
+    identity: str
+    spec: JobSpec
+    labels: Mapping[str, str]
+    counted: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a job tells of its step; see `ReportJob`."""
+
+    step: int
+    state: str = ""
+    node: str = ""
+    exit_code: int | None = None
+    outputs: Mapping[str, str] | None = None
 
 
 class Jobs:
-    """Drives every job of the facility.
+    """Every job of the facility.
 
     Args:
         store: where jobs are kept.
@@ -58,6 +76,7 @@ class Jobs:
         runner: runs one task for each job that has not ended.
         surroundings: what jobs are told of where traces go.
         policy: says how many jobs the members of another facility may have together.
+        limits: what each owner may have.
     """
 
     def __init__(
@@ -69,203 +88,239 @@ class Jobs:
         runner: TaskRunner,
         surroundings: Surroundings,
         policy: PolicySource,
+        limits: JobLimits | None = None,
     ) -> None:
+        self.limits = limits or JobLimits()
         self._store = store
         self._directory = directory
         self._backends = backends
-        self._mint = mint
-        self._runner = runner
-        self._surroundings = surroundings
         self._policy = policy
-        self._admission = asyncio.Lock()
-
-    def check(self, spec: JobSpec) -> None:
-        """Raise BeamwireError INVALID_FIELD naming what is wrong with a specification."""
-        if spec.backend not in self._backends:
-            known = ", ".join(sorted(self._backends))
-            raise invalid_field("job.spec.backend", f"there is no backend {spec.backend!r} here; there is: {known}")
-        if spec.process_count < 1:
-            raise invalid_field("job.spec.resources.process_count", "must be at least 1")
-        if spec.process_count > 1 and not spec.mpi:
-            raise invalid_field("job.spec.resources.process_count", "several processes need mpi = true")
-        for field, seconds in (("resources.duration", spec.duration), ("grace", spec.grace)):
-            if seconds is not None and seconds <= 0:
-                raise invalid_field(f"job.spec.{field}", "must be positive")
-        if spec.directory and not Path(spec.directory).is_dir():
-            raise invalid_field("job.spec.directory", f"{spec.directory!r} is not a directory on this host")
-        self._backends[spec.backend].check(spec)
-
-    async def create(self, name: str, owner: str, identity: str, spec: JobSpec) -> JobRecord:
-        """Store a job and begin to drive it; a job of that name with the same contents is returned as it is."""
-        self.check(spec)
-        now = datetime.now(UTC)
-        record = JobRecord(
-            name=name,
-            owner=owner,
-            state=JobState.NEW,
-            create_time=now,
-            update_time=now,
-            spec=spec,
-            transitions=(Transition(state=JobState.NEW, time=now),),
-            identity=identity,
-            traceparent=telemetry.current_traceparent(),
-        )
-        async with self._admission:
-            if await self._store.get(name) is None:
-                await self._admit(record)
-            record = await self._store.add(record, lambda r: (r.spec, r.owner))
-        self._keep(record)
-        return record
-
-    async def _admit(self, record: JobRecord) -> None:
-        """Bound what another facility may have run, besides the streamers of transfers, which have their own."""
-        if _is_part(record):
-            return
-        active = await self._store.unfinished(JOB_STATES.terminal)
-        owners = (other.owner for other in active if not _is_part(other))
-        check_quota(self._policy.current, "active_jobs", record.owner, owners)
+        self._driver = JobDriver(store, directory, backends, mint, surroundings)
+        self.drivers = Drivers(store, runner, self._driver.drive, JOB_STATES.terminal)
 
     async def resume(self) -> None:
         """Take up every job that had not ended when the service stopped."""
-        for record in await self._store.unfinished(JOB_STATES.terminal):
-            self._keep(record)
-
-    async def cancel(self, name: str) -> JobRecord:
-        """Ask for the end of a job; the driver brings it about. One that has ended stays as it is."""
-        record = await self._store.change(
-            name, lambda r: {} if _ended(r) or r.cancel_requested else {"cancel_requested": True}
-        )
-        run = None if _ended(record) else await self._backends[record.spec.backend].find(self.directory_of(name))
-        if run is not None:
-            # Ending it takes up to its grace time, which no caller has to wait for.
-            self._runner.keep(f"cancelling {name}", run.cancel)
-        return record
-
-    def _keep(self, record: JobRecord) -> None:
-        if not _ended(record):
-            self._runner.keep(record.name, lambda: self._drive(record.name))
-
-    async def delete(self, name: str) -> None:
-        """Cancel a job if it runs, wait for its end, and forget it with its directory."""
-        await self.cancel(name)
-        await self._runner.wait(name)
-        if not _ended(await self._store.require(name)):
-            raise BeamwireError(Reason.DRAINING, f"{name} is not deleted yet: the service is stopping; call again")
-        await self._store.delete(name)
-        shutil.rmtree(self.directory_of(name), ignore_errors=True)
+        await asyncio.to_thread(adopt, self._directory)
+        await self.drivers.resume()
 
     def directory_of(self, name: str) -> Path:
         """Return the directory that holds a job's logs and files."""
-        return self._directory / name.removeprefix("jobs/")
+        return self._driver.directory_of(name)
 
-    async def _drive(self, name: str) -> None:
-        """Bring one job from the state it is in to its end."""
-        record = await self._store.require(name)
-        with telemetry.span(telemetry.SPAN_JOB_RUN, parent=record.traceparent):
-            try:
-                run = await self._started(record)
-                if run is None:
-                    await self._enter(name, JobState.CANCELED, "cancelled before it was started")
-                    return
-                outcome, limited = await self._finished(record, run)
-            except Exception as error:
-                if not isinstance(error, BeamwireError | OSError):
-                    log.exception("%s met a fault", name)
-                failure = Failure.of(error)
-                await self._enter(name, JobState.FAILED, failure.message, error=failure)
-                return
-            await self._conclude(name, outcome, limited)
+    def check(self, spec: JobSpec, name: str = "") -> None:
+        """Raise BeamwireError INVALID_FIELD naming all that is wrong with a specification."""
+        check_spec(spec, name)
+        backend = spec.placement.backend
+        if backend not in self._backends:
+            known = ", ".join(sorted(self._backends))
+            raise invalid_field("job.spec.placement.backend", f"there is no {backend[:100]!r} here; there is: {known}")
+        self._backends[backend].check(spec)
 
-    async def _started(self, record: JobRecord) -> Run | None:
-        """Return the running job, started now unless it was before; None if it was cancelled first."""
-        backend = self._backends[record.spec.backend]
-        directory = self.directory_of(record.name)
-        run = await backend.find(directory)
-        if run is None:
-            if record.cancel_requested:
-                return None
-            if record.state == JobState.NEW:
-                await self._enter(record.name, JobState.QUEUED)
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            environment = self._surroundings.environment(telemetry.current_traceparent())
-            if record.spec.enroll:
-                environment |= await self._token_environment(record, directory)
-            run = await backend.submit(directory, record.spec, environment)
-        if (await self._store.require(record.name)).state != JobState.ACTIVE:
-            await self._enter(record.name, JobState.ACTIVE, native_id=run.native_id)
-        if (await self._store.require(record.name)).cancel_requested:
-            await run.cancel()
-        return run
+    async def check_dependencies(self, owner: str, spec: JobSpec) -> None:
+        """Raise INVALID_FIELD for a job that is to come first and is not there, or somebody else's."""
+        for index, dependency in enumerate(spec.dependencies):
+            other = await self._store.get(dependency.job)
+            if other is None or other.owner != owner:
+                field = f"job.spec.dependencies[{index}].job"
+                raise invalid_field(field, f"{owner} has no job {dependency.job[:100]}")
 
-    async def _token_environment(self, record: JobRecord, directory: Path) -> dict[str, str]:
-        path = directory / "join-token"
-        path.touch(mode=0o600)
-        path.write_text(await self._mint(record.identity))
-        return {"BEAMWIRE_JOIN_TOKEN_FILE": str(path), "BEAMWIRE_CREDENTIALS_DIR": str(directory / "credentials")}
+    async def create(self, new: NewJob) -> JobRecord:
+        """Store a job and begin to drive it; a job of that name with the same contents is returned as it is."""
+        self.check(new.spec, new.name)
+        record = self._record(new)
+        async with self._store.db.exclusive("admission"):
+            if await self._store.get(new.name) is None:
+                await self.check_dependencies(new.owner, new.spec)
+                await self._admit(record, counted=new.counted)
+            record = await self._store.add(record, lambda r: (r.spec, r.owner, r.labels), outbox=news)
+        self.drivers.keep(record)
+        return record
 
-    async def _finished(self, record: JobRecord, run: Run) -> tuple[Outcome, bool]:
-        """Wait for the end; returns how it ended and whether the time limit ended it."""
-        try:
-            async with timeout(self._time_left(await self._store.require(record.name))):
-                return await run.wait(), False
-        except TimeoutError:
-            await run.cancel()
-            return await run.wait(), True
+    def _record(self, new: NewJob) -> JobRecord:
+        now = datetime.now(UTC)
+        remote = self._backends[new.spec.placement.backend].remote
+        return JobRecord(
+            name=new.name,
+            owner=new.owner,
+            state=JobState.NEW,
+            create_time=now,
+            update_time=now,
+            host="" if remote else this_host(),
+            spec=new.spec,
+            labels=dict(new.labels),
+            transitions=(Transition(state=JobState.NEW, time=now),),
+            deliveries=Deliveries(events=0 if new.spec.callback is None else 1),
+            identity=new.identity,
+            traceparent=telemetry.current_traceparent(),
+        )
 
-    def _time_left(self, record: JobRecord) -> float | None:
-        """Return the seconds that a running job may still run, counted from when it began; None without a limit."""
-        if record.spec.duration is None:
-            return None
-        began = next(step.time for step in reversed(record.transitions) if step.state is JobState.ACTIVE)
-        return record.spec.duration - (datetime.now(UTC) - began).total_seconds()
-
-    async def _conclude(self, name: str, outcome: Outcome, limited: bool) -> None:
-        record = await self._store.require(name)
-        code = outcome.exit_code
-        # Nobody runs under this identity any more.
-        (self.directory_of(name) / "join-token").unlink(missing_ok=True)
-        shutil.rmtree(self.directory_of(name) / "credentials", ignore_errors=True)
-        if record.cancel_requested:
-            await self._enter(name, JobState.CANCELED, "cancelled", exit_code=code)
-        elif limited:
-            error = BeamwireError(Reason.TIMED_OUT, f"{name} exceeded its time limit of {record.spec.duration:g} s")
-            await self._enter(name, JobState.FAILED, error.message, exit_code=code, error=Failure.of(error))
-        elif code == 0:
-            await self._enter(name, JobState.COMPLETED, outcome.reason, exit_code=code)
-        else:
-            tail = log_tail(self.directory_of(name))
-            message = f"{record.spec.display_name or name} failed: {outcome.reason}"
-            error = BeamwireError(
-                Reason.PRODUCER_FAILED, f"{message}; it printed:\n{tail}" if tail else message, metadata={"job": name}
+    async def _admit(self, record: JobRecord, *, counted: bool) -> None:
+        """Bound what one owner may have run, besides what services make for it, which has limits of its own."""
+        if record.is_part:
+            return
+        active = [other for other in await self._store.unfinished(JOB_STATES.terminal) if not other.is_part]
+        check_quota(self._policy.current, QUOTA, record.owner, (other.owner for other in active))
+        limit = self.limits.active_jobs
+        if counted and sum(other.owner == record.owner for other in active) >= limit:
+            raise BeamwireError(
+                Reason.LIMIT_REACHED,
+                f"{record.owner} has {limit} jobs that have not ended, which is the limit {QUOTA} of this facility; "
+                "wait for one to end, cancel one, or ask an operator to raise it in facility.toml",
+                metadata={"limit": str(limit)},
+                quota=QUOTA,
+                retry_after=10.0,
             )
-            await self._enter(name, JobState.FAILED, outcome.reason, exit_code=code, error=Failure.of(error))
 
-    async def _enter(self, name: str, state: JobState, reason: str = "", **changes: object) -> None:
-        """Store a transition, if the table of states allows it."""
+    async def start(self, name: str) -> JobRecord:
+        """Let a job go that was held."""
+        return await self._store.change(
+            name, lambda r: {"released": True} if r.spec.hold and not r.released and not r.ended else {}
+        )
 
-        def changed(record: JobRecord) -> dict[str, object]:
-            JOB_STATES.check(JobState(record.state), state, story=f"{name}: {reason}")
-            step = Transition(state=state, time=datetime.now(UTC), reason=reason)
-            return {"state": state, "transitions": (*record.transitions, step), **changes}
+    async def restart(self, name: str, *, counted: bool = False) -> JobRecord:
+        """Run a job that has ended once more, as its next step; `counted` as in `NewJob`."""
+        # Its driver is at its last words, if that has just happened; what begins now is to have one too.
+        if (await self._store.require(name)).ended:
+            await self.drivers.wait(name)
+        async with self._store.db.exclusive("admission"):
+            record = await self._store.require(name)
+            if record.ended:
+                await self._admit(record, counted=counted)
+            record = await self._store.change(name, _begun_again, outbox=news)
+        self.drivers.keep(record)
+        return record
 
-        await self._store.change(name, changed)
+    async def cancel(self, name: str) -> JobRecord:
+        """Ask for the end of a job; the driver brings it about. One that has ended stays as it is."""
+        return await self._store.change(
+            name, lambda r: {} if r.ended or r.cancel_requested else {"cancel_requested": True}
+        )
+
+    async def delete(self, name: str) -> None:
+        """Cancel a job if it runs, wait for its end, and forget it with its directory.
+
+        Its driver forgets it too: what was asked for comes about although nobody waits for it any more.
+        """
+        wanted = {"delete_requested": True, "cancel_requested": True}
+        record = await self._store.change(name, lambda r: {} if r.delete_requested else wanted)
+        if not record.ended:
+            async with aclosing(self._store.watch(name)) as versions:
+                async for record in versions:
+                    if record.ended:
+                        break
+        await self.drivers.wait(name)
+        await self._remove(name)
+
+    async def forget(self, name: str) -> None:
+        """Forget a job that has ended, with its directory; one that was begun once more stays."""
+        try:
+            record = await self._store.change(name, lambda r: {"delete_requested": True} if r.ended else {})
+        except BeamwireError as error:
+            if error.reason is not Reason.RESOURCE_NOT_FOUND:
+                raise
+            return
+        if record.ended:
+            await self._remove(name)
+
+    async def _remove(self, name: str) -> None:
+        await asyncio.to_thread(shutil.rmtree, self.directory_of(name), ignore_errors=True)
+        await self._store.delete(name)
+
+    async def report(self, name: str, reporter: str, report: Report) -> None:
+        """Take what a job tells of itself. Its backend is looked at anew; what that says is what counts.
+
+        Raises:
+            BeamwireError: NOT_OWNER for anybody but the job itself, ILLEGAL_STATE for another step than the newest.
+        """
+        record = await self._store.get(name)
+        if record is None or record.identity != reporter:
+            raise BeamwireError(
+                Reason.NOT_OWNER, f"{name} does not exist or is not {reporter}", metadata={"resource": name}
+            )
+        if report.state not in _REPORTED:
+            raise invalid_field("state", f"a job tells that it is ACTIVE, COMPLETED or FAILED, not {report.state}")
+        if report.step != record.step.number:
+            raise BeamwireError(
+                Reason.ILLEGAL_STATE, f"{name} runs its step {record.step.number} now, not {report.step}"
+            )
+        check_outputs(record.outputs, report.outputs or {})
+        await self._store.change(name, lambda r: _told(r, report))
+
+    async def begin_upload(self, name: str, path: str, *, size: int, sha256: str, executable: bool) -> Upload:
+        """Begin to write a file of a job; `end_upload` ends it."""
+        record = await self._store.require(name)
+        if record.delete_requested:
+            raise BeamwireError(Reason.ILLEGAL_STATE, f"{name} is being deleted")
+        for index, file in enumerate(record.spec.input_files):
+            if file.path == path and file.sha256 not in ("", sha256):
+                raise invalid_field(
+                    "start.sha256", f"job.spec.input_files[{index}] wants {file.sha256} at {path}; send that file"
+                )
+        files, room = self.files_of(name), self.limits.file_bytes
+        return await asyncio.to_thread(
+            lambda: files.upload(path, size=size, sha256=sha256, executable=executable, room=room)
+        )
+
+    async def end_upload(self, name: str, upload: Upload, path: str, sha256: str) -> FileEntry:
+        """Put a file in its place; a job that waits for it is told."""
+        entry = await asyncio.to_thread(upload.finish)
+        record = await self._store.require(name)
+        if any(file.path == path for file in record.spec.input_files):
+            await self._store.change(
+                name, lambda r: {} if r.uploaded.get(path) == sha256 else {"uploaded": {**r.uploaded, path: sha256}}
+            )
+        return entry
+
+    def files_of(self, name: str) -> JobFiles:
+        """Return the files of a job."""
+        return JobFiles(self.directory_of(name))
+
+    async def backends(self) -> dict[str, tuple[BackendState, dict[str, int]]]:
+        """Return how each backend is, and how many jobs of ours it has in each state."""
+        counts: dict[str, dict[str, int]] = {name: {} for name in self._backends}
+        for record in await self._store.unfinished(JOB_STATES.terminal):
+            found = counts.setdefault(record.spec.placement.backend, {})
+            found[record.state] = found.get(record.state, 0) + 1
+        names = sorted(self._backends)
+        states = await asyncio.gather(*(_state_of(self._backends[name]) for name in names))
+        return {name: (state, counts[name]) for name, state in zip(names, states, strict=True)}
 
 
-def _is_part(record: JobRecord) -> bool:
-    return record.name.startswith(f"jobs/{RESERVED}")
+async def _state_of(backend: Backend) -> BackendState:
+    try:
+        async with asyncio.timeout(STATE_PATIENCE):
+            return await backend.state()
+    except (BeamwireError, TimeoutError, OSError) as error:
+        return BackendState(type(backend).__name__.removesuffix("Backend").lower(), False, str(error) or "no answer")
 
 
-def _ended(record: JobRecord) -> bool:
-    return JOB_STATES.is_terminal(JobState(record.state))
+def _begun_again(record: JobRecord) -> dict[str, object]:
+    if not record.ended or record.delete_requested:
+        what = "is being deleted" if record.delete_requested else f"is {record.state}"
+        raise BeamwireError(Reason.ILLEGAL_STATE, f"{record.name} {what}; only what has ended can be run once more")
+    number = record.step.number + 1
+    if number > MAX_STEPS:
+        raise BeamwireError(Reason.ILLEGAL_STATE, f"{record.name} was run {MAX_STEPS} times; create another job")
+    return {
+        **entered(record, JobState.NEW, "", step=number),
+        "steps": (*record.steps, StepRecord(number=number)),
+        "released": True,
+        "cancel_requested": False,
+        "outputs": {},
+        "reported": "",
+        "error": None,
+        "end_time": None,
+        "traceparent": telemetry.current_traceparent(),
+    }
 
 
-def log_tail(directory: Path) -> str:
-    """Return the last lines that a job printed to standard error, or to standard output if that is empty."""
-    for stream in ("stderr", "stdout"):
-        path = directory / stream
-        if path.exists() and path.stat().st_size:
-            with path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
-                lines = file.read().decode(errors="replace").splitlines()
-            return "\n".join(lines[-LOG_TAIL_LINES:])
-    return ""
+def _told(record: JobRecord, report: Report) -> dict[str, object]:
+    # What comes after the end is late: the backend was faster.
+    if record.ended or report.step != record.step.number:
+        return {}
+    nodes = record.step.nodes or ((report.node,) if report.node else ())
+    steps = (*record.steps[:-1], record.step.model_copy(update={"nodes": nodes}))
+    said = f"{report.step} {report.state} {report.exit_code}" if report.state else record.reported
+    outputs = {**record.outputs, **(report.outputs or {})}
+    changes: dict[str, object] = {"reported": said, "outputs": outputs, "steps": steps}
+    return {key: value for key, value in changes.items() if getattr(record, key) != value}

@@ -20,6 +20,9 @@ MOST_CONSUMER_JOBS = 16
 MOST_GRACE = 60
 # Variables that Beamwire sets itself.
 RESERVED = "BEAMWIRE_"
+# What of a job only the facility's own services may say, and what changes what a program that is named does.
+_SERVICES_ONLY = ("identity_path", "server_names")
+_BROUGHT = ("script", "bundle", "inherit_environment", "callback", "input_files", "dependencies", "hold")
 # How the policy writes a program that MPI runs.
 MODULE = "module:"
 
@@ -69,8 +72,12 @@ def _check_program(field: str, spec: job_pb.JobSpec, caller: Caller, *, elsewher
     """
     if any(name.startswith(RESERVED) for name in spec.environment):
         raise invalid_field(f"{field}.spec.environment", f"{RESERVED}… is not the caller's to set")
+    _check_absent(field, spec, _SERVICES_ONLY)
     if caller.role in (Role.OPERATOR, Role.SERVICE):
         return
+    _check_absent(field, spec, _BROUGHT)
+    if spec.placement.attributes:
+        raise invalid_field(f"{field}.spec.placement.attributes", "is not for consumer jobs; leave it out")
     if spec.grace.seconds > MOST_GRACE:
         raise invalid_field(f"{field}.spec.grace", f"must be at most {MOST_GRACE} s")
     if spec.directory:
@@ -92,3 +99,10 @@ def _check_program(field: str, spec: job_pb.JobSpec, caller: Caller, *, elsewher
         raise BeamwireError(
             Reason.POLICY_REFUSED, why, metadata={"rule": rule, "check": "policy"}, violations=violations
         )
+
+
+def _check_absent(field: str, spec: job_pb.JobSpec, names: Sequence[str]) -> None:
+    present = {descriptor.name for descriptor, _ in spec.ListFields()}
+    for name in names:
+        if name in present:
+            raise invalid_field(f"{field}.spec.{name}", "is not for consumer jobs; leave it out")

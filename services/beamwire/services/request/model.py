@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from enum import StrEnum
 
-from pydantic import BaseModel, Field, JsonValue
+from pydantic import AwareDatetime, BaseModel, Field, JsonValue
 
 from beamwire.mesh.failure import Failure
 from beamwire.mesh.states import StateMachine
@@ -26,6 +26,15 @@ class TransferState(StrEnum):
     EXPIRED = "EXPIRED"
 
 
+ACTIVE_STATES = (
+    TransferState.PENDING,
+    TransferState.PROVISIONING,
+    TransferState.STREAMING,
+    TransferState.DRAINING,
+    TransferState.CANCELLING,
+)
+"""The states of a transfer that has not ended."""
+
 _ENDINGS = {TransferState.CANCELLING, TransferState.FAILED, TransferState.EXPIRED}
 
 TRANSFER_STATES = StateMachine(
@@ -42,6 +51,35 @@ TRANSFER_STATES = StateMachine(
         TransferState.EXPIRED: set(),
     },
 )
+
+
+class Transition(BaseModel, frozen=True):
+    """One step of a transfer's life: the state that it entered, when, and why."""
+
+    state: str
+    time: AwareDatetime
+    reason: str = ""
+
+
+class Issue(BaseModel, frozen=True):
+    """What keeps a transfer from doing well now; the types are those of `health.TYPES`. `start_time` is since when."""
+
+    type: str
+    severity: str
+    stage: str
+    detail: str
+    start_time: AwareDatetime
+
+
+class Ending(BaseModel, frozen=True):
+    """How a transfer is to end before its time; stored before anything is stopped.
+
+    `state` is the terminal one, `cause` an EndCause without its prefix that its consumers are told.
+    """
+
+    state: TransferState
+    cause: str
+    error: Failure | None = None
 
 
 class ProducerAccount(BaseModel, frozen=True):
@@ -78,7 +116,7 @@ class ConsumerAccount(BaseModel, frozen=True):
 
 
 class GroupAccount(BaseModel, frozen=True):
-    """What one group of consumers took; `declared` if the buffer was made for it."""
+    """What one group of consumers took; `declared` if the buffer was made for it, `added` if a kept one serves it."""
 
     group: str
     declared: bool = False
@@ -89,6 +127,8 @@ class GroupAccount(BaseModel, frozen=True):
     pending_frame_count: int = 0
     in_flight_frame_count: int = 0
     redelivered_frame_count: int = 0
+    added: bool = False
+    ended: bool = False
     losses: dict[str, int] = Field(default_factory=dict)
 
 
@@ -105,6 +145,8 @@ class BufferAccount(BaseModel, frozen=True):
     producers: tuple[ProducerAccount, ...] = ()
     consumers: tuple[ConsumerAccount, ...] = ()
     groups: tuple[GroupAccount, ...] = ()
+    held_frame_count: int = 0
+    flow: str = ""
     streaming_seconds: float = 0.0
 
 
@@ -139,6 +181,32 @@ class Receipt(BaseModel, frozen=True):
     stages: tuple[StageAccount, ...] = ()
 
 
+class ContractArray(BaseModel, frozen=True):
+    """One array that consumers need: any type if `dtype` is empty, any shape if `shape` is and it is no `scalar`."""
+
+    name: str
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    scalar: bool = False
+    optional: bool = False
+
+
+class Contract(BaseModel, frozen=True):
+    """What consumers need of each event; `bridge` names the contract of a bridge, `batch_size` is 0 for any."""
+
+    bridge: str = ""
+    arrays: tuple[ContractArray, ...] = ()
+    batch_size: int = 0
+
+
+class Rights(BaseModel, frozen=True):
+    """What the one who asked may read, by which rule: for a check that is made when nobody calls any more."""
+
+    identity: str = ""
+    rule: str = ""
+    datasets: tuple[str, ...] = ()
+
+
 class ConsumerJob(BaseModel, frozen=True):
     """A program that consumes a transfer. Its names are made up with the transfer, so that its buffer can know them.
 
@@ -170,8 +238,11 @@ class ConsumerJob(BaseModel, frozen=True):
 class TransferRecord(Record):
     """What is stored of a transfer. `state` is a TransferState by value; `account` is stored when the state changes.
 
-    `config` is the streamer's configuration as the streamer reads it. `buffer_options` are the fields of a buffer's
-    specification that the request set, by name.
+    `config` is the streamer's configuration as the streamer reads it. `buffer_options`, `placement` and `resources` are
+    the fields that the request set of a buffer's specification, of where the streamer runs and of what it needs, by
+    name. `keep` and `lease` are seconds; `lease` is what the request asked for, `expire_time` what came of it.
+    `ending` is set once a transfer is to end early, for another reason than its owner's will. `events_per_second` is
+    what the check found that one process can do. `health_issues` is as volatile as `account`.
     """
 
     config: dict[str, JsonValue]
@@ -182,12 +253,37 @@ class TransferRecord(Record):
     labels: dict[str, str] = Field(default_factory=dict)
     buffer: str = ""
     job: str = ""
+    check_job: str = ""
     consumer_jobs: tuple[ConsumerJob, ...] = ()
     connect_string: str = ""
+    placement: dict[str, JsonValue] = Field(default_factory=dict)
+    resources: dict[str, JsonValue] = Field(default_factory=dict)
+    contract: Contract | None = None
+    rights: Rights = Rights()
+    reuse: bool = False
+    keep: float = 0.0
+    content_sha256: str = ""
+    served_from: str = ""
+    group: str = ""
+    transitions: tuple[Transition, ...] = ()
+    ending: Ending | None = None
+    health_issues: tuple[Issue, ...] = ()
     expected_event_count: int = 0
+    events_per_second: float = 0.0
     account: BufferAccount = BufferAccount()
     error: Failure | None = None
     receipt: Receipt | None = None
     traceparent: str = ""
     expire_time: datetime
     end_time: datetime | None = None
+
+    @property
+    def backend(self) -> str:
+        """Where the streamer runs; empty for the host of the Job service."""
+        named = str(self.placement.get("backend", ""))
+        return "" if named == "local" else named
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return TRANSFER_STATES.is_terminal(TransferState(self.state))

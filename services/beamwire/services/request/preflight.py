@@ -10,14 +10,18 @@ from asyncio.subprocess import Process
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from pydantic import JsonValue
 
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason, invalid_field
 from beamwire.services.request.datasets import Dataset
-from beamwire.services.request.ports import Fitness
+from beamwire.services.request.ports import Fitness, SentArray
 
 COMMAND = (sys.executable, "-m", "beamwire.services.streamer", "check", "--config", "-", "--json", "--ask")
+_Allow = Callable[[Sequence[Dataset]], None]
+_Told = Callable[[bytes, Sequence[Dataset]], None]
 # Some ten thousand files.
 MOST_LINE_BYTES = 8 * 1024**2
 
@@ -34,14 +38,57 @@ class StreamerCheck:
         self._room = asyncio.Semaphore(os.cpu_count() or 1)
         self._command = command
 
-    async def check(self, config: Mapping[str, JsonValue], allow: Callable[[Sequence[Dataset]], None]) -> Fitness:
+    async def check(
+        self,
+        config: Mapping[str, JsonValue],
+        allow: Callable[[Sequence[Dataset]], None],
+        *,
+        measure: bool = False,
+    ) -> Fitness:
         """Return what the dataset holds; see Preflight.check. Only a few run at a time; the others wait."""
+        more = ("--measure",) if measure else ()
         async with self._room:
-            return await self._run(config, allow)
+            out, err, code = await self._run(config, lambda _, datasets: allow(datasets), allow, more)
+        return _answer(out, err, code)
 
-    async def _run(self, config: Mapping[str, JsonValue], allow: Callable[[Sequence[Dataset]], None]) -> Fitness:
+    async def name(
+        self, config: Mapping[str, JsonValue], allow: Callable[[Sequence[Dataset]], None]
+    ) -> Mapping[str, JsonValue]:
+        """Tell `allow` what would be read; see Preflight.name."""
+        content: Mapping[str, JsonValue] = {}
+
+        def listen(line: bytes, datasets: Sequence[Dataset]) -> None:
+            nonlocal content
+            allow(datasets)
+            content = json.loads(line)["content"]
+            raise _ToldError
+
+        try:
+            async with self._room:
+                _answer(*await self._run(config, listen))
+        except _ToldError:
+            return content
+        raise BeamwireError(Reason.INTERNAL, "the check of the dataset went on although nobody had agreed")
+
+    def conclude(self, printed: bytes, allow: Callable[[Sequence[Dataset]], None]) -> Fitness:
+        """Return what a check found that ran elsewhere; see Preflight.conclude."""
+        # What libraries in C have printed besides is between and around its lines.
+        lines = printed.splitlines()
+        told = next((found for line in lines if (found := _datasets(line)) is not None), None)
+        answer = next((line for line in reversed(lines) if b'"ok"' in line), printed)
+        if told is not None:
+            allow(told)
+            _check_opened(answer, told, allow)
+        elif b'"ok": true' in answer:
+            raise BeamwireError(Reason.INTERNAL, "the check of the dataset does not say what it has read")
+        return _answer(answer, printed, None)
+
+    async def _run(
+        self, config: Mapping[str, JsonValue], told: _Told, allow: _Allow | None = None, more: Sequence[str] = ()
+    ) -> tuple[bytes, bytes, int | None]:
         process = await asyncio.create_subprocess_exec(
             *self._command,
+            *more,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -50,7 +97,7 @@ class StreamerCheck:
         )
         try:
             async with asyncio.timeout(self._timeout):
-                out, err = await _converse(process, config, allow)
+                out, err = await _converse(process, config, told, allow)
         except TimeoutError:
             raise BeamwireError(
                 Reason.TIMED_OUT, f"the dataset could not be opened within {self._timeout:g} s; is its storage there?"
@@ -59,11 +106,15 @@ class StreamerCheck:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-        return _answer(out, err, process.returncode)
+        return out, err, process.returncode
+
+
+class _ToldError(Exception):
+    """What would be read is known, and nothing more was wanted."""
 
 
 async def _converse(
-    process: Process, config: Mapping[str, JsonValue], allow: Callable[[Sequence[Dataset]], None]
+    process: Process, config: Mapping[str, JsonValue], told: _Told, allow: _Allow | None
 ) -> tuple[bytes, bytes]:
     """Ask, agree to what would be read or refuse it, and return the answer and what was printed besides."""
     assert process.stdin is not None
@@ -74,12 +125,12 @@ async def _converse(
         first = await _said(process, config)
         datasets = _datasets(first)
         if datasets is not None:
-            allow(datasets)
+            told(first, datasets)
             process.stdin.write(b"\n")
         process.stdin.close()
         rest = await process.stdout.read()
         await process.wait()
-        if datasets is not None:
+        if datasets is not None and allow is not None:
             _check_opened(rest, datasets, allow)
         return rest if datasets is not None else first, await errors
     finally:
@@ -125,15 +176,25 @@ def _check_opened(answer: bytes, told: Sequence[Dataset], allow: Callable[[Seque
     allow([Dataset(told[0].field, told[0].named, (told[0].named, *more))])
 
 
+def _array(field: Mapping[str, Any]) -> SentArray:
+    return SentArray(field["name"], np.dtype(field["dtype"]).name, tuple(field["shape"]), field.get("unit", ""))
+
+
 def _answer(out: bytes, err: bytes, returncode: int | None) -> Fitness:
     try:
         answer = json.loads(out)
     except ValueError:
         last = err.decode(errors="replace").strip().splitlines()[-1:] or ["nothing"]
-        raise BeamwireError(
-            Reason.INTERNAL, f"the check of the dataset broke with exit code {returncode}: {last[0]}"
-        ) from None
+        how = "" if returncode is None else f" with exit code {returncode}"
+        raise BeamwireError(Reason.INTERNAL, f"the check of the dataset broke{how}: {last[0]}") from None
     if answer["ok"]:
-        return Fitness(answer.get("expected_event_count") or 0, answer.get("event_bytes") or 0)
+        return Fitness(
+            expected_event_count=answer.get("expected_event_count") or 0,
+            event_bytes=answer.get("sent_event_bytes") or answer.get("event_bytes") or 0,
+            events_per_second=answer.get("events_per_second") or 0.0,
+            arrays=tuple(_array(field) for field in answer.get("fields", ())),
+            batch_size=answer.get("batch_size") or 0,
+            content=answer.get("content") or {},
+        )
     violations = [FieldViolation(v["field"], v["description"]) for v in answer.get("violations", ())]
     raise BeamwireError(Reason[answer["reason"]], answer["message"], violations=violations)

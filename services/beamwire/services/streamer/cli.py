@@ -65,8 +65,9 @@ def run(config_file: str, num_events: int | None) -> None:
     help="For services: the configuration is one line of standard input; print a line that says which datasets would be"
     " read, and open them when one more line comes.",
 )
-def check(config_file: str, num_events: int | None, as_json: bool, ask: bool) -> None:
-    """Check the configuration and the dataset, read one event, send nothing."""
+@click.option("--measure", is_flag=True, help="Read for a second, for a rate that is good to plan with.")
+def check(config_file: str, num_events: int | None, as_json: bool, ask: bool, measure: bool) -> None:
+    """Check the configuration and the dataset, read some events, send nothing."""
     from beamwire.mesh.errors import BeamwireError
     from beamwire.services.streamer.check import check as check_config
     from beamwire.services.streamer.check import refusal
@@ -75,19 +76,19 @@ def check(config_file: str, num_events: int | None, as_json: bool, ask: bool) ->
     with contextlib.redirect_stdout(sys.stderr):
         try:
             data = _read(config_file, one_line=ask)
-            result = check_config(data, num_events, _ask if ask else None)
+            result = check_config(data, num_events, _ask if ask else None, measure=measure)
         except BeamwireError as error:
             result = refusal(error)
     click.echo(json.dumps(result) if as_json else _in_words(result))
     sys.exit(0 if result["ok"] else REFUSED)
 
 
-def _ask(found: Sequence[Dataset]) -> None:
+def _ask(found: Sequence[Dataset], content: Mapping[str, Any]) -> None:
     from beamwire.services.streamer.datasets import in_words
 
     # What libraries print goes elsewhere.
     assert sys.__stdout__ is not None
-    print(json.dumps(in_words(found)), file=sys.__stdout__, flush=True)
+    print(json.dumps({**in_words(found), "content": content}), file=sys.__stdout__, flush=True)
     if not sys.stdin.readline():
         sys.exit(REFUSED)
 

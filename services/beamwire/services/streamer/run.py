@@ -87,7 +87,7 @@ def _stream(
     if not config.data_handlers:
         raise invalid_field("config.data_handlers", "is empty: nothing would become of the events")
     credentials = _credentials(ranks, environment)
-    with _kept(ranks.share.rank, environment):
+    with _kept(ranks.share.rank, environment), _reported(ranks, environment):
         account = Pipeline(config, ranks, stop, credentials).run()
     _report(ranks.gather(account), ranks, config)
     return account
@@ -126,6 +126,17 @@ def _kept(rank: int, environment: Mapping[str, str]) -> AbstractContextManager[N
     from beamwire.mesh.identity.membership import MembershipThread
 
     return MembershipThread(Credentials.load(directory), certificate_address(directory), delay=MEMBERSHIP_DELAY)
+
+
+def _reported(ranks: Ranks, environment: Mapping[str, str]) -> AbstractContextManager[object]:
+    """Rank 0 tells the Job service that the job runs, which it otherwise learns from its backend a little later."""
+    directory = _directory(environment)
+    if ranks.share.rank != 0 or not (directory / MEMBER_FILE).exists():
+        return nullcontext()
+    # Brings gRPC with it.
+    from beamwire.mesh.reporting import ReportingThread
+
+    return ReportingThread(Credentials.load(directory), {"ranks": str(ranks.share.size)}, environment)
 
 
 def _enroll(token_file: Path, directory: Path) -> None:

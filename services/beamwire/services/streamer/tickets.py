@@ -19,7 +19,7 @@ from beamwire.stream.v1.link_pb2 import LINK_ROLE_PRODUCE
 
 # A service that is started again is back within this time; what else is wrong should be told before the job is old.
 STOP: Final = stop_after_delay(20.0)
-_PASSING: Final = frozenset({Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.TIMED_OUT})
+_PASSING: Final = frozenset({Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.TIMED_OUT, Reason.OVERLOADED})
 
 
 def ticket_source(credentials: Credentials | None, to: ConnectString) -> TicketSource | None:

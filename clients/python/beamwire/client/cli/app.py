@@ -11,7 +11,21 @@ from typing import NoReturn
 
 import click
 
-from beamwire.client.cli import bench, bridge, can, cert, completion, get, members, push, token, transfers, trust
+from beamwire.client.cli import (
+    bench,
+    bridge,
+    can,
+    cert,
+    completion,
+    estimate,
+    get,
+    job,
+    members,
+    push,
+    token,
+    transfers,
+    trust,
+)
 from beamwire.client.cli.context import Cli, Group
 from beamwire.client.cli.failures import TerminatedError, exit_code, explain
 
@@ -28,14 +42,17 @@ for command in (
     members.enroll,
     get.get,
     get.start,
+    estimate.estimate,
     transfers.watch,
     transfers.list_,
     transfers.cancel,
+    estimate.extend,
     transfers.describe,
     transfers.receipt,
     transfers.logs,
     get.pull,
     push.push,
+    job.job,
     bench.bench,
     bridge.bridge,
     members.whoami,
@@ -47,6 +64,9 @@ for command in (
     completion.completion,
 ):
     cli.add_command(command)
+# As the commands about jobs are called.
+cli.add_command(transfers.list_, "ls")
+cli.add_command(transfers.describe, "show")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

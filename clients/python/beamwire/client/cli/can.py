@@ -160,7 +160,7 @@ def _ask_owner(client: Client, action: str, resource: str, identity: str, answer
     readers: dict[str, Callable[[str], object]] = {
         "transfers": client.get_transfer,
         "buffers": client.get_buffer,
-        "jobs": client.get_job,
+        "jobs": client.jobs.get,
     }
     if collection not in readers:
         return

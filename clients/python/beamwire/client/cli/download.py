@@ -10,6 +10,7 @@ from pathlib import Path
 from beamwire.client.cli.context import Cli, as_dict, to_json
 from beamwire.client.cli.display import Display, choose_display
 from beamwire.client.cli.glance import Glance, groups_behind
+from beamwire.client.cli.issues import Issues
 from beamwire.client.cli.progress import Meter
 from beamwire.client.cli.text import aligned, counted, receipt_rows, size
 from beamwire.client.client import Client
@@ -93,7 +94,7 @@ def download(
                 pool.submit(_write_all, part, writer) for part, writer in zip(stream.split(), writers, strict=False)
             ]
             with choose_display(cli) as display, Glance(client) as glance:
-                progress = _Progress(stream, display, glance, way.group)
+                progress = _Progress(stream, display, glance, way.group, Issues(cli))
                 _watch(futures, progress)
                 receipt = _await_end(stream, progress)
         attributes = _attributes(client, stream)
@@ -165,18 +166,20 @@ def _write_all(part: Part, writer: Writer) -> None:
 class _Progress:
     """What is shown of a stream while it is read, and while others still read it."""
 
-    def __init__(self, stream: Stream, display: Display, glance: Glance, group: str) -> None:
+    def __init__(self, stream: Stream, display: Display, glance: Glance, group: str, issues: Issues) -> None:
         self.interval = display.interval
         self._stream = stream
         self._display = display
         self._glance = glance
         self._group = group
+        self._issues = issues
         self._meter = Meter()
 
     def show(self, *, waiting: bool = False) -> None:
         """Show how far it is; `waiting` if all that is for this program was read."""
         now, transfer, counters = time.monotonic(), self._stream.transfer, self._stream.counters
         buffer = self._glance.look(now, transfer)
+        self._issues.tell(transfer)
         behind: dict[str, int] = {}
         if waiting and transfer is not None and buffer is not None:
             behind = groups_behind(buffer, choose_group(self._group, transfer) or DEFAULT_GROUP)

@@ -48,6 +48,7 @@ _REFUSED = frozenset(
         Reason.SERVICE_UNAVAILABLE,
         Reason.DRAINING,
         Reason.TIMED_OUT,
+        Reason.OVERLOADED,
     }
 )
 _LOG_KEYS = ("log", "log_tail", "stderr")

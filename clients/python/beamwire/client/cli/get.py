@@ -11,6 +11,7 @@ import click
 
 from beamwire.client.cli.context import Cli, Command, pass_cli
 from beamwire.client.cli.download import Output, Way, download, report, stem_of
+from beamwire.client.cli.estimate import length_of
 from beamwire.client.cli.text import dry_run_text
 from beamwire.client.files.writer import Format
 from beamwire.client.groups import for_group
@@ -54,6 +55,8 @@ def _output_options(function: Callable[..., None]) -> Callable[..., None]:
 @click.option("--processes", type=click.IntRange(min=1), help="Ranks of the streamer.")
 @click.option("--max-events", type=click.IntRange(min=1), help="The most events to take, over all ranks.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label of the transfer; repeatable.")
+@click.option("--reuse", is_flag=True, help="Take the events from what an earlier transfer has kept, if it has.")
+@click.option("--keep", metavar="TIME", help="Keep the events for so long, for others with --reuse: 90s, 30m, 2h.")
 @click.option("--dry-run", is_flag=True, help="Have the request checked against the dataset, and stop.")
 @pass_cli
 def get(
@@ -68,11 +71,16 @@ def get(
     processes: int | None,
     max_events: int | None,
     labels: tuple[str, ...],
+    reuse: bool,
+    keep: str | None,
     dry_run: bool,
 ) -> None:
     """Ask for the events that REQUEST (a YAML file) describes, and write them to files."""
     parsed = parse_request(request)
     _override(parsed, processes, max_events, labels)
+    parsed.transfer.reuse |= reuse
+    if keep is not None:
+        parsed.transfer.keep.FromTimedelta(length_of("keep", keep))
     parsed = for_group(parsed, group)
     where = Output(
         directory=output or parsed.output.directory or Path(),

@@ -20,7 +20,8 @@ class Snapshot:
     """One look at a transfer. Rates are per second; None where nobody knows.
 
     `fill` is that of the tighter bound of the ring, which is `fill_bound`: `bytes` or `frames`. `waiting_for` are the
-    groups that have yet to take what this program has taken, and the frames that they have to take.
+    groups that have yet to take what this program has taken, and the frames that they have to take. `issues` are the
+    types of what keeps the transfer from doing well.
     """
 
     transfer: str
@@ -35,6 +36,7 @@ class Snapshot:
     lost_events: int
     fill_bound: str = ""
     waiting_for: Mapping[str, int] = field(default_factory=dict)
+    issues: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Return it as one line for a person."""
@@ -99,6 +101,7 @@ class Meter:
             lost_events=max(counters.lost_event_count, lost_events(transfer.receipt)),
             fill_bound=bound,
             waiting_for=dict(waiting_for or {}),
+            issues=tuple(issue.type for issue in transfer.health_issues),
         )
 
 

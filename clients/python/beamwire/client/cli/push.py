@@ -102,6 +102,7 @@ def _has_ended(client: Client, connect: ConnectString) -> bool:
     try:
         return client.get_buffer(connect.buffer).state in (
             Buffer.STATE_DRAINING,
+            Buffer.STATE_KEPT,
             Buffer.STATE_ENDED,
             Buffer.STATE_FAILED,
         )

@@ -11,6 +11,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from beamwire.buffer.v1.buffer_service_pb2 import GroupCounters
 from beamwire.client.transfers import failure_of, has_ended, loss_word, short_name, state_word
 from beamwire.common.v1.account_pb2 import EndCause, Loss
+from beamwire.job.v1.job_service_pb2 import Placement
 from beamwire.request.v1.request_service_pb2 import Component, ConsumerJob, Receipt, StageAccount, Transfer
 
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -139,6 +140,11 @@ def transfer_text(transfer: Transfer) -> str:
     parts = [aligned(_head(transfer)), "request\n" + aligned(_request(transfer), "  ")]
     if not has_ended(transfer):
         parts.append("progress\n" + aligned(_progress(transfer), "  "))
+    if transfer.health_issues:
+        issues = [(issue.type, f"{issue.detail} (for {age(issue.start_time)})") for issue in transfer.health_issues]
+        parts.append("issues\n" + aligned(issues, "  "))
+    if transfer.transitions:
+        parts.append("history\n" + aligned(map(_transition, transfer.transitions), "  "))
     if transfer.HasField("receipt"):
         parts.append("receipt\n" + aligned(receipt_rows(transfer.receipt), "  "))
     if transfer.HasField("error"):
@@ -182,12 +188,20 @@ def _head(transfer: Transfer) -> list[Row]:
         ("labels", ", ".join(f"{key}={value}" for key, value in sorted(transfer.labels.items()))),
         ("created", time_of(transfer.create_time)),
         ("ended" if has_ended(transfer) else "expires", time_of(_last_time(transfer))),
+        ("forgotten", time_of(transfer.purge_time)),
+        ("served from", transfer.served_from),
+        ("group", transfer.group),
         ("buffer", transfer.buffer),
         ("job", transfer.job),
         *(("consumer", _consumer(consumer)) for consumer in transfer.consumer_jobs),
         ("connect", transfer.connect_string),
         ("trace", transfer.trace_id),
     ]
+
+
+def _transition(transition: Transfer.Transition) -> Row:
+    state = Transfer.State.Name(transition.state).removeprefix("STATE_")
+    return time_of(transition.time), f"{state}: {transition.reason}" if transition.reason else state
 
 
 def _consumer(consumer: ConsumerJob) -> str:
@@ -210,7 +224,13 @@ def _request(transfer: Transfer) -> list[Row]:
         ("serializer", _component(config.data_serializer) if config.HasField("data_serializer") else ""),
         ("at most", counted(config.max_event_count, "event") if config.max_event_count else ""),
         ("processes", str(transfer.process_count or 1)),
+        ("runs on", _placement(transfer.streamer_placement)),
+        ("kept for", duration(transfer.keep.ToNanoseconds() / 1e9) if transfer.keep.ByteSize() else ""),
     ]
+
+
+def _placement(placement: Placement) -> str:
+    return ", ".join(filter(None, (placement.backend, placement.queue, placement.account)))
 
 
 def _component(component: Component) -> str:

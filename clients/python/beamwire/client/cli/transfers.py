@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 
 import click
@@ -13,6 +12,8 @@ from beamwire.client.cli.display import choose_display
 from beamwire.client.cli.failures import FAILED
 from beamwire.client.cli.get import parse_labels
 from beamwire.client.cli.glance import Glance
+from beamwire.client.cli.issues import Issues
+from beamwire.client.cli.jobtext import show_logs
 from beamwire.client.cli.progress import Meter
 from beamwire.client.cli.text import (
     TRANSFER_HEADER,
@@ -25,7 +26,6 @@ from beamwire.client.cli.text import (
 )
 from beamwire.client.client import Client
 from beamwire.client.transfers import failure_of, has_ended, state_word
-from beamwire.job.v1.job_service_pb2 import LOG_STREAM_STDERR
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.request.v1.request_service_pb2 import Transfer
 
@@ -48,8 +48,10 @@ def watch(cli: Cli, transfer: str) -> None:
 def _watch(cli: Cli, client: Client, name: str) -> Transfer:
     meter = Meter()
     last = Transfer()
+    issues = Issues(cli)
     with choose_display(cli) as display, Glance(client) as glance:
         for last in client.watch_transfer(name):
+            issues.tell(last)
             now, counters = time.monotonic(), last.counters
             display.show(
                 meter.snapshot(
@@ -127,10 +129,7 @@ def receipt(cli: Cli, transfer: str) -> None:
 def logs(cli: Cli, transfer: str, follow: bool) -> None:
     """Print what the streamer of TRANSFER printed."""
     with cli.client() as client:
-        for piece in client.tail_logs(_job_of(client, transfer, wait=follow), follow=follow):
-            target = sys.stderr if piece.stream == LOG_STREAM_STDERR else sys.stdout
-            target.buffer.write(piece.data)
-            target.flush()
+        show_logs(client.jobs.logs(_job_of(client, transfer, wait=follow), follow=follow))
 
 
 def _job_of(client: Client, name: str, *, wait: bool) -> str:

@@ -9,8 +9,9 @@
 package bufferv1
 
 import (
-	v1 "github.com/beamwire/beamwire/gen/go/beamwire/common/v1"
-	v11 "github.com/beamwire/beamwire/gen/go/beamwire/stream/v1"
+	v11 "github.com/beamwire/beamwire/gen/go/beamwire/common/v1"
+	v1 "github.com/beamwire/beamwire/gen/go/beamwire/job/v1"
+	v12 "github.com/beamwire/beamwire/gen/go/beamwire/stream/v1"
 	_ "google.golang.org/genproto/googleapis/api/annotations"
 	status "google.golang.org/genproto/googleapis/rpc/status"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
@@ -271,7 +272,8 @@ func (Flow) EnumDescriptor() ([]byte, []int) {
 	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{3}
 }
 
-// `STARTING -> READY -> DRAINING -> ENDED`, or from each of them `-> FAILED`.
+// `STARTING -> READY -> DRAINING -> ENDED`, or from each of them `-> FAILED`; with `keep`,
+// `DRAINING -> KEPT -> ENDED`.
 type Buffer_State int32
 
 const (
@@ -287,6 +289,10 @@ const (
 	Buffer_STATE_ENDED Buffer_State = 4
 	// Terminal: the cache could not be started, or died. `error` says why.
 	Buffer_STATE_FAILED Buffer_State = 5
+	// Every consumer that the buffer was made for got END, and the account of the stream is closed; all frames stay
+	// there for groups that are added, until `keep_expire_time` or for as long as those take. What becomes of it then
+	// is no loss of the stream.
+	Buffer_STATE_KEPT Buffer_State = 6
 )
 
 // Enum value maps for Buffer_State.
@@ -298,6 +304,7 @@ var (
 		3: "STATE_DRAINING",
 		4: "STATE_ENDED",
 		5: "STATE_FAILED",
+		6: "STATE_KEPT",
 	}
 	Buffer_State_value = map[string]int32{
 		"STATE_UNSPECIFIED": 0,
@@ -306,6 +313,7 @@ var (
 		"STATE_DRAINING":    3,
 		"STATE_ENDED":       4,
 		"STATE_FAILED":      5,
+		"STATE_KEPT":        6,
 	}
 )
 
@@ -368,7 +376,13 @@ type BufferSpec struct {
 	RetainBytes int64 `protobuf:"varint,12,opt,name=retain_bytes,json=retainBytes,proto3" json:"retain_bytes,omitempty"`
 	// How many cache processes share the work: producers are spread over them, consumers dial all.
 	// `capacity_bytes` and `capacity_frames` are for each. Default 1; not more than there are producers.
-	ShardCount    int32 `protobuf:"varint,13,opt,name=shard_count,json=shardCount,proto3" json:"shard_count,omitempty"`
+	ShardCount int32 `protobuf:"varint,13,opt,name=shard_count,json=shardCount,proto3" json:"shard_count,omitempty"`
+	// Where the caches run. Default: on the host of the Buffer service.
+	Placement *v1.Placement `protobuf:"bytes,14,opt,name=placement,proto3" json:"placement,omitempty"`
+	// How long everything stays there for groups that come later (`AddGroup`), after the groups above have it.
+	// What is delivered is kept as long as nothing newer needs the room; a stream that did not fit, or did not end
+	// as DONE, is not kept. ACKED only. Default: not at all.
+	Keep          *durationpb.Duration `protobuf:"bytes,15,opt,name=keep,proto3" json:"keep,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -494,6 +508,20 @@ func (x *BufferSpec) GetShardCount() int32 {
 	return 0
 }
 
+func (x *BufferSpec) GetPlacement() *v1.Placement {
+	if x != nil {
+		return x.Placement
+	}
+	return nil
+}
+
+func (x *BufferSpec) GetKeep() *durationpb.Duration {
+	if x != nil {
+		return x.Keep
+	}
+	return nil
+}
+
 // What one producer did, as the cache saw it.
 type ProducerCounters struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -516,7 +544,7 @@ type ProducerCounters struct {
 	// Events it says that it sent, from its END.
 	SentEventCount int64 `protobuf:"varint,9,opt,name=sent_event_count,json=sentEventCount,proto3" json:"sent_event_count,omitempty"`
 	// Events it selected and did not send, by cause, from its END.
-	Skipped []*v1.Loss `protobuf:"bytes,10,rep,name=skipped,proto3" json:"skipped,omitempty"`
+	Skipped []*v11.Loss `protobuf:"bytes,10,rep,name=skipped,proto3" json:"skipped,omitempty"`
 	// The first of its frames that the cache missed, if there was one; 0 otherwise.
 	FirstMissingSequence int64 `protobuf:"varint,11,opt,name=first_missing_sequence,json=firstMissingSequence,proto3" json:"first_missing_sequence,omitempty"`
 	unknownFields        protoimpl.UnknownFields
@@ -616,7 +644,7 @@ func (x *ProducerCounters) GetSentEventCount() int64 {
 	return 0
 }
 
-func (x *ProducerCounters) GetSkipped() []*v1.Loss {
+func (x *ProducerCounters) GetSkipped() []*v11.Loss {
 	if x != nil {
 		return x.Skipped
 	}
@@ -652,7 +680,11 @@ type GroupCounters struct {
 	// DATA frames that were delivered again, because a consumer died, was too slow, or got them broken.
 	RedeliveredFrameCount int64 `protobuf:"varint,9,opt,name=redelivered_frame_count,json=redeliveredFrameCount,proto3" json:"redelivered_frame_count,omitempty"`
 	// Events it should have got and will not, by cause.
-	Losses        []*v1.Loss `protobuf:"bytes,10,rep,name=losses,proto3" json:"losses,omitempty"`
+	Losses []*v11.Loss `protobuf:"bytes,10,rep,name=losses,proto3" json:"losses,omitempty"`
+	// True once one of its consumers has acknowledged END: it wants nothing more.
+	Ended bool `protobuf:"varint,11,opt,name=ended,proto3" json:"ended,omitempty"`
+	// True if it was added later, by `AddGroup`: it gets every event too, or the loss is counted here.
+	Added         bool `protobuf:"varint,12,opt,name=added,proto3" json:"added,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -750,11 +782,25 @@ func (x *GroupCounters) GetRedeliveredFrameCount() int64 {
 	return 0
 }
 
-func (x *GroupCounters) GetLosses() []*v1.Loss {
+func (x *GroupCounters) GetLosses() []*v11.Loss {
 	if x != nil {
 		return x.Losses
 	}
 	return nil
+}
+
+func (x *GroupCounters) GetEnded() bool {
+	if x != nil {
+		return x.Ended
+	}
+	return false
+}
+
+func (x *GroupCounters) GetAdded() bool {
+	if x != nil {
+		return x.Added
+	}
+	return false
 }
 
 // What one consumer connection took, as the cache saw it.
@@ -928,7 +974,7 @@ type BufferCounters struct {
 	// Bytes in the ring now.
 	HeldBytes int64 `protobuf:"varint,10,opt,name=held_bytes,json=heldBytes,proto3" json:"held_bytes,omitempty"`
 	// Events lost at the cache, by cause.
-	Losses []*v1.Loss `protobuf:"bytes,11,rep,name=losses,proto3" json:"losses,omitempty"`
+	Losses []*v11.Loss `protobuf:"bytes,11,rep,name=losses,proto3" json:"losses,omitempty"`
 	// Each producer, by number.
 	Producers []*ProducerCounters `protobuf:"bytes,12,rep,name=producers,proto3" json:"producers,omitempty"`
 	// Each consumer connection there was, in order.
@@ -1049,7 +1095,7 @@ func (x *BufferCounters) GetHeldBytes() int64 {
 	return 0
 }
 
-func (x *BufferCounters) GetLosses() []*v1.Loss {
+func (x *BufferCounters) GetLosses() []*v11.Loss {
 	if x != nil {
 		return x.Losses
 	}
@@ -1130,7 +1176,7 @@ type Buffer struct {
 	// What the cache counted.
 	Counters *BufferCounters `protobuf:"bytes,7,opt,name=counters,proto3" json:"counters,omitempty"`
 	// How the stream ended, once DRAINING.
-	EndCause v1.EndCause `protobuf:"varint,8,opt,name=end_cause,json=endCause,proto3,enum=beamwire.common.v1.EndCause" json:"end_cause,omitempty"`
+	EndCause v11.EndCause `protobuf:"varint,8,opt,name=end_cause,json=endCause,proto3,enum=beamwire.common.v1.EndCause" json:"end_cause,omitempty"`
 	// Why it failed, in state FAILED.
 	Error *status.Status `protobuf:"bytes,9,opt,name=error,proto3" json:"error,omitempty"`
 	// When it was created.
@@ -1142,7 +1188,13 @@ type Buffer struct {
 	// Changes with every change.
 	Etag string `protobuf:"bytes,13,opt,name=etag,proto3" json:"etag,omitempty"`
 	// How often a cache process died and was started again on what it had stored.
-	RestartCount  int32 `protobuf:"varint,14,opt,name=restart_count,json=restartCount,proto3" json:"restart_count,omitempty"`
+	RestartCount int32 `protobuf:"varint,14,opt,name=restart_count,json=restartCount,proto3" json:"restart_count,omitempty"`
+	// Until when it is KEPT at least, once it is.
+	KeepExpireTime *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=keep_expire_time,json=keepExpireTime,proto3" json:"keep_expire_time,omitempty"`
+	// When it will be forgotten, once it has ended.
+	PurgeTime *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=purge_time,json=purgeTime,proto3" json:"purge_time,omitempty"`
+	// The jobs that its caches run in, in the order of its shards, unless they run on the host of the service.
+	Jobs          []string `protobuf:"bytes,17,rep,name=jobs,proto3" json:"jobs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1226,11 +1278,11 @@ func (x *Buffer) GetCounters() *BufferCounters {
 	return nil
 }
 
-func (x *Buffer) GetEndCause() v1.EndCause {
+func (x *Buffer) GetEndCause() v11.EndCause {
 	if x != nil {
 		return x.EndCause
 	}
-	return v1.EndCause(0)
+	return v11.EndCause(0)
 }
 
 func (x *Buffer) GetError() *status.Status {
@@ -1273,6 +1325,27 @@ func (x *Buffer) GetRestartCount() int32 {
 		return x.RestartCount
 	}
 	return 0
+}
+
+func (x *Buffer) GetKeepExpireTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.KeepExpireTime
+	}
+	return nil
+}
+
+func (x *Buffer) GetPurgeTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PurgeTime
+	}
+	return nil
+}
+
+func (x *Buffer) GetJobs() []string {
+	if x != nil {
+		return x.Jobs
+	}
+	return nil
 }
 
 // Asks for a buffer.
@@ -1620,11 +1693,14 @@ type SealBufferRequest struct {
 	// `buffers/{buffer}`.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Why.
-	Cause v1.EndCause `protobuf:"varint,2,opt,name=cause,proto3,enum=beamwire.common.v1.EndCause" json:"cause,omitempty"`
+	Cause v11.EndCause `protobuf:"varint,2,opt,name=cause,proto3,enum=beamwire.common.v1.EndCause" json:"cause,omitempty"`
 	// A sentence that each consumer gets with END.
 	Detail string `protobuf:"bytes,3,opt,name=detail,proto3" json:"detail,omitempty"`
 	// A UUID4 that makes repeating the call harmless.
-	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	RequestId string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	// Only for this group, one that was added: nothing more is delivered to it, what it did not get is counted on its
+	// account, and its consumers get END with the cause, which is not DONE. The others go on.
+	Group         string `protobuf:"bytes,5,opt,name=group,proto3" json:"group,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1666,11 +1742,11 @@ func (x *SealBufferRequest) GetName() string {
 	return ""
 }
 
-func (x *SealBufferRequest) GetCause() v1.EndCause {
+func (x *SealBufferRequest) GetCause() v11.EndCause {
 	if x != nil {
 		return x.Cause
 	}
-	return v1.EndCause(0)
+	return v11.EndCause(0)
 }
 
 func (x *SealBufferRequest) GetDetail() string {
@@ -1687,20 +1763,173 @@ func (x *SealBufferRequest) GetRequestId() string {
 	return ""
 }
 
+func (x *SealBufferRequest) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+// Says how much longer a buffer may live.
+type ExtendBufferRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `buffers/{buffer}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// How long, from now on.
+	Lease *durationpb.Duration `protobuf:"bytes,2,opt,name=lease,proto3" json:"lease,omitempty"`
+	// A UUID4 that makes repeating the call harmless.
+	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExtendBufferRequest) Reset() {
+	*x = ExtendBufferRequest{}
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExtendBufferRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExtendBufferRequest) ProtoMessage() {}
+
+func (x *ExtendBufferRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExtendBufferRequest.ProtoReflect.Descriptor instead.
+func (*ExtendBufferRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ExtendBufferRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ExtendBufferRequest) GetLease() *durationpb.Duration {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+func (x *ExtendBufferRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// Asks for one more group on a buffer that is kept.
+type AddGroupRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `buffers/{buffer}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Its name: 1 to 31 of a-z, 0-9 and `-`, beginning with a letter; none of another group.
+	Group string `protobuf:"bytes,2,opt,name=group,proto3" json:"group,omitempty"`
+	// The SPIFFE ids that may consume in this group, and in no other.
+	Consumers []string `protobuf:"bytes,3,rep,name=consumers,proto3" json:"consumers,omitempty"`
+	// How long it may take; then it is sealed as EXPIRED.
+	Lease *durationpb.Duration `protobuf:"bytes,4,opt,name=lease,proto3" json:"lease,omitempty"`
+	// A UUID4 that makes repeating the call harmless.
+	RequestId     string `protobuf:"bytes,5,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AddGroupRequest) Reset() {
+	*x = AddGroupRequest{}
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AddGroupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AddGroupRequest) ProtoMessage() {}
+
+func (x *AddGroupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AddGroupRequest.ProtoReflect.Descriptor instead.
+func (*AddGroupRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *AddGroupRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *AddGroupRequest) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+func (x *AddGroupRequest) GetConsumers() []string {
+	if x != nil {
+		return x.Consumers
+	}
+	return nil
+}
+
+func (x *AddGroupRequest) GetLease() *durationpb.Duration {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+func (x *AddGroupRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
 // Asks for a ticket.
 type IssueTicketRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// `buffers/{buffer}`.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// What for.
-	Role          v11.LinkRole `protobuf:"varint,2,opt,name=role,proto3,enum=beamwire.stream.v1.LinkRole" json:"role,omitempty"`
+	Role          v12.LinkRole `protobuf:"varint,2,opt,name=role,proto3,enum=beamwire.stream.v1.LinkRole" json:"role,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *IssueTicketRequest) Reset() {
 	*x = IssueTicketRequest{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[13]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1712,7 +1941,7 @@ func (x *IssueTicketRequest) String() string {
 func (*IssueTicketRequest) ProtoMessage() {}
 
 func (x *IssueTicketRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[13]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1725,7 +1954,7 @@ func (x *IssueTicketRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IssueTicketRequest.ProtoReflect.Descriptor instead.
 func (*IssueTicketRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{13}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *IssueTicketRequest) GetName() string {
@@ -1735,11 +1964,11 @@ func (x *IssueTicketRequest) GetName() string {
 	return ""
 }
 
-func (x *IssueTicketRequest) GetRole() v11.LinkRole {
+func (x *IssueTicketRequest) GetRole() v12.LinkRole {
 	if x != nil {
 		return x.Role
 	}
-	return v11.LinkRole(0)
+	return v12.LinkRole(0)
 }
 
 // The right of one member to one role on one buffer, for some minutes. Not a resource: nobody keeps it.
@@ -1757,7 +1986,7 @@ type Ticket struct {
 
 func (x *Ticket) Reset() {
 	*x = Ticket{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[14]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1769,7 +1998,7 @@ func (x *Ticket) String() string {
 func (*Ticket) ProtoMessage() {}
 
 func (x *Ticket) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[14]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1782,7 +2011,7 @@ func (x *Ticket) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Ticket.ProtoReflect.Descriptor instead.
 func (*Ticket) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{14}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *Ticket) GetTicket() string {
@@ -1821,7 +2050,7 @@ type RevokeAccessRequest struct {
 
 func (x *RevokeAccessRequest) Reset() {
 	*x = RevokeAccessRequest{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[15]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1833,7 +2062,7 @@ func (x *RevokeAccessRequest) String() string {
 func (*RevokeAccessRequest) ProtoMessage() {}
 
 func (x *RevokeAccessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[15]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1846,7 +2075,7 @@ func (x *RevokeAccessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAccessRequest.ProtoReflect.Descriptor instead.
 func (*RevokeAccessRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{15}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RevokeAccessRequest) GetName() string {
@@ -1878,14 +2107,14 @@ type ConsumeRequest struct {
 	// Which of the buffer's shards, in the first request only.
 	Shard int32 `protobuf:"varint,2,opt,name=shard,proto3" json:"shard,omitempty"`
 	// Hello first, then acknowledgements.
-	Signal        *v11.Signal `protobuf:"bytes,3,opt,name=signal,proto3" json:"signal,omitempty"`
+	Signal        *v12.Signal `protobuf:"bytes,3,opt,name=signal,proto3" json:"signal,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ConsumeRequest) Reset() {
 	*x = ConsumeRequest{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[16]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1897,7 +2126,7 @@ func (x *ConsumeRequest) String() string {
 func (*ConsumeRequest) ProtoMessage() {}
 
 func (x *ConsumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[16]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1910,7 +2139,7 @@ func (x *ConsumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsumeRequest.ProtoReflect.Descriptor instead.
 func (*ConsumeRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{16}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ConsumeRequest) GetName() string {
@@ -1927,7 +2156,7 @@ func (x *ConsumeRequest) GetShard() int32 {
 	return 0
 }
 
-func (x *ConsumeRequest) GetSignal() *v11.Signal {
+func (x *ConsumeRequest) GetSignal() *v12.Signal {
 	if x != nil {
 		return x.Signal
 	}
@@ -1950,7 +2179,7 @@ type ConsumeResponse struct {
 
 func (x *ConsumeResponse) Reset() {
 	*x = ConsumeResponse{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[17]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1962,7 +2191,7 @@ func (x *ConsumeResponse) String() string {
 func (*ConsumeResponse) ProtoMessage() {}
 
 func (x *ConsumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[17]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1975,7 +2204,7 @@ func (x *ConsumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsumeResponse.ProtoReflect.Descriptor instead.
 func (*ConsumeResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{17}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ConsumeResponse) GetContent() isConsumeResponse_Content {
@@ -1985,7 +2214,7 @@ func (x *ConsumeResponse) GetContent() isConsumeResponse_Content {
 	return nil
 }
 
-func (x *ConsumeResponse) GetSignal() *v11.Signal {
+func (x *ConsumeResponse) GetSignal() *v12.Signal {
 	if x != nil {
 		if x, ok := x.Content.(*ConsumeResponse_Signal); ok {
 			return x.Signal
@@ -2009,7 +2238,7 @@ type isConsumeResponse_Content interface {
 
 type ConsumeResponse_Signal struct {
 	// Welcome first.
-	Signal *v11.Signal `protobuf:"bytes,1,opt,name=signal,proto3,oneof"`
+	Signal *v12.Signal `protobuf:"bytes,1,opt,name=signal,proto3,oneof"`
 }
 
 type ConsumeResponse_Piece struct {
@@ -2036,7 +2265,7 @@ type FramePiece struct {
 
 func (x *FramePiece) Reset() {
 	*x = FramePiece{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[18]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2048,7 +2277,7 @@ func (x *FramePiece) String() string {
 func (*FramePiece) ProtoMessage() {}
 
 func (x *FramePiece) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[18]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2061,7 +2290,7 @@ func (x *FramePiece) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FramePiece.ProtoReflect.Descriptor instead.
 func (*FramePiece) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{18}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *FramePiece) GetData() []byte {
@@ -2098,7 +2327,7 @@ type DeleteBufferRequest struct {
 
 func (x *DeleteBufferRequest) Reset() {
 	*x = DeleteBufferRequest{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[19]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2110,7 +2339,7 @@ func (x *DeleteBufferRequest) String() string {
 func (*DeleteBufferRequest) ProtoMessage() {}
 
 func (x *DeleteBufferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[19]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2123,7 +2352,7 @@ func (x *DeleteBufferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteBufferRequest.ProtoReflect.Descriptor instead.
 func (*DeleteBufferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{19}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *DeleteBufferRequest) GetName() string {
@@ -2149,7 +2378,7 @@ type DeleteBufferResponse struct {
 
 func (x *DeleteBufferResponse) Reset() {
 	*x = DeleteBufferResponse{}
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[20]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2161,7 +2390,7 @@ func (x *DeleteBufferResponse) String() string {
 func (*DeleteBufferResponse) ProtoMessage() {}
 
 func (x *DeleteBufferResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[20]
+	mi := &file_beamwire_buffer_v1_buffer_service_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2174,14 +2403,14 @@ func (x *DeleteBufferResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteBufferResponse.ProtoReflect.Descriptor instead.
 func (*DeleteBufferResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{20}
+	return file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP(), []int{22}
 }
 
 var File_beamwire_buffer_v1_buffer_service_proto protoreflect.FileDescriptor
 
 const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\n" +
-	"'beamwire/buffer/v1/buffer_service.proto\x12\x12beamwire.buffer.v1\x1a\x1fbeamwire/common/v1/access.proto\x1a beamwire/common/v1/account.proto\x1a\x1dbeamwire/stream/v1/link.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\x9a\x05\n" +
+	"'beamwire/buffer/v1/buffer_service.proto\x12\x12beamwire.buffer.v1\x1a\x1fbeamwire/common/v1/access.proto\x1a beamwire/common/v1/account.proto\x1a!beamwire/job/v1/job_service.proto\x1a\x1dbeamwire/stream/v1/link.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\x8f\x06\n" +
 	"\n" +
 	"BufferSpec\x12+\n" +
 	"\x0ecapacity_bytes\x18\x01 \x01(\x03B\x04\xe2A\x01\x01R\rcapacityBytes\x12-\n" +
@@ -2199,7 +2428,9 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"frameLease\x12'\n" +
 	"\fretain_bytes\x18\f \x01(\x03B\x04\xe2A\x01\x01R\vretainBytes\x12%\n" +
 	"\vshard_count\x18\r \x01(\x05B\x04\xe2A\x01\x01R\n" +
-	"shardCount\"\xcf\x03\n" +
+	"shardCount\x12>\n" +
+	"\tplacement\x18\x0e \x01(\v2\x1a.beamwire.job.v1.PlacementB\x04\xe2A\x01\x01R\tplacement\x123\n" +
+	"\x04keep\x18\x0f \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\x04keep\"\xcf\x03\n" +
 	"\x10ProducerCounters\x12\x1a\n" +
 	"\bproducer\x18\x01 \x01(\x05R\bproducer\x12\x1a\n" +
 	"\bidentity\x18\x02 \x01(\tR\bidentity\x12\x1c\n" +
@@ -2212,7 +2443,7 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\x10sent_event_count\x18\t \x01(\x03R\x0esentEventCount\x122\n" +
 	"\askipped\x18\n" +
 	" \x03(\v2\x18.beamwire.common.v1.LossR\askipped\x124\n" +
-	"\x16first_missing_sequence\x18\v \x01(\x03R\x14firstMissingSequence\"\xd8\x03\n" +
+	"\x16first_missing_sequence\x18\v \x01(\x03R\x14firstMissingSequence\"\x84\x04\n" +
 	"\rGroupCounters\x12\x14\n" +
 	"\x05group\x18\x01 \x01(\tR\x05group\x12\x1a\n" +
 	"\bdeclared\x18\x02 \x01(\bR\bdeclared\x12%\n" +
@@ -2224,7 +2455,9 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\x15in_flight_frame_count\x18\b \x01(\x03R\x12inFlightFrameCount\x126\n" +
 	"\x17redelivered_frame_count\x18\t \x01(\x03R\x15redeliveredFrameCount\x120\n" +
 	"\x06losses\x18\n" +
-	" \x03(\v2\x18.beamwire.common.v1.LossR\x06losses\"\xb3\x03\n" +
+	" \x03(\v2\x18.beamwire.common.v1.LossR\x06losses\x12\x14\n" +
+	"\x05ended\x18\v \x01(\bR\x05ended\x12\x14\n" +
+	"\x05added\x18\f \x01(\bR\x05added\"\xb3\x03\n" +
 	"\x10ConsumerCounters\x12\x1a\n" +
 	"\bconsumer\x18\x01 \x01(\x05R\bconsumer\x12\x1a\n" +
 	"\bidentity\x18\x02 \x01(\tR\bidentity\x12\x1c\n" +
@@ -2262,7 +2495,7 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\x10first_frame_time\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\x0efirstFrameTime\x12B\n" +
 	"\x0flast_frame_time\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\rlastFrameTime\x129\n" +
 	"\x06groups\x18\x12 \x03(\v2!.beamwire.buffer.v1.GroupCountersR\x06groups\x12,\n" +
-	"\x04flow\x18\x13 \x01(\x0e2\x18.beamwire.buffer.v1.FlowR\x04flow\"\xfd\x06\n" +
+	"\x04flow\x18\x13 \x01(\x0e2\x18.beamwire.buffer.v1.FlowR\x04flow\"\xb5\b\n" +
 	"\x06Buffer\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x128\n" +
 	"\x04spec\x18\x02 \x01(\v2\x1e.beamwire.buffer.v1.BufferSpecB\x04\xe2A\x01\x02R\x04spec\x12\x1a\n" +
@@ -2281,14 +2514,20 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\vexpire_time\x18\f \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\n" +
 	"expireTime\x12\x18\n" +
 	"\x04etag\x18\r \x01(\tB\x04\xe2A\x01\x03R\x04etag\x12)\n" +
-	"\rrestart_count\x18\x0e \x01(\x05B\x04\xe2A\x01\x03R\frestartCount\"z\n" +
+	"\rrestart_count\x18\x0e \x01(\x05B\x04\xe2A\x01\x03R\frestartCount\x12J\n" +
+	"\x10keep_expire_time\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\x0ekeepExpireTime\x12?\n" +
+	"\n" +
+	"purge_time\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\tpurgeTime\x12\x18\n" +
+	"\x04jobs\x18\x11 \x03(\tB\x04\xe2A\x01\x03R\x04jobs\"\x8a\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eSTATE_STARTING\x10\x01\x12\x0f\n" +
 	"\vSTATE_READY\x10\x02\x12\x12\n" +
 	"\x0eSTATE_DRAINING\x10\x03\x12\x0f\n" +
 	"\vSTATE_ENDED\x10\x04\x12\x10\n" +
-	"\fSTATE_FAILED\x10\x05:;\xeaA8\n" +
+	"\fSTATE_FAILED\x10\x05\x12\x0e\n" +
+	"\n" +
+	"STATE_KEPT\x10\x06:;\xeaA8\n" +
 	"\x13beamwire.org/Buffer\x12\x10buffers/{buffer}*\abuffers2\x06buffer\"\xc2\x01\n" +
 	"\x13CreateBufferRequest\x128\n" +
 	"\x06buffer\x18\x01 \x01(\v2\x1a.beamwire.buffer.v1.BufferB\x04\xe2A\x01\x02R\x06buffer\x12!\n" +
@@ -2312,14 +2551,29 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\x13beamwire.org/BufferR\x04name\x12\x18\n" +
 	"\x04etag\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\x04etag\"I\n" +
 	"\x13WatchBufferResponse\x122\n" +
-	"\x06buffer\x18\x01 \x01(\v2\x1a.beamwire.buffer.v1.BufferR\x06buffer\"\xc2\x01\n" +
+	"\x06buffer\x18\x01 \x01(\v2\x1a.beamwire.buffer.v1.BufferR\x06buffer\"\xde\x01\n" +
 	"\x11SealBufferRequest\x120\n" +
 	"\x04name\x18\x01 \x01(\tB\x1c\xe2A\x01\x02\xfaA\x15\n" +
 	"\x13beamwire.org/BufferR\x04name\x128\n" +
 	"\x05cause\x18\x02 \x01(\x0e2\x1c.beamwire.common.v1.EndCauseB\x04\xe2A\x01\x02R\x05cause\x12\x1c\n" +
 	"\x06detail\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\x06detail\x12#\n" +
 	"\n" +
-	"request_id\x18\x04 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"~\n" +
+	"request_id\x18\x04 \x01(\tB\x04\xe2A\x01\x01R\trequestId\x12\x1a\n" +
+	"\x05group\x18\x05 \x01(\tB\x04\xe2A\x01\x01R\x05group\"\xa3\x01\n" +
+	"\x13ExtendBufferRequest\x120\n" +
+	"\x04name\x18\x01 \x01(\tB\x1c\xe2A\x01\x02\xfaA\x15\n" +
+	"\x13beamwire.org/BufferR\x04name\x125\n" +
+	"\x05lease\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x02R\x05lease\x12#\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"\xdf\x01\n" +
+	"\x0fAddGroupRequest\x120\n" +
+	"\x04name\x18\x01 \x01(\tB\x1c\xe2A\x01\x02\xfaA\x15\n" +
+	"\x13beamwire.org/BufferR\x04name\x12\x1a\n" +
+	"\x05group\x18\x02 \x01(\tB\x04\xe2A\x01\x02R\x05group\x12\"\n" +
+	"\tconsumers\x18\x03 \x03(\tB\x04\xe2A\x01\x02R\tconsumers\x125\n" +
+	"\x05lease\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x02R\x05lease\x12#\n" +
+	"\n" +
+	"request_id\x18\x05 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"~\n" +
 	"\x12IssueTicketRequest\x120\n" +
 	"\x04name\x18\x01 \x01(\tB\x1c\xe2A\x01\x02\xfaA\x15\n" +
 	"\x13beamwire.org/BufferR\x04name\x126\n" +
@@ -2376,7 +2630,7 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\x10FLOW_NO_PRODUCER\x10\x02\x12\x12\n" +
 	"\x0eFLOW_NO_READER\x10\x03\x12\r\n" +
 	"\tFLOW_FULL\x10\x04\x12\x10\n" +
-	"\fFLOW_STARVED\x10\x052\xed\a\n" +
+	"\fFLOW_STARVED\x10\x052\xbb\t\n" +
 	"\rBufferService\x12s\n" +
 	"\fCreateBuffer\x12'.beamwire.buffer.v1.CreateBufferRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x1e\xdaA\x10buffer,buffer_id\xaa\xcf\x18\a\n" +
 	"\x03\x01\x02\x05\x10\x01\x12a\n" +
@@ -2390,6 +2644,12 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"SealBuffer\x12%.beamwire.buffer.v1.SealBufferRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x18\xdaA\n" +
 	"name,cause\xaa\xcf\x18\a\n" +
 	"\x03\x01\x02\x05\x10\x01\x12i\n" +
+	"\fExtendBuffer\x12'.beamwire.buffer.v1.ExtendBufferRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x14\xdaA\n" +
+	"name,lease\xaa\xcf\x18\x03\n" +
+	"\x01\x02\x12a\n" +
+	"\bAddGroup\x12#.beamwire.buffer.v1.AddGroupRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x14\xdaA\n" +
+	"name,group\xaa\xcf\x18\x03\n" +
+	"\x01\x02\x12i\n" +
 	"\vIssueTicket\x12&.beamwire.buffer.v1.IssueTicketRequest\x1a\x1a.beamwire.buffer.v1.Ticket\"\x16\xdaA\tname,role\xaa\xcf\x18\x06\n" +
 	"\x04\x01\x03\x02\x05\x12p\n" +
 	"\fRevokeAccess\x12'.beamwire.buffer.v1.RevokeAccessRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x1b\xdaA\rname,identity\xaa\xcf\x18\a\n" +
@@ -2414,7 +2674,7 @@ func file_beamwire_buffer_v1_buffer_service_proto_rawDescGZIP() []byte {
 }
 
 var file_beamwire_buffer_v1_buffer_service_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
-var file_beamwire_buffer_v1_buffer_service_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_beamwire_buffer_v1_buffer_service_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_beamwire_buffer_v1_buffer_service_proto_goTypes = []any{
 	(Delivery)(0),                 // 0: beamwire.buffer.v1.Delivery
 	(OverflowPolicy)(0),           // 1: beamwire.buffer.v1.OverflowPolicy
@@ -2434,78 +2694,91 @@ var file_beamwire_buffer_v1_buffer_service_proto_goTypes = []any{
 	(*WatchBufferRequest)(nil),    // 15: beamwire.buffer.v1.WatchBufferRequest
 	(*WatchBufferResponse)(nil),   // 16: beamwire.buffer.v1.WatchBufferResponse
 	(*SealBufferRequest)(nil),     // 17: beamwire.buffer.v1.SealBufferRequest
-	(*IssueTicketRequest)(nil),    // 18: beamwire.buffer.v1.IssueTicketRequest
-	(*Ticket)(nil),                // 19: beamwire.buffer.v1.Ticket
-	(*RevokeAccessRequest)(nil),   // 20: beamwire.buffer.v1.RevokeAccessRequest
-	(*ConsumeRequest)(nil),        // 21: beamwire.buffer.v1.ConsumeRequest
-	(*ConsumeResponse)(nil),       // 22: beamwire.buffer.v1.ConsumeResponse
-	(*FramePiece)(nil),            // 23: beamwire.buffer.v1.FramePiece
-	(*DeleteBufferRequest)(nil),   // 24: beamwire.buffer.v1.DeleteBufferRequest
-	(*DeleteBufferResponse)(nil),  // 25: beamwire.buffer.v1.DeleteBufferResponse
-	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
-	(*v1.Loss)(nil),               // 27: beamwire.common.v1.Loss
-	(*timestamppb.Timestamp)(nil), // 28: google.protobuf.Timestamp
-	(v1.EndCause)(0),              // 29: beamwire.common.v1.EndCause
-	(*status.Status)(nil),         // 30: google.rpc.Status
-	(v11.LinkRole)(0),             // 31: beamwire.stream.v1.LinkRole
-	(*v11.Signal)(nil),            // 32: beamwire.stream.v1.Signal
+	(*ExtendBufferRequest)(nil),   // 18: beamwire.buffer.v1.ExtendBufferRequest
+	(*AddGroupRequest)(nil),       // 19: beamwire.buffer.v1.AddGroupRequest
+	(*IssueTicketRequest)(nil),    // 20: beamwire.buffer.v1.IssueTicketRequest
+	(*Ticket)(nil),                // 21: beamwire.buffer.v1.Ticket
+	(*RevokeAccessRequest)(nil),   // 22: beamwire.buffer.v1.RevokeAccessRequest
+	(*ConsumeRequest)(nil),        // 23: beamwire.buffer.v1.ConsumeRequest
+	(*ConsumeResponse)(nil),       // 24: beamwire.buffer.v1.ConsumeResponse
+	(*FramePiece)(nil),            // 25: beamwire.buffer.v1.FramePiece
+	(*DeleteBufferRequest)(nil),   // 26: beamwire.buffer.v1.DeleteBufferRequest
+	(*DeleteBufferResponse)(nil),  // 27: beamwire.buffer.v1.DeleteBufferResponse
+	(*durationpb.Duration)(nil),   // 28: google.protobuf.Duration
+	(*v1.Placement)(nil),          // 29: beamwire.job.v1.Placement
+	(*v11.Loss)(nil),              // 30: beamwire.common.v1.Loss
+	(*timestamppb.Timestamp)(nil), // 31: google.protobuf.Timestamp
+	(v11.EndCause)(0),             // 32: beamwire.common.v1.EndCause
+	(*status.Status)(nil),         // 33: google.rpc.Status
+	(v12.LinkRole)(0),             // 34: beamwire.stream.v1.LinkRole
+	(*v12.Signal)(nil),            // 35: beamwire.stream.v1.Signal
 }
 var file_beamwire_buffer_v1_buffer_service_proto_depIdxs = []int32{
 	1,  // 0: beamwire.buffer.v1.BufferSpec.overflow_policy:type_name -> beamwire.buffer.v1.OverflowPolicy
 	0,  // 1: beamwire.buffer.v1.BufferSpec.delivery:type_name -> beamwire.buffer.v1.Delivery
 	2,  // 2: beamwire.buffer.v1.BufferSpec.transport:type_name -> beamwire.buffer.v1.Transport
-	26, // 3: beamwire.buffer.v1.BufferSpec.lease:type_name -> google.protobuf.Duration
-	26, // 4: beamwire.buffer.v1.BufferSpec.frame_lease:type_name -> google.protobuf.Duration
-	27, // 5: beamwire.buffer.v1.ProducerCounters.skipped:type_name -> beamwire.common.v1.Loss
-	27, // 6: beamwire.buffer.v1.GroupCounters.losses:type_name -> beamwire.common.v1.Loss
-	28, // 7: beamwire.buffer.v1.BufferCounters.read_time:type_name -> google.protobuf.Timestamp
-	27, // 8: beamwire.buffer.v1.BufferCounters.losses:type_name -> beamwire.common.v1.Loss
-	6,  // 9: beamwire.buffer.v1.BufferCounters.producers:type_name -> beamwire.buffer.v1.ProducerCounters
-	8,  // 10: beamwire.buffer.v1.BufferCounters.consumers:type_name -> beamwire.buffer.v1.ConsumerCounters
-	28, // 11: beamwire.buffer.v1.BufferCounters.first_frame_time:type_name -> google.protobuf.Timestamp
-	28, // 12: beamwire.buffer.v1.BufferCounters.last_frame_time:type_name -> google.protobuf.Timestamp
-	7,  // 13: beamwire.buffer.v1.BufferCounters.groups:type_name -> beamwire.buffer.v1.GroupCounters
-	3,  // 14: beamwire.buffer.v1.BufferCounters.flow:type_name -> beamwire.buffer.v1.Flow
-	5,  // 15: beamwire.buffer.v1.Buffer.spec:type_name -> beamwire.buffer.v1.BufferSpec
-	4,  // 16: beamwire.buffer.v1.Buffer.state:type_name -> beamwire.buffer.v1.Buffer.State
-	9,  // 17: beamwire.buffer.v1.Buffer.counters:type_name -> beamwire.buffer.v1.BufferCounters
-	29, // 18: beamwire.buffer.v1.Buffer.end_cause:type_name -> beamwire.common.v1.EndCause
-	30, // 19: beamwire.buffer.v1.Buffer.error:type_name -> google.rpc.Status
-	28, // 20: beamwire.buffer.v1.Buffer.create_time:type_name -> google.protobuf.Timestamp
-	28, // 21: beamwire.buffer.v1.Buffer.update_time:type_name -> google.protobuf.Timestamp
-	28, // 22: beamwire.buffer.v1.Buffer.expire_time:type_name -> google.protobuf.Timestamp
-	10, // 23: beamwire.buffer.v1.CreateBufferRequest.buffer:type_name -> beamwire.buffer.v1.Buffer
-	10, // 24: beamwire.buffer.v1.ListBuffersResponse.buffers:type_name -> beamwire.buffer.v1.Buffer
-	10, // 25: beamwire.buffer.v1.WatchBufferResponse.buffer:type_name -> beamwire.buffer.v1.Buffer
-	29, // 26: beamwire.buffer.v1.SealBufferRequest.cause:type_name -> beamwire.common.v1.EndCause
-	31, // 27: beamwire.buffer.v1.IssueTicketRequest.role:type_name -> beamwire.stream.v1.LinkRole
-	28, // 28: beamwire.buffer.v1.Ticket.expire_time:type_name -> google.protobuf.Timestamp
-	32, // 29: beamwire.buffer.v1.ConsumeRequest.signal:type_name -> beamwire.stream.v1.Signal
-	32, // 30: beamwire.buffer.v1.ConsumeResponse.signal:type_name -> beamwire.stream.v1.Signal
-	23, // 31: beamwire.buffer.v1.ConsumeResponse.piece:type_name -> beamwire.buffer.v1.FramePiece
-	11, // 32: beamwire.buffer.v1.BufferService.CreateBuffer:input_type -> beamwire.buffer.v1.CreateBufferRequest
-	12, // 33: beamwire.buffer.v1.BufferService.GetBuffer:input_type -> beamwire.buffer.v1.GetBufferRequest
-	13, // 34: beamwire.buffer.v1.BufferService.ListBuffers:input_type -> beamwire.buffer.v1.ListBuffersRequest
-	15, // 35: beamwire.buffer.v1.BufferService.WatchBuffer:input_type -> beamwire.buffer.v1.WatchBufferRequest
-	17, // 36: beamwire.buffer.v1.BufferService.SealBuffer:input_type -> beamwire.buffer.v1.SealBufferRequest
-	18, // 37: beamwire.buffer.v1.BufferService.IssueTicket:input_type -> beamwire.buffer.v1.IssueTicketRequest
-	20, // 38: beamwire.buffer.v1.BufferService.RevokeAccess:input_type -> beamwire.buffer.v1.RevokeAccessRequest
-	21, // 39: beamwire.buffer.v1.BufferService.Consume:input_type -> beamwire.buffer.v1.ConsumeRequest
-	24, // 40: beamwire.buffer.v1.BufferService.DeleteBuffer:input_type -> beamwire.buffer.v1.DeleteBufferRequest
-	10, // 41: beamwire.buffer.v1.BufferService.CreateBuffer:output_type -> beamwire.buffer.v1.Buffer
-	10, // 42: beamwire.buffer.v1.BufferService.GetBuffer:output_type -> beamwire.buffer.v1.Buffer
-	14, // 43: beamwire.buffer.v1.BufferService.ListBuffers:output_type -> beamwire.buffer.v1.ListBuffersResponse
-	16, // 44: beamwire.buffer.v1.BufferService.WatchBuffer:output_type -> beamwire.buffer.v1.WatchBufferResponse
-	10, // 45: beamwire.buffer.v1.BufferService.SealBuffer:output_type -> beamwire.buffer.v1.Buffer
-	19, // 46: beamwire.buffer.v1.BufferService.IssueTicket:output_type -> beamwire.buffer.v1.Ticket
-	10, // 47: beamwire.buffer.v1.BufferService.RevokeAccess:output_type -> beamwire.buffer.v1.Buffer
-	22, // 48: beamwire.buffer.v1.BufferService.Consume:output_type -> beamwire.buffer.v1.ConsumeResponse
-	25, // 49: beamwire.buffer.v1.BufferService.DeleteBuffer:output_type -> beamwire.buffer.v1.DeleteBufferResponse
-	41, // [41:50] is the sub-list for method output_type
-	32, // [32:41] is the sub-list for method input_type
-	32, // [32:32] is the sub-list for extension type_name
-	32, // [32:32] is the sub-list for extension extendee
-	0,  // [0:32] is the sub-list for field type_name
+	28, // 3: beamwire.buffer.v1.BufferSpec.lease:type_name -> google.protobuf.Duration
+	28, // 4: beamwire.buffer.v1.BufferSpec.frame_lease:type_name -> google.protobuf.Duration
+	29, // 5: beamwire.buffer.v1.BufferSpec.placement:type_name -> beamwire.job.v1.Placement
+	28, // 6: beamwire.buffer.v1.BufferSpec.keep:type_name -> google.protobuf.Duration
+	30, // 7: beamwire.buffer.v1.ProducerCounters.skipped:type_name -> beamwire.common.v1.Loss
+	30, // 8: beamwire.buffer.v1.GroupCounters.losses:type_name -> beamwire.common.v1.Loss
+	31, // 9: beamwire.buffer.v1.BufferCounters.read_time:type_name -> google.protobuf.Timestamp
+	30, // 10: beamwire.buffer.v1.BufferCounters.losses:type_name -> beamwire.common.v1.Loss
+	6,  // 11: beamwire.buffer.v1.BufferCounters.producers:type_name -> beamwire.buffer.v1.ProducerCounters
+	8,  // 12: beamwire.buffer.v1.BufferCounters.consumers:type_name -> beamwire.buffer.v1.ConsumerCounters
+	31, // 13: beamwire.buffer.v1.BufferCounters.first_frame_time:type_name -> google.protobuf.Timestamp
+	31, // 14: beamwire.buffer.v1.BufferCounters.last_frame_time:type_name -> google.protobuf.Timestamp
+	7,  // 15: beamwire.buffer.v1.BufferCounters.groups:type_name -> beamwire.buffer.v1.GroupCounters
+	3,  // 16: beamwire.buffer.v1.BufferCounters.flow:type_name -> beamwire.buffer.v1.Flow
+	5,  // 17: beamwire.buffer.v1.Buffer.spec:type_name -> beamwire.buffer.v1.BufferSpec
+	4,  // 18: beamwire.buffer.v1.Buffer.state:type_name -> beamwire.buffer.v1.Buffer.State
+	9,  // 19: beamwire.buffer.v1.Buffer.counters:type_name -> beamwire.buffer.v1.BufferCounters
+	32, // 20: beamwire.buffer.v1.Buffer.end_cause:type_name -> beamwire.common.v1.EndCause
+	33, // 21: beamwire.buffer.v1.Buffer.error:type_name -> google.rpc.Status
+	31, // 22: beamwire.buffer.v1.Buffer.create_time:type_name -> google.protobuf.Timestamp
+	31, // 23: beamwire.buffer.v1.Buffer.update_time:type_name -> google.protobuf.Timestamp
+	31, // 24: beamwire.buffer.v1.Buffer.expire_time:type_name -> google.protobuf.Timestamp
+	31, // 25: beamwire.buffer.v1.Buffer.keep_expire_time:type_name -> google.protobuf.Timestamp
+	31, // 26: beamwire.buffer.v1.Buffer.purge_time:type_name -> google.protobuf.Timestamp
+	10, // 27: beamwire.buffer.v1.CreateBufferRequest.buffer:type_name -> beamwire.buffer.v1.Buffer
+	10, // 28: beamwire.buffer.v1.ListBuffersResponse.buffers:type_name -> beamwire.buffer.v1.Buffer
+	10, // 29: beamwire.buffer.v1.WatchBufferResponse.buffer:type_name -> beamwire.buffer.v1.Buffer
+	32, // 30: beamwire.buffer.v1.SealBufferRequest.cause:type_name -> beamwire.common.v1.EndCause
+	28, // 31: beamwire.buffer.v1.ExtendBufferRequest.lease:type_name -> google.protobuf.Duration
+	28, // 32: beamwire.buffer.v1.AddGroupRequest.lease:type_name -> google.protobuf.Duration
+	34, // 33: beamwire.buffer.v1.IssueTicketRequest.role:type_name -> beamwire.stream.v1.LinkRole
+	31, // 34: beamwire.buffer.v1.Ticket.expire_time:type_name -> google.protobuf.Timestamp
+	35, // 35: beamwire.buffer.v1.ConsumeRequest.signal:type_name -> beamwire.stream.v1.Signal
+	35, // 36: beamwire.buffer.v1.ConsumeResponse.signal:type_name -> beamwire.stream.v1.Signal
+	25, // 37: beamwire.buffer.v1.ConsumeResponse.piece:type_name -> beamwire.buffer.v1.FramePiece
+	11, // 38: beamwire.buffer.v1.BufferService.CreateBuffer:input_type -> beamwire.buffer.v1.CreateBufferRequest
+	12, // 39: beamwire.buffer.v1.BufferService.GetBuffer:input_type -> beamwire.buffer.v1.GetBufferRequest
+	13, // 40: beamwire.buffer.v1.BufferService.ListBuffers:input_type -> beamwire.buffer.v1.ListBuffersRequest
+	15, // 41: beamwire.buffer.v1.BufferService.WatchBuffer:input_type -> beamwire.buffer.v1.WatchBufferRequest
+	17, // 42: beamwire.buffer.v1.BufferService.SealBuffer:input_type -> beamwire.buffer.v1.SealBufferRequest
+	18, // 43: beamwire.buffer.v1.BufferService.ExtendBuffer:input_type -> beamwire.buffer.v1.ExtendBufferRequest
+	19, // 44: beamwire.buffer.v1.BufferService.AddGroup:input_type -> beamwire.buffer.v1.AddGroupRequest
+	20, // 45: beamwire.buffer.v1.BufferService.IssueTicket:input_type -> beamwire.buffer.v1.IssueTicketRequest
+	22, // 46: beamwire.buffer.v1.BufferService.RevokeAccess:input_type -> beamwire.buffer.v1.RevokeAccessRequest
+	23, // 47: beamwire.buffer.v1.BufferService.Consume:input_type -> beamwire.buffer.v1.ConsumeRequest
+	26, // 48: beamwire.buffer.v1.BufferService.DeleteBuffer:input_type -> beamwire.buffer.v1.DeleteBufferRequest
+	10, // 49: beamwire.buffer.v1.BufferService.CreateBuffer:output_type -> beamwire.buffer.v1.Buffer
+	10, // 50: beamwire.buffer.v1.BufferService.GetBuffer:output_type -> beamwire.buffer.v1.Buffer
+	14, // 51: beamwire.buffer.v1.BufferService.ListBuffers:output_type -> beamwire.buffer.v1.ListBuffersResponse
+	16, // 52: beamwire.buffer.v1.BufferService.WatchBuffer:output_type -> beamwire.buffer.v1.WatchBufferResponse
+	10, // 53: beamwire.buffer.v1.BufferService.SealBuffer:output_type -> beamwire.buffer.v1.Buffer
+	10, // 54: beamwire.buffer.v1.BufferService.ExtendBuffer:output_type -> beamwire.buffer.v1.Buffer
+	10, // 55: beamwire.buffer.v1.BufferService.AddGroup:output_type -> beamwire.buffer.v1.Buffer
+	21, // 56: beamwire.buffer.v1.BufferService.IssueTicket:output_type -> beamwire.buffer.v1.Ticket
+	10, // 57: beamwire.buffer.v1.BufferService.RevokeAccess:output_type -> beamwire.buffer.v1.Buffer
+	24, // 58: beamwire.buffer.v1.BufferService.Consume:output_type -> beamwire.buffer.v1.ConsumeResponse
+	27, // 59: beamwire.buffer.v1.BufferService.DeleteBuffer:output_type -> beamwire.buffer.v1.DeleteBufferResponse
+	49, // [49:60] is the sub-list for method output_type
+	38, // [38:49] is the sub-list for method input_type
+	38, // [38:38] is the sub-list for extension type_name
+	38, // [38:38] is the sub-list for extension extendee
+	0,  // [0:38] is the sub-list for field type_name
 }
 
 func init() { file_beamwire_buffer_v1_buffer_service_proto_init() }
@@ -2513,7 +2786,7 @@ func file_beamwire_buffer_v1_buffer_service_proto_init() {
 	if File_beamwire_buffer_v1_buffer_service_proto != nil {
 		return
 	}
-	file_beamwire_buffer_v1_buffer_service_proto_msgTypes[17].OneofWrappers = []any{
+	file_beamwire_buffer_v1_buffer_service_proto_msgTypes[19].OneofWrappers = []any{
 		(*ConsumeResponse_Signal)(nil),
 		(*ConsumeResponse_Piece)(nil),
 	}
@@ -2523,7 +2796,7 @@ func file_beamwire_buffer_v1_buffer_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_beamwire_buffer_v1_buffer_service_proto_rawDesc), len(file_beamwire_buffer_v1_buffer_service_proto_rawDesc)),
 			NumEnums:      5,
-			NumMessages:   21,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

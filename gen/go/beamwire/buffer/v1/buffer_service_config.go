@@ -14,6 +14,8 @@ const BufferServiceConfig = `{
         {"service": "beamwire.buffer.v1.BufferService", "method": "ListBuffers"},
         {"service": "beamwire.buffer.v1.BufferService", "method": "WatchBuffer"},
         {"service": "beamwire.buffer.v1.BufferService", "method": "SealBuffer"},
+        {"service": "beamwire.buffer.v1.BufferService", "method": "ExtendBuffer"},
+        {"service": "beamwire.buffer.v1.BufferService", "method": "AddGroup"},
         {"service": "beamwire.buffer.v1.BufferService", "method": "IssueTicket"},
         {"service": "beamwire.buffer.v1.BufferService", "method": "RevokeAccess"},
         {"service": "beamwire.buffer.v1.BufferService", "method": "DeleteBuffer"}
@@ -23,7 +25,7 @@ const BufferServiceConfig = `{
         "initialBackoff": "0.1s",
         "maxBackoff": "2s",
         "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"]
+        "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"]
       }
     }
   ]

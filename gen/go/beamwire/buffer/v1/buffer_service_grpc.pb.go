@@ -26,6 +26,8 @@ const (
 	BufferService_ListBuffers_FullMethodName  = "/beamwire.buffer.v1.BufferService/ListBuffers"
 	BufferService_WatchBuffer_FullMethodName  = "/beamwire.buffer.v1.BufferService/WatchBuffer"
 	BufferService_SealBuffer_FullMethodName   = "/beamwire.buffer.v1.BufferService/SealBuffer"
+	BufferService_ExtendBuffer_FullMethodName = "/beamwire.buffer.v1.BufferService/ExtendBuffer"
+	BufferService_AddGroup_FullMethodName     = "/beamwire.buffer.v1.BufferService/AddGroup"
 	BufferService_IssueTicket_FullMethodName  = "/beamwire.buffer.v1.BufferService/IssueTicket"
 	BufferService_RevokeAccess_FullMethodName = "/beamwire.buffer.v1.BufferService/RevokeAccess"
 	BufferService_Consume_FullMethodName      = "/beamwire.buffer.v1.BufferService/Consume"
@@ -55,6 +57,14 @@ type BufferServiceClient interface {
 	// cause is DONE, and dropped and counted otherwise; then each consumer gets END with the cause.
 	// Sealing a sealed buffer changes nothing. Owner, services, operators.
 	SealBuffer(ctx context.Context, in *SealBufferRequest, opts ...grpc.CallOption) (*Buffer, error)
+	// Lets the buffer live longer, from now on; never shorter than it would have. At most as long as one may be
+	// asked for. Services.
+	ExtendBuffer(ctx context.Context, in *ExtendBufferRequest, opts ...grpc.CallOption) (*Buffer, error)
+	// Adds a group to a buffer that keeps what it delivered: it gets every event from the first on, and END,
+	// on an account of its own; what the groups before it got is not changed by it. The buffer stays KEPT until the
+	// group has END, too. ILLEGAL_STATE unless the buffer was made to `keep`, no more frames come, and all of them are
+	// still there (DRAINING or KEPT). Adding the same group again changes nothing. Services.
+	AddGroup(ctx context.Context, in *AddGroupRequest, opts ...grpc.CallOption) (*Buffer, error)
 	// Gives the caller the right to produce or to consume for some minutes, bound to the certificate
 	// of this call. Members that the buffer's specification names for that role.
 	IssueTicket(ctx context.Context, in *IssueTicketRequest, opts ...grpc.CallOption) (*Ticket, error)
@@ -66,8 +76,9 @@ type BufferServiceClient interface {
 	// names the buffer and says Hello, without a ticket. Ends OK after END was acknowledged. Members
 	// that the buffer's specification names as consumers.
 	Consume(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[ConsumeRequest, ConsumeResponse], error)
-	// Stops the cache if it runs, and forgets the buffer. Frames still in it are lost.
-	// Owner, services, operators.
+	// Stops the cache if it runs, and forgets the buffer. Frames still in it are lost. ILLEGAL_STATE for a
+	// buffer that a transfer uses and that has not ended: cancel the transfer. Owner, operators; services, which may
+	// delete any.
 	DeleteBuffer(ctx context.Context, in *DeleteBufferRequest, opts ...grpc.CallOption) (*DeleteBufferResponse, error)
 }
 
@@ -132,6 +143,26 @@ func (c *bufferServiceClient) SealBuffer(ctx context.Context, in *SealBufferRequ
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(Buffer)
 	err := c.cc.Invoke(ctx, BufferService_SealBuffer_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *bufferServiceClient) ExtendBuffer(ctx context.Context, in *ExtendBufferRequest, opts ...grpc.CallOption) (*Buffer, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Buffer)
+	err := c.cc.Invoke(ctx, BufferService_ExtendBuffer_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *bufferServiceClient) AddGroup(ctx context.Context, in *AddGroupRequest, opts ...grpc.CallOption) (*Buffer, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Buffer)
+	err := c.cc.Invoke(ctx, BufferService_AddGroup_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -204,6 +235,14 @@ type BufferServiceServer interface {
 	// cause is DONE, and dropped and counted otherwise; then each consumer gets END with the cause.
 	// Sealing a sealed buffer changes nothing. Owner, services, operators.
 	SealBuffer(context.Context, *SealBufferRequest) (*Buffer, error)
+	// Lets the buffer live longer, from now on; never shorter than it would have. At most as long as one may be
+	// asked for. Services.
+	ExtendBuffer(context.Context, *ExtendBufferRequest) (*Buffer, error)
+	// Adds a group to a buffer that keeps what it delivered: it gets every event from the first on, and END,
+	// on an account of its own; what the groups before it got is not changed by it. The buffer stays KEPT until the
+	// group has END, too. ILLEGAL_STATE unless the buffer was made to `keep`, no more frames come, and all of them are
+	// still there (DRAINING or KEPT). Adding the same group again changes nothing. Services.
+	AddGroup(context.Context, *AddGroupRequest) (*Buffer, error)
 	// Gives the caller the right to produce or to consume for some minutes, bound to the certificate
 	// of this call. Members that the buffer's specification names for that role.
 	IssueTicket(context.Context, *IssueTicketRequest) (*Ticket, error)
@@ -215,8 +254,9 @@ type BufferServiceServer interface {
 	// names the buffer and says Hello, without a ticket. Ends OK after END was acknowledged. Members
 	// that the buffer's specification names as consumers.
 	Consume(grpc.BidiStreamingServer[ConsumeRequest, ConsumeResponse]) error
-	// Stops the cache if it runs, and forgets the buffer. Frames still in it are lost.
-	// Owner, services, operators.
+	// Stops the cache if it runs, and forgets the buffer. Frames still in it are lost. ILLEGAL_STATE for a
+	// buffer that a transfer uses and that has not ended: cancel the transfer. Owner, operators; services, which may
+	// delete any.
 	DeleteBuffer(context.Context, *DeleteBufferRequest) (*DeleteBufferResponse, error)
 	mustEmbedUnimplementedBufferServiceServer()
 }
@@ -242,6 +282,12 @@ func (UnimplementedBufferServiceServer) WatchBuffer(*WatchBufferRequest, grpc.Se
 }
 func (UnimplementedBufferServiceServer) SealBuffer(context.Context, *SealBufferRequest) (*Buffer, error) {
 	return nil, status.Error(codes.Unimplemented, "method SealBuffer not implemented")
+}
+func (UnimplementedBufferServiceServer) ExtendBuffer(context.Context, *ExtendBufferRequest) (*Buffer, error) {
+	return nil, status.Error(codes.Unimplemented, "method ExtendBuffer not implemented")
+}
+func (UnimplementedBufferServiceServer) AddGroup(context.Context, *AddGroupRequest) (*Buffer, error) {
+	return nil, status.Error(codes.Unimplemented, "method AddGroup not implemented")
 }
 func (UnimplementedBufferServiceServer) IssueTicket(context.Context, *IssueTicketRequest) (*Ticket, error) {
 	return nil, status.Error(codes.Unimplemented, "method IssueTicket not implemented")
@@ -359,6 +405,42 @@ func _BufferService_SealBuffer_Handler(srv interface{}, ctx context.Context, dec
 	return interceptor(ctx, in, info, handler)
 }
 
+func _BufferService_ExtendBuffer_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExtendBufferRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(BufferServiceServer).ExtendBuffer(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: BufferService_ExtendBuffer_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(BufferServiceServer).ExtendBuffer(ctx, req.(*ExtendBufferRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _BufferService_AddGroup_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(AddGroupRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(BufferServiceServer).AddGroup(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: BufferService_AddGroup_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(BufferServiceServer).AddGroup(ctx, req.(*AddGroupRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _BufferService_IssueTicket_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(IssueTicketRequest)
 	if err := dec(in); err != nil {
@@ -442,6 +524,14 @@ var BufferService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "SealBuffer",
 			Handler:    _BufferService_SealBuffer_Handler,
+		},
+		{
+			MethodName: "ExtendBuffer",
+			Handler:    _BufferService_ExtendBuffer_Handler,
+		},
+		{
+			MethodName: "AddGroup",
+			Handler:    _BufferService_AddGroup_Handler,
 		},
 		{
 			MethodName: "IssueTicket",

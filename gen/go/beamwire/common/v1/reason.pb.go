@@ -83,6 +83,8 @@ const (
 	ErrorReason_ERROR_REASON_INTERNAL ErrorReason = 44
 	// DEADLINE_EXCEEDED: something did not answer in time.
 	ErrorReason_ERROR_REASON_TIMED_OUT ErrorReason = 45
+	// RESOURCE_EXHAUSTED: the service has more calls to answer than it can; RetryInfo says when to call again.
+	ErrorReason_ERROR_REASON_OVERLOADED ErrorReason = 46
 	// In a resource: the streamer ended with an error.
 	ErrorReason_ERROR_REASON_PRODUCER_FAILED ErrorReason = 60
 	// In a resource: the cache process died or lost its ring.
@@ -101,6 +103,14 @@ const (
 	ErrorReason_ERROR_REASON_STREAM_TRUNCATED ErrorReason = 67
 	// In a stream: a frame failed its checksum or cannot be decoded.
 	ErrorReason_ERROR_REASON_FRAME_CORRUPT ErrorReason = 68
+	// In a resource: a program ended with an exit code other than 0, or by a signal.
+	ErrorReason_ERROR_REASON_JOB_FAILED ErrorReason = 69
+	// In a resource: a program needed more memory than it may have.
+	ErrorReason_ERROR_REASON_OUT_OF_MEMORY ErrorReason = 70
+	// In a resource: the node that ran a program failed, or was taken away from it.
+	ErrorReason_ERROR_REASON_NODE_FAILED ErrorReason = 71
+	// In a resource: a job that had to come first did not end as it had to.
+	ErrorReason_ERROR_REASON_DEPENDENCY_FAILED ErrorReason = 72
 )
 
 // Enum value maps for ErrorReason.
@@ -134,6 +144,7 @@ var (
 		43: "ERROR_REASON_UNSUPPORTED",
 		44: "ERROR_REASON_INTERNAL",
 		45: "ERROR_REASON_TIMED_OUT",
+		46: "ERROR_REASON_OVERLOADED",
 		60: "ERROR_REASON_PRODUCER_FAILED",
 		61: "ERROR_REASON_CACHE_FAILED",
 		62: "ERROR_REASON_LAUNCH_FAILED",
@@ -143,6 +154,10 @@ var (
 		66: "ERROR_REASON_CANCELLED",
 		67: "ERROR_REASON_STREAM_TRUNCATED",
 		68: "ERROR_REASON_FRAME_CORRUPT",
+		69: "ERROR_REASON_JOB_FAILED",
+		70: "ERROR_REASON_OUT_OF_MEMORY",
+		71: "ERROR_REASON_NODE_FAILED",
+		72: "ERROR_REASON_DEPENDENCY_FAILED",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":          0,
@@ -173,6 +188,7 @@ var (
 		"ERROR_REASON_UNSUPPORTED":          43,
 		"ERROR_REASON_INTERNAL":             44,
 		"ERROR_REASON_TIMED_OUT":            45,
+		"ERROR_REASON_OVERLOADED":           46,
 		"ERROR_REASON_PRODUCER_FAILED":      60,
 		"ERROR_REASON_CACHE_FAILED":         61,
 		"ERROR_REASON_LAUNCH_FAILED":        62,
@@ -182,6 +198,10 @@ var (
 		"ERROR_REASON_CANCELLED":            66,
 		"ERROR_REASON_STREAM_TRUNCATED":     67,
 		"ERROR_REASON_FRAME_CORRUPT":        68,
+		"ERROR_REASON_JOB_FAILED":           69,
+		"ERROR_REASON_OUT_OF_MEMORY":        70,
+		"ERROR_REASON_NODE_FAILED":          71,
+		"ERROR_REASON_DEPENDENCY_FAILED":    72,
 	}
 )
 
@@ -216,7 +236,8 @@ var File_beamwire_common_v1_reason_proto protoreflect.FileDescriptor
 
 const file_beamwire_common_v1_reason_proto_rawDesc = "" +
 	"\n" +
-	"\x1fbeamwire/common/v1/reason.proto\x12\x12beamwire.common.v1*\xe0\t\n" +
+	"\x1fbeamwire/common/v1/reason.proto\x12\x12beamwire.common.v1*\xfc\n" +
+	"\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12#\n" +
@@ -246,7 +267,8 @@ const file_beamwire_common_v1_reason_proto_rawDesc = "" +
 	"\x15ERROR_REASON_DRAINING\x10*\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSUPPORTED\x10+\x12\x19\n" +
 	"\x15ERROR_REASON_INTERNAL\x10,\x12\x1a\n" +
-	"\x16ERROR_REASON_TIMED_OUT\x10-\x12 \n" +
+	"\x16ERROR_REASON_TIMED_OUT\x10-\x12\x1b\n" +
+	"\x17ERROR_REASON_OVERLOADED\x10.\x12 \n" +
 	"\x1cERROR_REASON_PRODUCER_FAILED\x10<\x12\x1d\n" +
 	"\x19ERROR_REASON_CACHE_FAILED\x10=\x12\x1e\n" +
 	"\x1aERROR_REASON_LAUNCH_FAILED\x10>\x12\x1c\n" +
@@ -255,7 +277,11 @@ const file_beamwire_common_v1_reason_proto_rawDesc = "" +
 	"\x1aERROR_REASON_LEASE_EXPIRED\x10A\x12\x1a\n" +
 	"\x16ERROR_REASON_CANCELLED\x10B\x12!\n" +
 	"\x1dERROR_REASON_STREAM_TRUNCATED\x10C\x12\x1e\n" +
-	"\x1aERROR_REASON_FRAME_CORRUPT\x10DB[\n" +
+	"\x1aERROR_REASON_FRAME_CORRUPT\x10D\x12\x1b\n" +
+	"\x17ERROR_REASON_JOB_FAILED\x10E\x12\x1e\n" +
+	"\x1aERROR_REASON_OUT_OF_MEMORY\x10F\x12\x1c\n" +
+	"\x18ERROR_REASON_NODE_FAILED\x10G\x12\"\n" +
+	"\x1eERROR_REASON_DEPENDENCY_FAILED\x10HB[\n" +
 	"\x16org.beamwire.common.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/common/v1;commonv1b\x06proto3"
 
 var (

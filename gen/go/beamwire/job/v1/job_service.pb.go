@@ -81,7 +81,65 @@ func (LogStream) EnumDescriptor() ([]byte, []int) {
 	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{0}
 }
 
-// `NEW -> QUEUED -> ACTIVE -> COMPLETED | FAILED | CANCELED`; an observer never sees it go back.
+// What the other job must have come to.
+type Dependency_Condition int32
+
+const (
+	// The default, COMPLETED.
+	Dependency_CONDITION_UNSPECIFIED Dependency_Condition = 0
+	// Its state is COMPLETED.
+	Dependency_CONDITION_COMPLETED Dependency_Condition = 1
+	// It has ended, however.
+	Dependency_CONDITION_ENDED Dependency_Condition = 2
+	// It has begun to run.
+	Dependency_CONDITION_ACTIVE Dependency_Condition = 3
+)
+
+// Enum value maps for Dependency_Condition.
+var (
+	Dependency_Condition_name = map[int32]string{
+		0: "CONDITION_UNSPECIFIED",
+		1: "CONDITION_COMPLETED",
+		2: "CONDITION_ENDED",
+		3: "CONDITION_ACTIVE",
+	}
+	Dependency_Condition_value = map[string]int32{
+		"CONDITION_UNSPECIFIED": 0,
+		"CONDITION_COMPLETED":   1,
+		"CONDITION_ENDED":       2,
+		"CONDITION_ACTIVE":      3,
+	}
+)
+
+func (x Dependency_Condition) Enum() *Dependency_Condition {
+	p := new(Dependency_Condition)
+	*p = x
+	return p
+}
+
+func (x Dependency_Condition) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Dependency_Condition) Descriptor() protoreflect.EnumDescriptor {
+	return file_beamwire_job_v1_job_service_proto_enumTypes[1].Descriptor()
+}
+
+func (Dependency_Condition) Type() protoreflect.EnumType {
+	return &file_beamwire_job_v1_job_service_proto_enumTypes[1]
+}
+
+func (x Dependency_Condition) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Dependency_Condition.Descriptor instead.
+func (Dependency_Condition) EnumDescriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{3, 0}
+}
+
+// `NEW -> HELD -> QUEUED -> ACTIVE -> COMPLETED | FAILED | CANCELED`, some of them left out; within one
+// step an observer never sees it go back.
 type Job_State int32
 
 const (
@@ -99,6 +157,8 @@ const (
 	Job_STATE_FAILED Job_State = 5
 	// Terminal: it was cancelled.
 	Job_STATE_CANCELED Job_State = 6
+	// It waits to be started, or for files, or for other jobs: the reason says for what.
+	Job_STATE_HELD Job_State = 7
 )
 
 // Enum value maps for Job_State.
@@ -111,6 +171,7 @@ var (
 		4: "STATE_COMPLETED",
 		5: "STATE_FAILED",
 		6: "STATE_CANCELED",
+		7: "STATE_HELD",
 	}
 	Job_State_value = map[string]int32{
 		"STATE_UNSPECIFIED": 0,
@@ -120,6 +181,7 @@ var (
 		"STATE_COMPLETED":   4,
 		"STATE_FAILED":      5,
 		"STATE_CANCELED":    6,
+		"STATE_HELD":        7,
 	}
 )
 
@@ -134,11 +196,11 @@ func (x Job_State) String() string {
 }
 
 func (Job_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_beamwire_job_v1_job_service_proto_enumTypes[1].Descriptor()
+	return file_beamwire_job_v1_job_service_proto_enumTypes[2].Descriptor()
 }
 
 func (Job_State) Type() protoreflect.EnumType {
-	return &file_beamwire_job_v1_job_service_proto_enumTypes[1]
+	return &file_beamwire_job_v1_job_service_proto_enumTypes[2]
 }
 
 func (x Job_State) Number() protoreflect.EnumNumber {
@@ -147,7 +209,7 @@ func (x Job_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Job_State.Descriptor instead.
 func (Job_State) EnumDescriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{2, 0}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{6, 0}
 }
 
 // What a job needs.
@@ -155,8 +217,20 @@ type Resources struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// How many processes; MPI ranks if `mpi`. Default 1.
 	ProcessCount int32 `protobuf:"varint,1,opt,name=process_count,json=processCount,proto3" json:"process_count,omitempty"`
-	// The time it may run; no limit if unset.
-	Duration      *durationpb.Duration `protobuf:"bytes,2,opt,name=duration,proto3" json:"duration,omitempty"`
+	// The time it may run; no limit, or the queue's, if unset.
+	Duration *durationpb.Duration `protobuf:"bytes,2,opt,name=duration,proto3" json:"duration,omitempty"`
+	// How many nodes. Default: as many as the processes need.
+	NodeCount int32 `protobuf:"varint,3,opt,name=node_count,json=nodeCount,proto3" json:"node_count,omitempty"`
+	// How many processes on each node. Default: as the backend spreads them.
+	ProcessesPerNode int32 `protobuf:"varint,4,opt,name=processes_per_node,json=processesPerNode,proto3" json:"processes_per_node,omitempty"`
+	// Cores of each process. Default 1.
+	CoresPerProcess int32 `protobuf:"varint,5,opt,name=cores_per_process,json=coresPerProcess,proto3" json:"cores_per_process,omitempty"`
+	// GPUs of each process. Default 0.
+	GpusPerProcess int32 `protobuf:"varint,6,opt,name=gpus_per_process,json=gpusPerProcess,proto3" json:"gpus_per_process,omitempty"`
+	// Memory on each node; no limit, or the queue's, if 0.
+	MemoryBytes int64 `protobuf:"varint,7,opt,name=memory_bytes,json=memoryBytes,proto3" json:"memory_bytes,omitempty"`
+	// No other job on its nodes.
+	Exclusive     bool `protobuf:"varint,8,opt,name=exclusive,proto3" json:"exclusive,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -205,12 +279,301 @@ func (x *Resources) GetDuration() *durationpb.Duration {
 	return nil
 }
 
+func (x *Resources) GetNodeCount() int32 {
+	if x != nil {
+		return x.NodeCount
+	}
+	return 0
+}
+
+func (x *Resources) GetProcessesPerNode() int32 {
+	if x != nil {
+		return x.ProcessesPerNode
+	}
+	return 0
+}
+
+func (x *Resources) GetCoresPerProcess() int32 {
+	if x != nil {
+		return x.CoresPerProcess
+	}
+	return 0
+}
+
+func (x *Resources) GetGpusPerProcess() int32 {
+	if x != nil {
+		return x.GpusPerProcess
+	}
+	return 0
+}
+
+func (x *Resources) GetMemoryBytes() int64 {
+	if x != nil {
+		return x.MemoryBytes
+	}
+	return 0
+}
+
+func (x *Resources) GetExclusive() bool {
+	if x != nil {
+		return x.Exclusive
+	}
+	return false
+}
+
+// Where a job runs.
+type Placement struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One of `ListBackends`. Default `local`.
+	Backend string `protobuf:"bytes,1,opt,name=backend,proto3" json:"backend,omitempty"`
+	// The queue, or partition. Default: the backend's.
+	Queue string `protobuf:"bytes,2,opt,name=queue,proto3" json:"queue,omitempty"`
+	// The account that pays. Default: the backend's.
+	Account string `protobuf:"bytes,3,opt,name=account,proto3" json:"account,omitempty"`
+	// A reservation to run in.
+	Reservation string `protobuf:"bytes,4,opt,name=reservation,proto3" json:"reservation,omitempty"`
+	// What else the backend shall know, by its own names: for Slurm long options of sbatch, `constraint`, `qos`.
+	Attributes    map[string]string `protobuf:"bytes,5,rep,name=attributes,proto3" json:"attributes,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Placement) Reset() {
+	*x = Placement{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Placement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Placement) ProtoMessage() {}
+
+func (x *Placement) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Placement.ProtoReflect.Descriptor instead.
+func (*Placement) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *Placement) GetBackend() string {
+	if x != nil {
+		return x.Backend
+	}
+	return ""
+}
+
+func (x *Placement) GetQueue() string {
+	if x != nil {
+		return x.Queue
+	}
+	return ""
+}
+
+func (x *Placement) GetAccount() string {
+	if x != nil {
+		return x.Account
+	}
+	return ""
+}
+
+func (x *Placement) GetReservation() string {
+	if x != nil {
+		return x.Reservation
+	}
+	return ""
+}
+
+func (x *Placement) GetAttributes() map[string]string {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
+// A file that a job needs before it starts.
+type InputFile struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Where, relative to the job's directory.
+	Path string `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	// The SHA-256 it must have, 64 hexadecimal digits; any if empty.
+	Sha256        string `protobuf:"bytes,2,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *InputFile) Reset() {
+	*x = InputFile{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *InputFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*InputFile) ProtoMessage() {}
+
+func (x *InputFile) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use InputFile.ProtoReflect.Descriptor instead.
+func (*InputFile) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *InputFile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *InputFile) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+// A job that must come first.
+type Dependency struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `jobs/{job}`: a job of the same owner.
+	Job string `protobuf:"bytes,1,opt,name=job,proto3" json:"job,omitempty"`
+	// What it must have come to. If it never can any more, the waiting job is cancelled.
+	Condition     Dependency_Condition `protobuf:"varint,2,opt,name=condition,proto3,enum=beamwire.job.v1.Dependency_Condition" json:"condition,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Dependency) Reset() {
+	*x = Dependency{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Dependency) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Dependency) ProtoMessage() {}
+
+func (x *Dependency) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Dependency.ProtoReflect.Descriptor instead.
+func (*Dependency) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *Dependency) GetJob() string {
+	if x != nil {
+		return x.Job
+	}
+	return ""
+}
+
+func (x *Dependency) GetCondition() Dependency_Condition {
+	if x != nil {
+		return x.Condition
+	}
+	return Dependency_CONDITION_UNSPECIFIED
+}
+
+// Whom to tell of each state that a job enters.
+type Callback struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// An https URL, or http on a loopback address. Each event is POSTed as JSON; docs/webhooks.md has its form.
+	Url string `protobuf:"bytes,1,opt,name=url,proto3" json:"url,omitempty"`
+	// What events are signed with (HMAC-SHA256), at least 16 bytes. Kept, never shown.
+	Secret        []byte `protobuf:"bytes,2,opt,name=secret,proto3" json:"secret,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Callback) Reset() {
+	*x = Callback{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Callback) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Callback) ProtoMessage() {}
+
+func (x *Callback) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Callback.ProtoReflect.Descriptor instead.
+func (*Callback) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Callback) GetUrl() string {
+	if x != nil {
+		return x.Url
+	}
+	return ""
+}
+
+func (x *Callback) GetSecret() []byte {
+	if x != nil {
+		return x.Secret
+	}
+	return nil
+}
+
 // What to run.
 type JobSpec struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// A word for people.
 	DisplayName string `protobuf:"bytes,1,opt,name=display_name,json=displayName,proto3" json:"display_name,omitempty"`
-	// The program. With `mpi`, it must be a Python module's name and is run under mpi4py.
+	// The program; this or `script`. With `mpi`, it must be a Python module's name and is run under mpi4py.
 	Executable string `protobuf:"bytes,2,opt,name=executable,proto3" json:"executable,omitempty"`
 	// Its arguments. Everybody on the host can read them: never a secret.
 	Arguments []string `protobuf:"bytes,3,rep,name=arguments,proto3" json:"arguments,omitempty"`
@@ -220,8 +583,6 @@ type JobSpec struct {
 	Environment map[string]string `protobuf:"bytes,5,rep,name=environment,proto3" json:"environment,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// What it needs.
 	Resources *Resources `protobuf:"bytes,6,opt,name=resources,proto3" json:"resources,omitempty"`
-	// The backend to run on. Default `local`.
-	Backend string `protobuf:"bytes,7,opt,name=backend,proto3" json:"backend,omitempty"`
 	// Run under `mpiexec`, with `resources.process_count` ranks; one rank is run without it.
 	Mpi bool `protobuf:"varint,8,opt,name=mpi,proto3" json:"mpi,omitempty"`
 	// What the program reads from standard input.
@@ -230,14 +591,35 @@ type JobSpec struct {
 	// enrol as `job/<id>`.
 	Enroll bool `protobuf:"varint,10,opt,name=enroll,proto3" json:"enroll,omitempty"`
 	// How long SIGTERM is given before SIGKILL. Default 5 s.
-	Grace         *durationpb.Duration `protobuf:"bytes,11,opt,name=grace,proto3" json:"grace,omitempty"`
+	Grace *durationpb.Duration `protobuf:"bytes,11,opt,name=grace,proto3" json:"grace,omitempty"`
+	// Where it runs.
+	Placement *Placement `protobuf:"bytes,12,opt,name=placement,proto3" json:"placement,omitempty"`
+	// The text of a script, run by the interpreter that its first line names, by /bin/sh without one.
+	Script string `protobuf:"bytes,13,opt,name=script,proto3" json:"script,omitempty"`
+	// If true, the job gets the environment of the Job service too, but for what could be a secret.
+	InheritEnvironment bool `protobuf:"varint,14,opt,name=inherit_environment,json=inheritEnvironment,proto3" json:"inherit_environment,omitempty"`
+	// Files that must have been uploaded before it starts.
+	InputFiles []*InputFile `protobuf:"bytes,15,rep,name=input_files,json=inputFiles,proto3" json:"input_files,omitempty"`
+	// An input file, a tar archive (compressed with gzip or not), that is unpacked to `env/` in the job's directory on
+	// the node, and whose `env/bin` comes first in PATH: the job brings its programs to a node that has none.
+	Bundle string `protobuf:"bytes,16,opt,name=bundle,proto3" json:"bundle,omitempty"`
+	// Jobs that must come first.
+	Dependencies []*Dependency `protobuf:"bytes,17,rep,name=dependencies,proto3" json:"dependencies,omitempty"`
+	// If true, it is HELD until `StartJob`.
+	Hold bool `protobuf:"varint,18,opt,name=hold,proto3" json:"hold,omitempty"`
+	// Whom to tell of each state that it enters.
+	Callback *Callback `protobuf:"bytes,19,opt,name=callback,proto3" json:"callback,omitempty"`
+	// Who the job enrols as instead of `job/<id>`, for services only: `cache/<id>`.
+	IdentityPath string `protobuf:"bytes,20,opt,name=identity_path,json=identityPath,proto3" json:"identity_path,omitempty"`
+	// Names that its certificate may serve under, for services only.
+	ServerNames   []string `protobuf:"bytes,21,rep,name=server_names,json=serverNames,proto3" json:"server_names,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *JobSpec) Reset() {
 	*x = JobSpec{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[1]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -249,7 +631,7 @@ func (x *JobSpec) String() string {
 func (*JobSpec) ProtoMessage() {}
 
 func (x *JobSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[1]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -262,7 +644,7 @@ func (x *JobSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use JobSpec.ProtoReflect.Descriptor instead.
 func (*JobSpec) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{1}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *JobSpec) GetDisplayName() string {
@@ -307,13 +689,6 @@ func (x *JobSpec) GetResources() *Resources {
 	return nil
 }
 
-func (x *JobSpec) GetBackend() string {
-	if x != nil {
-		return x.Backend
-	}
-	return ""
-}
-
 func (x *JobSpec) GetMpi() bool {
 	if x != nil {
 		return x.Mpi
@@ -338,6 +713,76 @@ func (x *JobSpec) GetEnroll() bool {
 func (x *JobSpec) GetGrace() *durationpb.Duration {
 	if x != nil {
 		return x.Grace
+	}
+	return nil
+}
+
+func (x *JobSpec) GetPlacement() *Placement {
+	if x != nil {
+		return x.Placement
+	}
+	return nil
+}
+
+func (x *JobSpec) GetScript() string {
+	if x != nil {
+		return x.Script
+	}
+	return ""
+}
+
+func (x *JobSpec) GetInheritEnvironment() bool {
+	if x != nil {
+		return x.InheritEnvironment
+	}
+	return false
+}
+
+func (x *JobSpec) GetInputFiles() []*InputFile {
+	if x != nil {
+		return x.InputFiles
+	}
+	return nil
+}
+
+func (x *JobSpec) GetBundle() string {
+	if x != nil {
+		return x.Bundle
+	}
+	return ""
+}
+
+func (x *JobSpec) GetDependencies() []*Dependency {
+	if x != nil {
+		return x.Dependencies
+	}
+	return nil
+}
+
+func (x *JobSpec) GetHold() bool {
+	if x != nil {
+		return x.Hold
+	}
+	return false
+}
+
+func (x *JobSpec) GetCallback() *Callback {
+	if x != nil {
+		return x.Callback
+	}
+	return nil
+}
+
+func (x *JobSpec) GetIdentityPath() string {
+	if x != nil {
+		return x.IdentityPath
+	}
+	return ""
+}
+
+func (x *JobSpec) GetServerNames() []string {
+	if x != nil {
+		return x.ServerNames
 	}
 	return nil
 }
@@ -368,14 +813,28 @@ type Job struct {
 	// When it last changed.
 	UpdateTime *timestamppb.Timestamp `protobuf:"bytes,11,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
 	// Changes with every change.
-	Etag          string `protobuf:"bytes,12,opt,name=etag,proto3" json:"etag,omitempty"`
+	Etag string `protobuf:"bytes,12,opt,name=etag,proto3" json:"etag,omitempty"`
+	// Words for people and filters.
+	Labels map[string]string `protobuf:"bytes,13,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Its runs so far.
+	Steps []*Job_Step `protobuf:"bytes,14,rep,name=steps,proto3" json:"steps,omitempty"`
+	// What it waits for, or why it is as it is, in the scheduler's words.
+	StateReason string `protobuf:"bytes,15,opt,name=state_reason,json=stateReason,proto3" json:"state_reason,omitempty"`
+	// What the job's newest step wants others to know, by name.
+	Outputs map[string]string `protobuf:"bytes,16,rep,name=outputs,proto3" json:"outputs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// How the events of its callback came through.
+	CallbackStatus *Job_CallbackStatus `protobuf:"bytes,17,opt,name=callback_status,json=callbackStatus,proto3" json:"callback_status,omitempty"`
+	// When it ended.
+	EndTime *timestamppb.Timestamp `protobuf:"bytes,18,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
+	// When it will be forgotten, once it ended.
+	PurgeTime     *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=purge_time,json=purgeTime,proto3" json:"purge_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Job) Reset() {
 	*x = Job{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[2]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -387,7 +846,7 @@ func (x *Job) String() string {
 func (*Job) ProtoMessage() {}
 
 func (x *Job) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[2]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -400,7 +859,7 @@ func (x *Job) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job.ProtoReflect.Descriptor instead.
 func (*Job) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{2}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Job) GetName() string {
@@ -487,6 +946,55 @@ func (x *Job) GetEtag() string {
 	return ""
 }
 
+func (x *Job) GetLabels() map[string]string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *Job) GetSteps() []*Job_Step {
+	if x != nil {
+		return x.Steps
+	}
+	return nil
+}
+
+func (x *Job) GetStateReason() string {
+	if x != nil {
+		return x.StateReason
+	}
+	return ""
+}
+
+func (x *Job) GetOutputs() map[string]string {
+	if x != nil {
+		return x.Outputs
+	}
+	return nil
+}
+
+func (x *Job) GetCallbackStatus() *Job_CallbackStatus {
+	if x != nil {
+		return x.CallbackStatus
+	}
+	return nil
+}
+
+func (x *Job) GetEndTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.EndTime
+	}
+	return nil
+}
+
+func (x *Job) GetPurgeTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PurgeTime
+	}
+	return nil
+}
+
 // Asks for a job.
 type CreateJobRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -504,7 +1012,7 @@ type CreateJobRequest struct {
 
 func (x *CreateJobRequest) Reset() {
 	*x = CreateJobRequest{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[3]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -516,7 +1024,7 @@ func (x *CreateJobRequest) String() string {
 func (*CreateJobRequest) ProtoMessage() {}
 
 func (x *CreateJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[3]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -529,7 +1037,7 @@ func (x *CreateJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJobRequest.ProtoReflect.Descriptor instead.
 func (*CreateJobRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{3}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *CreateJobRequest) GetJob() *Job {
@@ -571,7 +1079,7 @@ type GetJobRequest struct {
 
 func (x *GetJobRequest) Reset() {
 	*x = GetJobRequest{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[4]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -583,7 +1091,7 @@ func (x *GetJobRequest) String() string {
 func (*GetJobRequest) ProtoMessage() {}
 
 func (x *GetJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[4]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -596,7 +1104,7 @@ func (x *GetJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetJobRequest.ProtoReflect.Descriptor instead.
 func (*GetJobRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{4}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *GetJobRequest) GetName() string {
@@ -613,7 +1121,7 @@ type ListJobsRequest struct {
 	PageSize int32 `protobuf:"varint,1,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// `next_page_token` of the page before.
 	PageToken string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
-	// `state=ACTIVE`, `owner="spiffe://…"`, joined by AND.
+	// `state=ACTIVE`, `owner="spiffe://…"`, `labels.sample="lysozyme"`, joined by AND.
 	Filter        string `protobuf:"bytes,3,opt,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -621,7 +1129,7 @@ type ListJobsRequest struct {
 
 func (x *ListJobsRequest) Reset() {
 	*x = ListJobsRequest{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[5]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -633,7 +1141,7 @@ func (x *ListJobsRequest) String() string {
 func (*ListJobsRequest) ProtoMessage() {}
 
 func (x *ListJobsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[5]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -646,7 +1154,7 @@ func (x *ListJobsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJobsRequest.ProtoReflect.Descriptor instead.
 func (*ListJobsRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{5}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListJobsRequest) GetPageSize() int32 {
@@ -683,7 +1191,7 @@ type ListJobsResponse struct {
 
 func (x *ListJobsResponse) Reset() {
 	*x = ListJobsResponse{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[6]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -695,7 +1203,7 @@ func (x *ListJobsResponse) String() string {
 func (*ListJobsResponse) ProtoMessage() {}
 
 func (x *ListJobsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[6]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -708,7 +1216,7 @@ func (x *ListJobsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListJobsResponse.ProtoReflect.Descriptor instead.
 func (*ListJobsResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{6}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ListJobsResponse) GetJobs() []*Job {
@@ -738,7 +1246,7 @@ type WatchJobRequest struct {
 
 func (x *WatchJobRequest) Reset() {
 	*x = WatchJobRequest{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[7]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -750,7 +1258,7 @@ func (x *WatchJobRequest) String() string {
 func (*WatchJobRequest) ProtoMessage() {}
 
 func (x *WatchJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[7]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -763,7 +1271,7 @@ func (x *WatchJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchJobRequest.ProtoReflect.Descriptor instead.
 func (*WatchJobRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{7}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *WatchJobRequest) GetName() string {
@@ -791,7 +1299,7 @@ type WatchJobResponse struct {
 
 func (x *WatchJobResponse) Reset() {
 	*x = WatchJobResponse{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[8]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -803,7 +1311,7 @@ func (x *WatchJobResponse) String() string {
 func (*WatchJobResponse) ProtoMessage() {}
 
 func (x *WatchJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[8]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -816,7 +1324,7 @@ func (x *WatchJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchJobResponse.ProtoReflect.Descriptor instead.
 func (*WatchJobResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{8}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WatchJobResponse) GetJob() *Job {
@@ -824,6 +1332,116 @@ func (x *WatchJobResponse) GetJob() *Job {
 		return x.Job
 	}
 	return nil
+}
+
+// Names a job to let go.
+type StartJobRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `jobs/{job}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// A UUID4 that makes repeating the call harmless.
+	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *StartJobRequest) Reset() {
+	*x = StartJobRequest{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *StartJobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*StartJobRequest) ProtoMessage() {}
+
+func (x *StartJobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use StartJobRequest.ProtoReflect.Descriptor instead.
+func (*StartJobRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *StartJobRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *StartJobRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
+// Names a job to run once more.
+type RestartJobRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `jobs/{job}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// A UUID4 that makes repeating the call harmless.
+	RequestId     string `protobuf:"bytes,2,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RestartJobRequest) Reset() {
+	*x = RestartJobRequest{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RestartJobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RestartJobRequest) ProtoMessage() {}
+
+func (x *RestartJobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RestartJobRequest.ProtoReflect.Descriptor instead.
+func (*RestartJobRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *RestartJobRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *RestartJobRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
 }
 
 // Names a job to cancel.
@@ -839,7 +1457,7 @@ type CancelJobRequest struct {
 
 func (x *CancelJobRequest) Reset() {
 	*x = CancelJobRequest{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[9]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -851,7 +1469,7 @@ func (x *CancelJobRequest) String() string {
 func (*CancelJobRequest) ProtoMessage() {}
 
 func (x *CancelJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[9]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -864,7 +1482,7 @@ func (x *CancelJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelJobRequest.ProtoReflect.Descriptor instead.
 func (*CancelJobRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{9}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CancelJobRequest) GetName() string {
@@ -891,14 +1509,16 @@ type TailLogsRequest struct {
 	// Begin with the last so many bytes of each stream; everything if 0.
 	LastBytes int64 `protobuf:"varint,3,opt,name=last_bytes,json=lastBytes,proto3" json:"last_bytes,omitempty"`
 	// Go on until the job has ended.
-	Follow        bool `protobuf:"varint,4,opt,name=follow,proto3" json:"follow,omitempty"`
+	Follow bool `protobuf:"varint,4,opt,name=follow,proto3" json:"follow,omitempty"`
+	// Of which step. Default: the newest.
+	Step          int32 `protobuf:"varint,5,opt,name=step,proto3" json:"step,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *TailLogsRequest) Reset() {
 	*x = TailLogsRequest{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[10]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -910,7 +1530,7 @@ func (x *TailLogsRequest) String() string {
 func (*TailLogsRequest) ProtoMessage() {}
 
 func (x *TailLogsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[10]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -923,7 +1543,7 @@ func (x *TailLogsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TailLogsRequest.ProtoReflect.Descriptor instead.
 func (*TailLogsRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{10}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *TailLogsRequest) GetName() string {
@@ -954,6 +1574,13 @@ func (x *TailLogsRequest) GetFollow() bool {
 	return false
 }
 
+func (x *TailLogsRequest) GetStep() int32 {
+	if x != nil {
+		return x.Step
+	}
+	return 0
+}
+
 // A piece of what a job printed.
 type TailLogsResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -969,7 +1596,7 @@ type TailLogsResponse struct {
 
 func (x *TailLogsResponse) Reset() {
 	*x = TailLogsResponse{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[11]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -981,7 +1608,7 @@ func (x *TailLogsResponse) String() string {
 func (*TailLogsResponse) ProtoMessage() {}
 
 func (x *TailLogsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[11]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -994,7 +1621,7 @@ func (x *TailLogsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TailLogsResponse.ProtoReflect.Descriptor instead.
 func (*TailLogsResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{11}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *TailLogsResponse) GetStream() LogStream {
@@ -1018,6 +1645,771 @@ func (x *TailLogsResponse) GetData() []byte {
 	return nil
 }
 
+// A file in the directory of a job.
+type JobFile struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Relative to the job's directory.
+	Path string `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`
+	// Its size.
+	SizeBytes int64 `protobuf:"varint,2,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	// When it was written last.
+	UpdateTime *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
+	// Its SHA-256 in hexadecimal, where it was just read or written whole; empty in lists.
+	Sha256 string `protobuf:"bytes,4,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	// Whether it may be executed.
+	Executable    bool `protobuf:"varint,5,opt,name=executable,proto3" json:"executable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *JobFile) Reset() {
+	*x = JobFile{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *JobFile) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*JobFile) ProtoMessage() {}
+
+func (x *JobFile) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use JobFile.ProtoReflect.Descriptor instead.
+func (*JobFile) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *JobFile) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *JobFile) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *JobFile) GetUpdateTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.UpdateTime
+	}
+	return nil
+}
+
+func (x *JobFile) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+func (x *JobFile) GetExecutable() bool {
+	if x != nil {
+		return x.Executable
+	}
+	return false
+}
+
+// A piece of a file that goes to a job's directory.
+type UploadFileRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The first request has the start, the others have data.
+	//
+	// Types that are valid to be assigned to Content:
+	//
+	//	*UploadFileRequest_Start_
+	//	*UploadFileRequest_Data
+	Content       isUploadFileRequest_Content `protobuf_oneof:"content"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UploadFileRequest) Reset() {
+	*x = UploadFileRequest{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UploadFileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UploadFileRequest) ProtoMessage() {}
+
+func (x *UploadFileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UploadFileRequest.ProtoReflect.Descriptor instead.
+func (*UploadFileRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *UploadFileRequest) GetContent() isUploadFileRequest_Content {
+	if x != nil {
+		return x.Content
+	}
+	return nil
+}
+
+func (x *UploadFileRequest) GetStart() *UploadFileRequest_Start {
+	if x != nil {
+		if x, ok := x.Content.(*UploadFileRequest_Start_); ok {
+			return x.Start
+		}
+	}
+	return nil
+}
+
+func (x *UploadFileRequest) GetData() []byte {
+	if x != nil {
+		if x, ok := x.Content.(*UploadFileRequest_Data); ok {
+			return x.Data
+		}
+	}
+	return nil
+}
+
+type isUploadFileRequest_Content interface {
+	isUploadFileRequest_Content()
+}
+
+type UploadFileRequest_Start_ struct {
+	// What it will be.
+	Start *UploadFileRequest_Start `protobuf:"bytes,1,opt,name=start,proto3,oneof"`
+}
+
+type UploadFileRequest_Data struct {
+	// The next bytes, at most 1 MiB.
+	Data []byte `protobuf:"bytes,2,opt,name=data,proto3,oneof"`
+}
+
+func (*UploadFileRequest_Start_) isUploadFileRequest_Content() {}
+
+func (*UploadFileRequest_Data) isUploadFileRequest_Content() {}
+
+// The file is there.
+type UploadFileResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// With its checksum.
+	File          *JobFile `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UploadFileResponse) Reset() {
+	*x = UploadFileResponse{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UploadFileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UploadFileResponse) ProtoMessage() {}
+
+func (x *UploadFileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UploadFileResponse.ProtoReflect.Descriptor instead.
+func (*UploadFileResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *UploadFileResponse) GetFile() *JobFile {
+	if x != nil {
+		return x.File
+	}
+	return nil
+}
+
+// Asks for a file of a job's directory.
+type DownloadFileRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `jobs/{job}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Which, relative to the job's directory.
+	Path string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	// Begin here.
+	OffsetBytes   int64 `protobuf:"varint,3,opt,name=offset_bytes,json=offsetBytes,proto3" json:"offset_bytes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DownloadFileRequest) Reset() {
+	*x = DownloadFileRequest{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DownloadFileRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DownloadFileRequest) ProtoMessage() {}
+
+func (x *DownloadFileRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DownloadFileRequest.ProtoReflect.Descriptor instead.
+func (*DownloadFileRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *DownloadFileRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *DownloadFileRequest) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *DownloadFileRequest) GetOffsetBytes() int64 {
+	if x != nil {
+		return x.OffsetBytes
+	}
+	return 0
+}
+
+// A piece of a file.
+type DownloadFileResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The file; in the first answer without its checksum, in the last one, which has no data, with that of all
+	// bytes from the beginning of the file.
+	File *JobFile `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`
+	// Where the piece begins in the file.
+	OffsetBytes int64 `protobuf:"varint,2,opt,name=offset_bytes,json=offsetBytes,proto3" json:"offset_bytes,omitempty"`
+	// The piece.
+	Data          []byte `protobuf:"bytes,3,opt,name=data,proto3" json:"data,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *DownloadFileResponse) Reset() {
+	*x = DownloadFileResponse{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *DownloadFileResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*DownloadFileResponse) ProtoMessage() {}
+
+func (x *DownloadFileResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use DownloadFileResponse.ProtoReflect.Descriptor instead.
+func (*DownloadFileResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{22}
+}
+
+func (x *DownloadFileResponse) GetFile() *JobFile {
+	if x != nil {
+		return x.File
+	}
+	return nil
+}
+
+func (x *DownloadFileResponse) GetOffsetBytes() int64 {
+	if x != nil {
+		return x.OffsetBytes
+	}
+	return 0
+}
+
+func (x *DownloadFileResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+// Asks for a page of a job's files.
+type ListJobFilesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `jobs/{job}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The most to return; default 50, at most 1000.
+	PageSize int32 `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// `next_page_token` of the page before.
+	PageToken     string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListJobFilesRequest) Reset() {
+	*x = ListJobFilesRequest{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[23]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListJobFilesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListJobFilesRequest) ProtoMessage() {}
+
+func (x *ListJobFilesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[23]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListJobFilesRequest.ProtoReflect.Descriptor instead.
+func (*ListJobFilesRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{23}
+}
+
+func (x *ListJobFilesRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ListJobFilesRequest) GetPageSize() int32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *ListJobFilesRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+// A page of a job's files.
+type ListJobFilesResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the order of their paths.
+	Files []*JobFile `protobuf:"bytes,1,rep,name=files,proto3" json:"files,omitempty"`
+	// Empty on the last page.
+	NextPageToken string `protobuf:"bytes,2,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListJobFilesResponse) Reset() {
+	*x = ListJobFilesResponse{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[24]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListJobFilesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListJobFilesResponse) ProtoMessage() {}
+
+func (x *ListJobFilesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[24]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListJobFilesResponse.ProtoReflect.Descriptor instead.
+func (*ListJobFilesResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{24}
+}
+
+func (x *ListJobFilesResponse) GetFiles() []*JobFile {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+func (x *ListJobFilesResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+// What a job tells of itself.
+type ReportJobRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `jobs/{job}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Its step.
+	Step int32 `protobuf:"varint,2,opt,name=step,proto3" json:"step,omitempty"`
+	// ACTIVE once it runs; COMPLETED or FAILED when it ended. Unset if that has not changed.
+	State Job_State `protobuf:"varint,3,opt,name=state,proto3,enum=beamwire.job.v1.Job_State" json:"state,omitempty"`
+	// The node that it runs on.
+	Node string `protobuf:"bytes,4,opt,name=node,proto3" json:"node,omitempty"`
+	// The exit code, with a terminal state.
+	ExitCode *int32 `protobuf:"varint,5,opt,name=exit_code,json=exitCode,proto3,oneof" json:"exit_code,omitempty"`
+	// What others should know, by name; added to what was told before. At most 16, of 1024 bytes each.
+	Outputs       map[string]string `protobuf:"bytes,6,rep,name=outputs,proto3" json:"outputs,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportJobRequest) Reset() {
+	*x = ReportJobRequest{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[25]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportJobRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportJobRequest) ProtoMessage() {}
+
+func (x *ReportJobRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[25]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportJobRequest.ProtoReflect.Descriptor instead.
+func (*ReportJobRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{25}
+}
+
+func (x *ReportJobRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ReportJobRequest) GetStep() int32 {
+	if x != nil {
+		return x.Step
+	}
+	return 0
+}
+
+func (x *ReportJobRequest) GetState() Job_State {
+	if x != nil {
+		return x.State
+	}
+	return Job_STATE_UNSPECIFIED
+}
+
+func (x *ReportJobRequest) GetNode() string {
+	if x != nil {
+		return x.Node
+	}
+	return ""
+}
+
+func (x *ReportJobRequest) GetExitCode() int32 {
+	if x != nil && x.ExitCode != nil {
+		return *x.ExitCode
+	}
+	return 0
+}
+
+func (x *ReportJobRequest) GetOutputs() map[string]string {
+	if x != nil {
+		return x.Outputs
+	}
+	return nil
+}
+
+// It is known.
+type ReportJobResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportJobResponse) Reset() {
+	*x = ReportJobResponse{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportJobResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportJobResponse) ProtoMessage() {}
+
+func (x *ReportJobResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportJobResponse.ProtoReflect.Descriptor instead.
+func (*ReportJobResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{26}
+}
+
+// Asks where jobs can run.
+type ListBackendsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListBackendsRequest) Reset() {
+	*x = ListBackendsRequest{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListBackendsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListBackendsRequest) ProtoMessage() {}
+
+func (x *ListBackendsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListBackendsRequest.ProtoReflect.Descriptor instead.
+func (*ListBackendsRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{27}
+}
+
+// Where jobs can run.
+type ListBackendsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// In the order of their names.
+	Backends      []*Backend `protobuf:"bytes,1,rep,name=backends,proto3" json:"backends,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListBackendsResponse) Reset() {
+	*x = ListBackendsResponse{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListBackendsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListBackendsResponse) ProtoMessage() {}
+
+func (x *ListBackendsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListBackendsResponse.ProtoReflect.Descriptor instead.
+func (*ListBackendsResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *ListBackendsResponse) GetBackends() []*Backend {
+	if x != nil {
+		return x.Backends
+	}
+	return nil
+}
+
+// A place where jobs run.
+type Backend struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `local`, `slurm`, or the name that the facility's file gives it.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// What it is: `local`, `slurm`, `psij`.
+	Kind string `protobuf:"bytes,2,opt,name=kind,proto3" json:"kind,omitempty"`
+	// Whether it answers now.
+	Available bool `protobuf:"varint,3,opt,name=available,proto3" json:"available,omitempty"`
+	// Why not, or what version answers.
+	Detail string `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"`
+	// Its queues, if it has several.
+	Queues []string `protobuf:"bytes,5,rep,name=queues,proto3" json:"queues,omitempty"`
+	// Jobs of ours that it has, by state.
+	JobCounts     map[string]int32 `protobuf:"bytes,6,rep,name=job_counts,json=jobCounts,proto3" json:"job_counts,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"varint,2,opt,name=value"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Backend) Reset() {
+	*x = Backend{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Backend) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Backend) ProtoMessage() {}
+
+func (x *Backend) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Backend.ProtoReflect.Descriptor instead.
+func (*Backend) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *Backend) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *Backend) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *Backend) GetAvailable() bool {
+	if x != nil {
+		return x.Available
+	}
+	return false
+}
+
+func (x *Backend) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
+func (x *Backend) GetQueues() []string {
+	if x != nil {
+		return x.Queues
+	}
+	return nil
+}
+
+func (x *Backend) GetJobCounts() map[string]int32 {
+	if x != nil {
+		return x.JobCounts
+	}
+	return nil
+}
+
 // Names a job to delete.
 type DeleteJobRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -1031,7 +2423,7 @@ type DeleteJobRequest struct {
 
 func (x *DeleteJobRequest) Reset() {
 	*x = DeleteJobRequest{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[12]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1043,7 +2435,7 @@ func (x *DeleteJobRequest) String() string {
 func (*DeleteJobRequest) ProtoMessage() {}
 
 func (x *DeleteJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[12]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1056,7 +2448,7 @@ func (x *DeleteJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteJobRequest.ProtoReflect.Descriptor instead.
 func (*DeleteJobRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{12}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *DeleteJobRequest) GetName() string {
@@ -1082,7 +2474,7 @@ type DeleteJobResponse struct {
 
 func (x *DeleteJobResponse) Reset() {
 	*x = DeleteJobResponse{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[13]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1094,7 +2486,7 @@ func (x *DeleteJobResponse) String() string {
 func (*DeleteJobResponse) ProtoMessage() {}
 
 func (x *DeleteJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[13]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1107,7 +2499,7 @@ func (x *DeleteJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteJobResponse.ProtoReflect.Descriptor instead.
 func (*DeleteJobResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{13}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{31}
 }
 
 // One step of its life.
@@ -1118,14 +2510,16 @@ type Job_Transition struct {
 	// When.
 	Time *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
 	// Why, in the backend's words.
-	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// The step it belongs to.
+	Step          int32 `protobuf:"varint,4,opt,name=step,proto3" json:"step,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Job_Transition) Reset() {
 	*x = Job_Transition{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[15]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1137,7 +2531,7 @@ func (x *Job_Transition) String() string {
 func (*Job_Transition) ProtoMessage() {}
 
 func (x *Job_Transition) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[15]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1150,7 +2544,7 @@ func (x *Job_Transition) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Job_Transition.ProtoReflect.Descriptor instead.
 func (*Job_Transition) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{2, 0}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{6, 0}
 }
 
 func (x *Job_Transition) GetState() Job_State {
@@ -1174,32 +2568,329 @@ func (x *Job_Transition) GetReason() string {
 	return ""
 }
 
+func (x *Job_Transition) GetStep() int32 {
+	if x != nil {
+		return x.Step
+	}
+	return 0
+}
+
+// One run of the job.
+type Job_Step struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Counts from 1.
+	Number int32 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"`
+	// The backend's own id: a process or a Slurm job.
+	NativeId string `protobuf:"bytes,2,opt,name=native_id,json=nativeId,proto3" json:"native_id,omitempty"`
+	// The nodes that it ran on.
+	Nodes []string `protobuf:"bytes,3,rep,name=nodes,proto3" json:"nodes,omitempty"`
+	// The exit code, once it ended; 128 + n if signal n ended it.
+	ExitCode *int32 `protobuf:"varint,4,opt,name=exit_code,json=exitCode,proto3,oneof" json:"exit_code,omitempty"`
+	// When it began to run.
+	StartTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
+	// When it ended.
+	EndTime       *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Job_Step) Reset() {
+	*x = Job_Step{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Job_Step) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Job_Step) ProtoMessage() {}
+
+func (x *Job_Step) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Job_Step.ProtoReflect.Descriptor instead.
+func (*Job_Step) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{6, 1}
+}
+
+func (x *Job_Step) GetNumber() int32 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *Job_Step) GetNativeId() string {
+	if x != nil {
+		return x.NativeId
+	}
+	return ""
+}
+
+func (x *Job_Step) GetNodes() []string {
+	if x != nil {
+		return x.Nodes
+	}
+	return nil
+}
+
+func (x *Job_Step) GetExitCode() int32 {
+	if x != nil && x.ExitCode != nil {
+		return *x.ExitCode
+	}
+	return 0
+}
+
+func (x *Job_Step) GetStartTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.StartTime
+	}
+	return nil
+}
+
+func (x *Job_Step) GetEndTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.EndTime
+	}
+	return nil
+}
+
+// How the events of a job's callback came through.
+type Job_CallbackStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Events that were taken with a 2xx.
+	DeliveredCount int32 `protobuf:"varint,1,opt,name=delivered_count,json=deliveredCount,proto3" json:"delivered_count,omitempty"`
+	// Events that wait for another attempt.
+	PendingCount int32 `protobuf:"varint,2,opt,name=pending_count,json=pendingCount,proto3" json:"pending_count,omitempty"`
+	// Events that were given up after a day.
+	AbandonedCount int32 `protobuf:"varint,3,opt,name=abandoned_count,json=abandonedCount,proto3" json:"abandoned_count,omitempty"`
+	// What the last attempt that failed met.
+	LastError     string `protobuf:"bytes,4,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Job_CallbackStatus) Reset() {
+	*x = Job_CallbackStatus{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Job_CallbackStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Job_CallbackStatus) ProtoMessage() {}
+
+func (x *Job_CallbackStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Job_CallbackStatus.ProtoReflect.Descriptor instead.
+func (*Job_CallbackStatus) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{6, 2}
+}
+
+func (x *Job_CallbackStatus) GetDeliveredCount() int32 {
+	if x != nil {
+		return x.DeliveredCount
+	}
+	return 0
+}
+
+func (x *Job_CallbackStatus) GetPendingCount() int32 {
+	if x != nil {
+		return x.PendingCount
+	}
+	return 0
+}
+
+func (x *Job_CallbackStatus) GetAbandonedCount() int32 {
+	if x != nil {
+		return x.AbandonedCount
+	}
+	return 0
+}
+
+func (x *Job_CallbackStatus) GetLastError() string {
+	if x != nil {
+		return x.LastError
+	}
+	return ""
+}
+
+// What the pieces after this one make up.
+type UploadFileRequest_Start struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `jobs/{job}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// Where, relative to the job's directory. Directories are made. Nothing outside of it can be named.
+	Path string `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`
+	// The size it will have.
+	SizeBytes int64 `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
+	// The SHA-256 it will have, 64 hexadecimal digits.
+	Sha256 string `protobuf:"bytes,4,opt,name=sha256,proto3" json:"sha256,omitempty"`
+	// Whether it may be executed.
+	Executable    bool `protobuf:"varint,5,opt,name=executable,proto3" json:"executable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *UploadFileRequest_Start) Reset() {
+	*x = UploadFileRequest_Start{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[39]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *UploadFileRequest_Start) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*UploadFileRequest_Start) ProtoMessage() {}
+
+func (x *UploadFileRequest_Start) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[39]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use UploadFileRequest_Start.ProtoReflect.Descriptor instead.
+func (*UploadFileRequest_Start) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{19, 0}
+}
+
+func (x *UploadFileRequest_Start) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *UploadFileRequest_Start) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *UploadFileRequest_Start) GetSizeBytes() int64 {
+	if x != nil {
+		return x.SizeBytes
+	}
+	return 0
+}
+
+func (x *UploadFileRequest_Start) GetSha256() string {
+	if x != nil {
+		return x.Sha256
+	}
+	return ""
+}
+
+func (x *UploadFileRequest_Start) GetExecutable() bool {
+	if x != nil {
+		return x.Executable
+	}
+	return false
+}
+
 var File_beamwire_job_v1_job_service_proto protoreflect.FileDescriptor
 
 const file_beamwire_job_v1_job_service_proto_rawDesc = "" +
 	"\n" +
-	"!beamwire/job/v1/job_service.proto\x12\x0fbeamwire.job.v1\x1a\x1fbeamwire/common/v1/access.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"s\n" +
+	"!beamwire/job/v1/job_service.proto\x12\x0fbeamwire.job.v1\x1a\x1fbeamwire/common/v1/access.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xfb\x02\n" +
 	"\tResources\x12)\n" +
 	"\rprocess_count\x18\x01 \x01(\x05B\x04\xe2A\x01\x01R\fprocessCount\x12;\n" +
-	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\bduration\"\x9c\x04\n" +
+	"\bduration\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\bduration\x12#\n" +
+	"\n" +
+	"node_count\x18\x03 \x01(\x05B\x04\xe2A\x01\x01R\tnodeCount\x122\n" +
+	"\x12processes_per_node\x18\x04 \x01(\x05B\x04\xe2A\x01\x01R\x10processesPerNode\x120\n" +
+	"\x11cores_per_process\x18\x05 \x01(\x05B\x04\xe2A\x01\x01R\x0fcoresPerProcess\x12.\n" +
+	"\x10gpus_per_process\x18\x06 \x01(\x05B\x04\xe2A\x01\x01R\x0egpusPerProcess\x12'\n" +
+	"\fmemory_bytes\x18\a \x01(\x03B\x04\xe2A\x01\x01R\vmemoryBytes\x12\"\n" +
+	"\texclusive\x18\b \x01(\bB\x04\xe2A\x01\x01R\texclusive\"\xa0\x02\n" +
+	"\tPlacement\x12\x1e\n" +
+	"\abackend\x18\x01 \x01(\tB\x04\xe2A\x01\x01R\abackend\x12\x1a\n" +
+	"\x05queue\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\x05queue\x12\x1e\n" +
+	"\aaccount\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\aaccount\x12&\n" +
+	"\vreservation\x18\x04 \x01(\tB\x04\xe2A\x01\x01R\vreservation\x12P\n" +
+	"\n" +
+	"attributes\x18\x05 \x03(\v2*.beamwire.job.v1.Placement.AttributesEntryB\x04\xe2A\x01\x01R\n" +
+	"attributes\x1a=\n" +
+	"\x0fAttributesEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"C\n" +
+	"\tInputFile\x12\x18\n" +
+	"\x04path\x18\x01 \x01(\tB\x04\xe2A\x01\x02R\x04path\x12\x1c\n" +
+	"\x06sha256\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\x06sha256\"\xf0\x01\n" +
+	"\n" +
+	"Dependency\x12+\n" +
+	"\x03job\x18\x01 \x01(\tB\x19\xe2A\x01\x02\xfaA\x12\n" +
+	"\x10beamwire.org/JobR\x03job\x12I\n" +
+	"\tcondition\x18\x02 \x01(\x0e2%.beamwire.job.v1.Dependency.ConditionB\x04\xe2A\x01\x01R\tcondition\"j\n" +
+	"\tCondition\x12\x19\n" +
+	"\x15CONDITION_UNSPECIFIED\x10\x00\x12\x17\n" +
+	"\x13CONDITION_COMPLETED\x10\x01\x12\x13\n" +
+	"\x0fCONDITION_ENDED\x10\x02\x12\x14\n" +
+	"\x10CONDITION_ACTIVE\x10\x03\"@\n" +
+	"\bCallback\x12\x16\n" +
+	"\x03url\x18\x01 \x01(\tB\x04\xe2A\x01\x02R\x03url\x12\x1c\n" +
+	"\x06secret\x18\x02 \x01(\fB\x04\xe2A\x01\x04R\x06secret\"\xea\a\n" +
 	"\aJobSpec\x12'\n" +
 	"\fdisplay_name\x18\x01 \x01(\tB\x04\xe2A\x01\x01R\vdisplayName\x12$\n" +
 	"\n" +
-	"executable\x18\x02 \x01(\tB\x04\xe2A\x01\x02R\n" +
+	"executable\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\n" +
 	"executable\x12\"\n" +
 	"\targuments\x18\x03 \x03(\tB\x04\xe2A\x01\x01R\targuments\x12\"\n" +
 	"\tdirectory\x18\x04 \x01(\tB\x04\xe2A\x01\x01R\tdirectory\x12Q\n" +
 	"\venvironment\x18\x05 \x03(\v2).beamwire.job.v1.JobSpec.EnvironmentEntryB\x04\xe2A\x01\x01R\venvironment\x12>\n" +
-	"\tresources\x18\x06 \x01(\v2\x1a.beamwire.job.v1.ResourcesB\x04\xe2A\x01\x01R\tresources\x12\x1e\n" +
-	"\abackend\x18\a \x01(\tB\x04\xe2A\x01\x01R\abackend\x12\x16\n" +
+	"\tresources\x18\x06 \x01(\v2\x1a.beamwire.job.v1.ResourcesB\x04\xe2A\x01\x01R\tresources\x12\x16\n" +
 	"\x03mpi\x18\b \x01(\bB\x04\xe2A\x01\x01R\x03mpi\x12\x1a\n" +
 	"\x05stdin\x18\t \x01(\fB\x04\xe2A\x01\x01R\x05stdin\x12\x1c\n" +
 	"\x06enroll\x18\n" +
 	" \x01(\bB\x04\xe2A\x01\x01R\x06enroll\x125\n" +
-	"\x05grace\x18\v \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\x05grace\x1a>\n" +
+	"\x05grace\x18\v \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\x05grace\x12>\n" +
+	"\tplacement\x18\f \x01(\v2\x1a.beamwire.job.v1.PlacementB\x04\xe2A\x01\x01R\tplacement\x12\x1c\n" +
+	"\x06script\x18\r \x01(\tB\x04\xe2A\x01\x01R\x06script\x125\n" +
+	"\x13inherit_environment\x18\x0e \x01(\bB\x04\xe2A\x01\x01R\x12inheritEnvironment\x12A\n" +
+	"\vinput_files\x18\x0f \x03(\v2\x1a.beamwire.job.v1.InputFileB\x04\xe2A\x01\x01R\n" +
+	"inputFiles\x12\x1c\n" +
+	"\x06bundle\x18\x10 \x01(\tB\x04\xe2A\x01\x01R\x06bundle\x12E\n" +
+	"\fdependencies\x18\x11 \x03(\v2\x1b.beamwire.job.v1.DependencyB\x04\xe2A\x01\x01R\fdependencies\x12\x18\n" +
+	"\x04hold\x18\x12 \x01(\bB\x04\xe2A\x01\x01R\x04hold\x12;\n" +
+	"\bcallback\x18\x13 \x01(\v2\x19.beamwire.job.v1.CallbackB\x04\xe2A\x01\x01R\bcallback\x12)\n" +
+	"\ridentity_path\x18\x14 \x01(\tB\x04\xe2A\x01\x01R\fidentityPath\x12'\n" +
+	"\fserver_names\x18\x15 \x03(\tB\x04\xe2A\x01\x01R\vserverNames\x1a>\n" +
 	"\x10EnvironmentEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x81\a\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01J\x04\b\a\x10\b\"\xf0\x0e\n" +
 	"\x03Job\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x122\n" +
 	"\x04spec\x18\x02 \x01(\v2\x18.beamwire.job.v1.JobSpecB\x04\xe2A\x01\x02R\x04spec\x12\x1a\n" +
@@ -1215,12 +2906,43 @@ const file_beamwire_job_v1_job_service_proto_rawDesc = "" +
 	"createTime\x12A\n" +
 	"\vupdate_time\x18\v \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\n" +
 	"updateTime\x12\x18\n" +
-	"\x04etag\x18\f \x01(\tB\x04\xe2A\x01\x03R\x04etag\x1a\x86\x01\n" +
+	"\x04etag\x18\f \x01(\tB\x04\xe2A\x01\x03R\x04etag\x12>\n" +
+	"\x06labels\x18\r \x03(\v2 .beamwire.job.v1.Job.LabelsEntryB\x04\xe2A\x01\x01R\x06labels\x125\n" +
+	"\x05steps\x18\x0e \x03(\v2\x19.beamwire.job.v1.Job.StepB\x04\xe2A\x01\x03R\x05steps\x12'\n" +
+	"\fstate_reason\x18\x0f \x01(\tB\x04\xe2A\x01\x03R\vstateReason\x12A\n" +
+	"\aoutputs\x18\x10 \x03(\v2!.beamwire.job.v1.Job.OutputsEntryB\x04\xe2A\x01\x03R\aoutputs\x12R\n" +
+	"\x0fcallback_status\x18\x11 \x01(\v2#.beamwire.job.v1.Job.CallbackStatusB\x04\xe2A\x01\x03R\x0ecallbackStatus\x12;\n" +
+	"\bend_time\x18\x12 \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\aendTime\x12?\n" +
+	"\n" +
+	"purge_time\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\tpurgeTime\x1a\x9a\x01\n" +
 	"\n" +
 	"Transition\x120\n" +
 	"\x05state\x18\x01 \x01(\x0e2\x1a.beamwire.job.v1.Job.StateR\x05state\x12.\n" +
 	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\"\x8c\x01\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x12\n" +
+	"\x04step\x18\x04 \x01(\x05R\x04step\x1a\xf3\x01\n" +
+	"\x04Step\x12\x16\n" +
+	"\x06number\x18\x01 \x01(\x05R\x06number\x12\x1b\n" +
+	"\tnative_id\x18\x02 \x01(\tR\bnativeId\x12\x14\n" +
+	"\x05nodes\x18\x03 \x03(\tR\x05nodes\x12 \n" +
+	"\texit_code\x18\x04 \x01(\x05H\x00R\bexitCode\x88\x01\x01\x129\n" +
+	"\n" +
+	"start_time\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\tstartTime\x125\n" +
+	"\bend_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\aendTimeB\f\n" +
+	"\n" +
+	"_exit_code\x1a\xa6\x01\n" +
+	"\x0eCallbackStatus\x12'\n" +
+	"\x0fdelivered_count\x18\x01 \x01(\x05R\x0edeliveredCount\x12#\n" +
+	"\rpending_count\x18\x02 \x01(\x05R\fpendingCount\x12'\n" +
+	"\x0fabandoned_count\x18\x03 \x01(\x05R\x0eabandonedCount\x12\x1d\n" +
+	"\n" +
+	"last_error\x18\x04 \x01(\tR\tlastError\x1a9\n" +
+	"\vLabelsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a:\n" +
+	"\fOutputsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x9c\x01\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\r\n" +
 	"\tSTATE_NEW\x10\x01\x12\x10\n" +
@@ -1228,7 +2950,9 @@ const file_beamwire_job_v1_job_service_proto_rawDesc = "" +
 	"\fSTATE_ACTIVE\x10\x03\x12\x13\n" +
 	"\x0fSTATE_COMPLETED\x10\x04\x12\x10\n" +
 	"\fSTATE_FAILED\x10\x05\x12\x12\n" +
-	"\x0eSTATE_CANCELED\x10\x06:,\xeaA)\n" +
+	"\x0eSTATE_CANCELED\x10\x06\x12\x0e\n" +
+	"\n" +
+	"STATE_HELD\x10\a:,\xeaA)\n" +
 	"\x10beamwire.org/Job\x12\n" +
 	"jobs/{job}*\x04jobs2\x03jobB\f\n" +
 	"\n" +
@@ -1255,23 +2979,106 @@ const file_beamwire_job_v1_job_service_proto_rawDesc = "" +
 	"\x10beamwire.org/JobR\x04name\x12\x18\n" +
 	"\x04etag\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\x04etag\":\n" +
 	"\x10WatchJobResponse\x12&\n" +
-	"\x03job\x18\x01 \x01(\v2\x14.beamwire.job.v1.JobR\x03job\"f\n" +
+	"\x03job\x18\x01 \x01(\v2\x14.beamwire.job.v1.JobR\x03job\"e\n" +
+	"\x0fStartJobRequest\x12-\n" +
+	"\x04name\x18\x01 \x01(\tB\x19\xe2A\x01\x02\xfaA\x12\n" +
+	"\x10beamwire.org/JobR\x04name\x12#\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"g\n" +
+	"\x11RestartJobRequest\x12-\n" +
+	"\x04name\x18\x01 \x01(\tB\x19\xe2A\x01\x02\xfaA\x12\n" +
+	"\x10beamwire.org/JobR\x04name\x12#\n" +
+	"\n" +
+	"request_id\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"f\n" +
 	"\x10CancelJobRequest\x12-\n" +
 	"\x04name\x18\x01 \x01(\tB\x19\xe2A\x01\x02\xfaA\x12\n" +
 	"\x10beamwire.org/JobR\x04name\x12#\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"\xbd\x01\n" +
+	"request_id\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"\xd7\x01\n" +
 	"\x0fTailLogsRequest\x12-\n" +
 	"\x04name\x18\x01 \x01(\tB\x19\xe2A\x01\x02\xfaA\x12\n" +
 	"\x10beamwire.org/JobR\x04name\x128\n" +
 	"\x06stream\x18\x02 \x01(\x0e2\x1a.beamwire.job.v1.LogStreamB\x04\xe2A\x01\x01R\x06stream\x12#\n" +
 	"\n" +
 	"last_bytes\x18\x03 \x01(\x03B\x04\xe2A\x01\x01R\tlastBytes\x12\x1c\n" +
-	"\x06follow\x18\x04 \x01(\bB\x04\xe2A\x01\x01R\x06follow\"}\n" +
+	"\x06follow\x18\x04 \x01(\bB\x04\xe2A\x01\x01R\x06follow\x12\x18\n" +
+	"\x04step\x18\x05 \x01(\x05B\x04\xe2A\x01\x01R\x04step\"}\n" +
 	"\x10TailLogsResponse\x122\n" +
 	"\x06stream\x18\x01 \x01(\x0e2\x1a.beamwire.job.v1.LogStreamR\x06stream\x12!\n" +
 	"\foffset_bytes\x18\x02 \x01(\x03R\voffsetBytes\x12\x12\n" +
-	"\x04data\x18\x03 \x01(\fR\x04data\"f\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\"\xb1\x01\n" +
+	"\aJobFile\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x1d\n" +
+	"\n" +
+	"size_bytes\x18\x02 \x01(\x03R\tsizeBytes\x12;\n" +
+	"\vupdate_time\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
+	"updateTime\x12\x16\n" +
+	"\x06sha256\x18\x04 \x01(\tR\x06sha256\x12\x1e\n" +
+	"\n" +
+	"executable\x18\x05 \x01(\bR\n" +
+	"executable\"\xbe\x02\n" +
+	"\x11UploadFileRequest\x12F\n" +
+	"\x05start\x18\x01 \x01(\v2(.beamwire.job.v1.UploadFileRequest.StartB\x04\xe2A\x01\x01H\x00R\x05start\x12\x1a\n" +
+	"\x04data\x18\x02 \x01(\fB\x04\xe2A\x01\x01H\x00R\x04data\x1a\xb9\x01\n" +
+	"\x05Start\x12-\n" +
+	"\x04name\x18\x01 \x01(\tB\x19\xe2A\x01\x02\xfaA\x12\n" +
+	"\x10beamwire.org/JobR\x04name\x12\x18\n" +
+	"\x04path\x18\x02 \x01(\tB\x04\xe2A\x01\x02R\x04path\x12#\n" +
+	"\n" +
+	"size_bytes\x18\x03 \x01(\x03B\x04\xe2A\x01\x01R\tsizeBytes\x12\x1c\n" +
+	"\x06sha256\x18\x04 \x01(\tB\x04\xe2A\x01\x02R\x06sha256\x12$\n" +
+	"\n" +
+	"executable\x18\x05 \x01(\bB\x04\xe2A\x01\x01R\n" +
+	"executableB\t\n" +
+	"\acontent\"B\n" +
+	"\x12UploadFileResponse\x12,\n" +
+	"\x04file\x18\x01 \x01(\v2\x18.beamwire.job.v1.JobFileR\x04file\"\x87\x01\n" +
+	"\x13DownloadFileRequest\x12-\n" +
+	"\x04name\x18\x01 \x01(\tB\x19\xe2A\x01\x02\xfaA\x12\n" +
+	"\x10beamwire.org/JobR\x04name\x12\x18\n" +
+	"\x04path\x18\x02 \x01(\tB\x04\xe2A\x01\x02R\x04path\x12'\n" +
+	"\foffset_bytes\x18\x03 \x01(\x03B\x04\xe2A\x01\x01R\voffsetBytes\"{\n" +
+	"\x14DownloadFileResponse\x12,\n" +
+	"\x04file\x18\x01 \x01(\v2\x18.beamwire.job.v1.JobFileR\x04file\x12!\n" +
+	"\foffset_bytes\x18\x02 \x01(\x03R\voffsetBytes\x12\x12\n" +
+	"\x04data\x18\x03 \x01(\fR\x04data\"\x8c\x01\n" +
+	"\x13ListJobFilesRequest\x12-\n" +
+	"\x04name\x18\x01 \x01(\tB\x19\xe2A\x01\x02\xfaA\x12\n" +
+	"\x10beamwire.org/JobR\x04name\x12!\n" +
+	"\tpage_size\x18\x02 \x01(\x05B\x04\xe2A\x01\x01R\bpageSize\x12#\n" +
+	"\n" +
+	"page_token\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\tpageToken\"n\n" +
+	"\x14ListJobFilesResponse\x12.\n" +
+	"\x05files\x18\x01 \x03(\v2\x18.beamwire.job.v1.JobFileR\x05files\x12&\n" +
+	"\x0fnext_page_token\x18\x02 \x01(\tR\rnextPageToken\"\xef\x02\n" +
+	"\x10ReportJobRequest\x12-\n" +
+	"\x04name\x18\x01 \x01(\tB\x19\xe2A\x01\x02\xfaA\x12\n" +
+	"\x10beamwire.org/JobR\x04name\x12\x18\n" +
+	"\x04step\x18\x02 \x01(\x05B\x04\xe2A\x01\x02R\x04step\x126\n" +
+	"\x05state\x18\x03 \x01(\x0e2\x1a.beamwire.job.v1.Job.StateB\x04\xe2A\x01\x01R\x05state\x12\x18\n" +
+	"\x04node\x18\x04 \x01(\tB\x04\xe2A\x01\x01R\x04node\x12&\n" +
+	"\texit_code\x18\x05 \x01(\x05B\x04\xe2A\x01\x01H\x00R\bexitCode\x88\x01\x01\x12N\n" +
+	"\aoutputs\x18\x06 \x03(\v2..beamwire.job.v1.ReportJobRequest.OutputsEntryB\x04\xe2A\x01\x01R\aoutputs\x1a:\n" +
+	"\fOutputsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01B\f\n" +
+	"\n" +
+	"_exit_code\"\x13\n" +
+	"\x11ReportJobResponse\"\x15\n" +
+	"\x13ListBackendsRequest\"L\n" +
+	"\x14ListBackendsResponse\x124\n" +
+	"\bbackends\x18\x01 \x03(\v2\x18.beamwire.job.v1.BackendR\bbackends\"\x85\x02\n" +
+	"\aBackend\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04kind\x18\x02 \x01(\tR\x04kind\x12\x1c\n" +
+	"\tavailable\x18\x03 \x01(\bR\tavailable\x12\x16\n" +
+	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x16\n" +
+	"\x06queues\x18\x05 \x03(\tR\x06queues\x12F\n" +
+	"\n" +
+	"job_counts\x18\x06 \x03(\v2'.beamwire.job.v1.Backend.JobCountsEntryR\tjobCounts\x1a<\n" +
+	"\x0eJobCountsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"f\n" +
 	"\x10DeleteJobRequest\x12-\n" +
 	"\x04name\x18\x01 \x01(\tB\x19\xe2A\x01\x02\xfaA\x12\n" +
 	"\x10beamwire.org/JobR\x04name\x12#\n" +
@@ -1281,12 +3088,17 @@ const file_beamwire_job_v1_job_service_proto_rawDesc = "" +
 	"\tLogStream\x12\x1a\n" +
 	"\x16LOG_STREAM_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11LOG_STREAM_STDOUT\x10\x01\x12\x15\n" +
-	"\x11LOG_STREAM_STDERR\x10\x022\xb3\x05\n" +
+	"\x11LOG_STREAM_STDERR\x10\x022\x8b\v\n" +
 	"\n" +
-	"JobService\x12^\n" +
-	"\tCreateJob\x12!.beamwire.job.v1.CreateJobRequest\x1a\x14.beamwire.job.v1.Job\"\x18\xdaA\n" +
-	"job,job_id\xaa\xcf\x18\a\n" +
-	"\x03\x02\x05\x06\x10\x01\x12S\n" +
+	"JobService\x12_\n" +
+	"\tCreateJob\x12!.beamwire.job.v1.CreateJobRequest\x1a\x14.beamwire.job.v1.Job\"\x19\xdaA\n" +
+	"job,job_id\xaa\xcf\x18\b\n" +
+	"\x04\x01\x02\x05\x06\x10\x01\x12W\n" +
+	"\bStartJob\x12 .beamwire.job.v1.StartJobRequest\x1a\x14.beamwire.job.v1.Job\"\x13\xdaA\x04name\xaa\xcf\x18\b\n" +
+	"\x04\x01\x02\x05\x06\x10\x01\x12[\n" +
+	"\n" +
+	"RestartJob\x12\".beamwire.job.v1.RestartJobRequest\x1a\x14.beamwire.job.v1.Job\"\x13\xdaA\x04name\xaa\xcf\x18\b\n" +
+	"\x04\x01\x02\x05\x06\x10\x01\x12S\n" +
 	"\x06GetJob\x12\x1e.beamwire.job.v1.GetJobRequest\x1a\x14.beamwire.job.v1.Job\"\x13\xdaA\x04name\xaa\xcf\x18\b\n" +
 	"\x04\x01\x02\x05\x06\x10\x01\x12]\n" +
 	"\bListJobs\x12 .beamwire.job.v1.ListJobsRequest\x1a!.beamwire.job.v1.ListJobsResponse\"\f\xaa\xcf\x18\b\n" +
@@ -1296,9 +3108,21 @@ const file_beamwire_job_v1_job_service_proto_rawDesc = "" +
 	"\tCancelJob\x12!.beamwire.job.v1.CancelJobRequest\x1a\x14.beamwire.job.v1.Job\"\x13\xdaA\x04name\xaa\xcf\x18\b\n" +
 	"\x04\x01\x02\x05\x06\x10\x01\x12f\n" +
 	"\bTailLogs\x12 .beamwire.job.v1.TailLogsRequest\x1a!.beamwire.job.v1.TailLogsResponse\"\x13\xdaA\x04name\xaa\xcf\x18\b\n" +
-	"\x04\x01\x02\x05\x06\x10\x010\x01\x12f\n" +
-	"\tDeleteJob\x12!.beamwire.job.v1.DeleteJobRequest\x1a\".beamwire.job.v1.DeleteJobResponse\"\x12\xdaA\x04name\xaa\xcf\x18\a\n" +
-	"\x03\x02\x05\x06\x10\x01BR\n" +
+	"\x04\x01\x02\x05\x06\x10\x010\x01\x12e\n" +
+	"\n" +
+	"UploadFile\x12\".beamwire.job.v1.UploadFileRequest\x1a#.beamwire.job.v1.UploadFileResponse\"\f\xaa\xcf\x18\b\n" +
+	"\x04\x01\x02\x05\x06\x10\x01(\x01\x12w\n" +
+	"\fDownloadFile\x12$.beamwire.job.v1.DownloadFileRequest\x1a%.beamwire.job.v1.DownloadFileResponse\"\x18\xdaA\tname,path\xaa\xcf\x18\b\n" +
+	"\x04\x01\x02\x05\x06\x10\x010\x01\x12p\n" +
+	"\fListJobFiles\x12$.beamwire.job.v1.ListJobFilesRequest\x1a%.beamwire.job.v1.ListJobFilesResponse\"\x13\xdaA\x04name\xaa\xcf\x18\b\n" +
+	"\x04\x01\x02\x05\x06\x10\x01\x12c\n" +
+	"\tReportJob\x12!.beamwire.job.v1.ReportJobRequest\x1a\".beamwire.job.v1.ReportJobResponse\"\x0f\xdaA\x04name\xaa\xcf\x18\x04\n" +
+	"\x02\x03\x04\x12g\n" +
+	"\fListBackends\x12$.beamwire.job.v1.ListBackendsRequest\x1a%.beamwire.job.v1.ListBackendsResponse\"\n" +
+	"\xaa\xcf\x18\x06\n" +
+	"\x04\x01\x02\x05\x06\x12g\n" +
+	"\tDeleteJob\x12!.beamwire.job.v1.DeleteJobRequest\x1a\".beamwire.job.v1.DeleteJobResponse\"\x13\xdaA\x04name\xaa\xcf\x18\b\n" +
+	"\x04\x01\x02\x05\x06\x10\x01BR\n" +
 	"\x13org.beamwire.job.v1P\x01Z9github.com/beamwire/beamwire/gen/go/beamwire/job/v1;jobv1b\x06proto3"
 
 var (
@@ -1313,68 +3137,132 @@ func file_beamwire_job_v1_job_service_proto_rawDescGZIP() []byte {
 	return file_beamwire_job_v1_job_service_proto_rawDescData
 }
 
-var file_beamwire_job_v1_job_service_proto_enumTypes = make([]protoimpl.EnumInfo, 2)
-var file_beamwire_job_v1_job_service_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_beamwire_job_v1_job_service_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_beamwire_job_v1_job_service_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
 var file_beamwire_job_v1_job_service_proto_goTypes = []any{
-	(LogStream)(0),                // 0: beamwire.job.v1.LogStream
-	(Job_State)(0),                // 1: beamwire.job.v1.Job.State
-	(*Resources)(nil),             // 2: beamwire.job.v1.Resources
-	(*JobSpec)(nil),               // 3: beamwire.job.v1.JobSpec
-	(*Job)(nil),                   // 4: beamwire.job.v1.Job
-	(*CreateJobRequest)(nil),      // 5: beamwire.job.v1.CreateJobRequest
-	(*GetJobRequest)(nil),         // 6: beamwire.job.v1.GetJobRequest
-	(*ListJobsRequest)(nil),       // 7: beamwire.job.v1.ListJobsRequest
-	(*ListJobsResponse)(nil),      // 8: beamwire.job.v1.ListJobsResponse
-	(*WatchJobRequest)(nil),       // 9: beamwire.job.v1.WatchJobRequest
-	(*WatchJobResponse)(nil),      // 10: beamwire.job.v1.WatchJobResponse
-	(*CancelJobRequest)(nil),      // 11: beamwire.job.v1.CancelJobRequest
-	(*TailLogsRequest)(nil),       // 12: beamwire.job.v1.TailLogsRequest
-	(*TailLogsResponse)(nil),      // 13: beamwire.job.v1.TailLogsResponse
-	(*DeleteJobRequest)(nil),      // 14: beamwire.job.v1.DeleteJobRequest
-	(*DeleteJobResponse)(nil),     // 15: beamwire.job.v1.DeleteJobResponse
-	nil,                           // 16: beamwire.job.v1.JobSpec.EnvironmentEntry
-	(*Job_Transition)(nil),        // 17: beamwire.job.v1.Job.Transition
-	(*durationpb.Duration)(nil),   // 18: google.protobuf.Duration
-	(*status.Status)(nil),         // 19: google.rpc.Status
-	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
+	(LogStream)(0),                  // 0: beamwire.job.v1.LogStream
+	(Dependency_Condition)(0),       // 1: beamwire.job.v1.Dependency.Condition
+	(Job_State)(0),                  // 2: beamwire.job.v1.Job.State
+	(*Resources)(nil),               // 3: beamwire.job.v1.Resources
+	(*Placement)(nil),               // 4: beamwire.job.v1.Placement
+	(*InputFile)(nil),               // 5: beamwire.job.v1.InputFile
+	(*Dependency)(nil),              // 6: beamwire.job.v1.Dependency
+	(*Callback)(nil),                // 7: beamwire.job.v1.Callback
+	(*JobSpec)(nil),                 // 8: beamwire.job.v1.JobSpec
+	(*Job)(nil),                     // 9: beamwire.job.v1.Job
+	(*CreateJobRequest)(nil),        // 10: beamwire.job.v1.CreateJobRequest
+	(*GetJobRequest)(nil),           // 11: beamwire.job.v1.GetJobRequest
+	(*ListJobsRequest)(nil),         // 12: beamwire.job.v1.ListJobsRequest
+	(*ListJobsResponse)(nil),        // 13: beamwire.job.v1.ListJobsResponse
+	(*WatchJobRequest)(nil),         // 14: beamwire.job.v1.WatchJobRequest
+	(*WatchJobResponse)(nil),        // 15: beamwire.job.v1.WatchJobResponse
+	(*StartJobRequest)(nil),         // 16: beamwire.job.v1.StartJobRequest
+	(*RestartJobRequest)(nil),       // 17: beamwire.job.v1.RestartJobRequest
+	(*CancelJobRequest)(nil),        // 18: beamwire.job.v1.CancelJobRequest
+	(*TailLogsRequest)(nil),         // 19: beamwire.job.v1.TailLogsRequest
+	(*TailLogsResponse)(nil),        // 20: beamwire.job.v1.TailLogsResponse
+	(*JobFile)(nil),                 // 21: beamwire.job.v1.JobFile
+	(*UploadFileRequest)(nil),       // 22: beamwire.job.v1.UploadFileRequest
+	(*UploadFileResponse)(nil),      // 23: beamwire.job.v1.UploadFileResponse
+	(*DownloadFileRequest)(nil),     // 24: beamwire.job.v1.DownloadFileRequest
+	(*DownloadFileResponse)(nil),    // 25: beamwire.job.v1.DownloadFileResponse
+	(*ListJobFilesRequest)(nil),     // 26: beamwire.job.v1.ListJobFilesRequest
+	(*ListJobFilesResponse)(nil),    // 27: beamwire.job.v1.ListJobFilesResponse
+	(*ReportJobRequest)(nil),        // 28: beamwire.job.v1.ReportJobRequest
+	(*ReportJobResponse)(nil),       // 29: beamwire.job.v1.ReportJobResponse
+	(*ListBackendsRequest)(nil),     // 30: beamwire.job.v1.ListBackendsRequest
+	(*ListBackendsResponse)(nil),    // 31: beamwire.job.v1.ListBackendsResponse
+	(*Backend)(nil),                 // 32: beamwire.job.v1.Backend
+	(*DeleteJobRequest)(nil),        // 33: beamwire.job.v1.DeleteJobRequest
+	(*DeleteJobResponse)(nil),       // 34: beamwire.job.v1.DeleteJobResponse
+	nil,                             // 35: beamwire.job.v1.Placement.AttributesEntry
+	nil,                             // 36: beamwire.job.v1.JobSpec.EnvironmentEntry
+	(*Job_Transition)(nil),          // 37: beamwire.job.v1.Job.Transition
+	(*Job_Step)(nil),                // 38: beamwire.job.v1.Job.Step
+	(*Job_CallbackStatus)(nil),      // 39: beamwire.job.v1.Job.CallbackStatus
+	nil,                             // 40: beamwire.job.v1.Job.LabelsEntry
+	nil,                             // 41: beamwire.job.v1.Job.OutputsEntry
+	(*UploadFileRequest_Start)(nil), // 42: beamwire.job.v1.UploadFileRequest.Start
+	nil,                             // 43: beamwire.job.v1.ReportJobRequest.OutputsEntry
+	nil,                             // 44: beamwire.job.v1.Backend.JobCountsEntry
+	(*durationpb.Duration)(nil),     // 45: google.protobuf.Duration
+	(*status.Status)(nil),           // 46: google.rpc.Status
+	(*timestamppb.Timestamp)(nil),   // 47: google.protobuf.Timestamp
 }
 var file_beamwire_job_v1_job_service_proto_depIdxs = []int32{
-	18, // 0: beamwire.job.v1.Resources.duration:type_name -> google.protobuf.Duration
-	16, // 1: beamwire.job.v1.JobSpec.environment:type_name -> beamwire.job.v1.JobSpec.EnvironmentEntry
-	2,  // 2: beamwire.job.v1.JobSpec.resources:type_name -> beamwire.job.v1.Resources
-	18, // 3: beamwire.job.v1.JobSpec.grace:type_name -> google.protobuf.Duration
-	3,  // 4: beamwire.job.v1.Job.spec:type_name -> beamwire.job.v1.JobSpec
-	1,  // 5: beamwire.job.v1.Job.state:type_name -> beamwire.job.v1.Job.State
-	17, // 6: beamwire.job.v1.Job.transitions:type_name -> beamwire.job.v1.Job.Transition
-	19, // 7: beamwire.job.v1.Job.error:type_name -> google.rpc.Status
-	20, // 8: beamwire.job.v1.Job.create_time:type_name -> google.protobuf.Timestamp
-	20, // 9: beamwire.job.v1.Job.update_time:type_name -> google.protobuf.Timestamp
-	4,  // 10: beamwire.job.v1.CreateJobRequest.job:type_name -> beamwire.job.v1.Job
-	4,  // 11: beamwire.job.v1.ListJobsResponse.jobs:type_name -> beamwire.job.v1.Job
-	4,  // 12: beamwire.job.v1.WatchJobResponse.job:type_name -> beamwire.job.v1.Job
-	0,  // 13: beamwire.job.v1.TailLogsRequest.stream:type_name -> beamwire.job.v1.LogStream
-	0,  // 14: beamwire.job.v1.TailLogsResponse.stream:type_name -> beamwire.job.v1.LogStream
-	1,  // 15: beamwire.job.v1.Job.Transition.state:type_name -> beamwire.job.v1.Job.State
-	20, // 16: beamwire.job.v1.Job.Transition.time:type_name -> google.protobuf.Timestamp
-	5,  // 17: beamwire.job.v1.JobService.CreateJob:input_type -> beamwire.job.v1.CreateJobRequest
-	6,  // 18: beamwire.job.v1.JobService.GetJob:input_type -> beamwire.job.v1.GetJobRequest
-	7,  // 19: beamwire.job.v1.JobService.ListJobs:input_type -> beamwire.job.v1.ListJobsRequest
-	9,  // 20: beamwire.job.v1.JobService.WatchJob:input_type -> beamwire.job.v1.WatchJobRequest
-	11, // 21: beamwire.job.v1.JobService.CancelJob:input_type -> beamwire.job.v1.CancelJobRequest
-	12, // 22: beamwire.job.v1.JobService.TailLogs:input_type -> beamwire.job.v1.TailLogsRequest
-	14, // 23: beamwire.job.v1.JobService.DeleteJob:input_type -> beamwire.job.v1.DeleteJobRequest
-	4,  // 24: beamwire.job.v1.JobService.CreateJob:output_type -> beamwire.job.v1.Job
-	4,  // 25: beamwire.job.v1.JobService.GetJob:output_type -> beamwire.job.v1.Job
-	8,  // 26: beamwire.job.v1.JobService.ListJobs:output_type -> beamwire.job.v1.ListJobsResponse
-	10, // 27: beamwire.job.v1.JobService.WatchJob:output_type -> beamwire.job.v1.WatchJobResponse
-	4,  // 28: beamwire.job.v1.JobService.CancelJob:output_type -> beamwire.job.v1.Job
-	13, // 29: beamwire.job.v1.JobService.TailLogs:output_type -> beamwire.job.v1.TailLogsResponse
-	15, // 30: beamwire.job.v1.JobService.DeleteJob:output_type -> beamwire.job.v1.DeleteJobResponse
-	24, // [24:31] is the sub-list for method output_type
-	17, // [17:24] is the sub-list for method input_type
-	17, // [17:17] is the sub-list for extension type_name
-	17, // [17:17] is the sub-list for extension extendee
-	0,  // [0:17] is the sub-list for field type_name
+	45, // 0: beamwire.job.v1.Resources.duration:type_name -> google.protobuf.Duration
+	35, // 1: beamwire.job.v1.Placement.attributes:type_name -> beamwire.job.v1.Placement.AttributesEntry
+	1,  // 2: beamwire.job.v1.Dependency.condition:type_name -> beamwire.job.v1.Dependency.Condition
+	36, // 3: beamwire.job.v1.JobSpec.environment:type_name -> beamwire.job.v1.JobSpec.EnvironmentEntry
+	3,  // 4: beamwire.job.v1.JobSpec.resources:type_name -> beamwire.job.v1.Resources
+	45, // 5: beamwire.job.v1.JobSpec.grace:type_name -> google.protobuf.Duration
+	4,  // 6: beamwire.job.v1.JobSpec.placement:type_name -> beamwire.job.v1.Placement
+	5,  // 7: beamwire.job.v1.JobSpec.input_files:type_name -> beamwire.job.v1.InputFile
+	6,  // 8: beamwire.job.v1.JobSpec.dependencies:type_name -> beamwire.job.v1.Dependency
+	7,  // 9: beamwire.job.v1.JobSpec.callback:type_name -> beamwire.job.v1.Callback
+	8,  // 10: beamwire.job.v1.Job.spec:type_name -> beamwire.job.v1.JobSpec
+	2,  // 11: beamwire.job.v1.Job.state:type_name -> beamwire.job.v1.Job.State
+	37, // 12: beamwire.job.v1.Job.transitions:type_name -> beamwire.job.v1.Job.Transition
+	46, // 13: beamwire.job.v1.Job.error:type_name -> google.rpc.Status
+	47, // 14: beamwire.job.v1.Job.create_time:type_name -> google.protobuf.Timestamp
+	47, // 15: beamwire.job.v1.Job.update_time:type_name -> google.protobuf.Timestamp
+	40, // 16: beamwire.job.v1.Job.labels:type_name -> beamwire.job.v1.Job.LabelsEntry
+	38, // 17: beamwire.job.v1.Job.steps:type_name -> beamwire.job.v1.Job.Step
+	41, // 18: beamwire.job.v1.Job.outputs:type_name -> beamwire.job.v1.Job.OutputsEntry
+	39, // 19: beamwire.job.v1.Job.callback_status:type_name -> beamwire.job.v1.Job.CallbackStatus
+	47, // 20: beamwire.job.v1.Job.end_time:type_name -> google.protobuf.Timestamp
+	47, // 21: beamwire.job.v1.Job.purge_time:type_name -> google.protobuf.Timestamp
+	9,  // 22: beamwire.job.v1.CreateJobRequest.job:type_name -> beamwire.job.v1.Job
+	9,  // 23: beamwire.job.v1.ListJobsResponse.jobs:type_name -> beamwire.job.v1.Job
+	9,  // 24: beamwire.job.v1.WatchJobResponse.job:type_name -> beamwire.job.v1.Job
+	0,  // 25: beamwire.job.v1.TailLogsRequest.stream:type_name -> beamwire.job.v1.LogStream
+	0,  // 26: beamwire.job.v1.TailLogsResponse.stream:type_name -> beamwire.job.v1.LogStream
+	47, // 27: beamwire.job.v1.JobFile.update_time:type_name -> google.protobuf.Timestamp
+	42, // 28: beamwire.job.v1.UploadFileRequest.start:type_name -> beamwire.job.v1.UploadFileRequest.Start
+	21, // 29: beamwire.job.v1.UploadFileResponse.file:type_name -> beamwire.job.v1.JobFile
+	21, // 30: beamwire.job.v1.DownloadFileResponse.file:type_name -> beamwire.job.v1.JobFile
+	21, // 31: beamwire.job.v1.ListJobFilesResponse.files:type_name -> beamwire.job.v1.JobFile
+	2,  // 32: beamwire.job.v1.ReportJobRequest.state:type_name -> beamwire.job.v1.Job.State
+	43, // 33: beamwire.job.v1.ReportJobRequest.outputs:type_name -> beamwire.job.v1.ReportJobRequest.OutputsEntry
+	32, // 34: beamwire.job.v1.ListBackendsResponse.backends:type_name -> beamwire.job.v1.Backend
+	44, // 35: beamwire.job.v1.Backend.job_counts:type_name -> beamwire.job.v1.Backend.JobCountsEntry
+	2,  // 36: beamwire.job.v1.Job.Transition.state:type_name -> beamwire.job.v1.Job.State
+	47, // 37: beamwire.job.v1.Job.Transition.time:type_name -> google.protobuf.Timestamp
+	47, // 38: beamwire.job.v1.Job.Step.start_time:type_name -> google.protobuf.Timestamp
+	47, // 39: beamwire.job.v1.Job.Step.end_time:type_name -> google.protobuf.Timestamp
+	10, // 40: beamwire.job.v1.JobService.CreateJob:input_type -> beamwire.job.v1.CreateJobRequest
+	16, // 41: beamwire.job.v1.JobService.StartJob:input_type -> beamwire.job.v1.StartJobRequest
+	17, // 42: beamwire.job.v1.JobService.RestartJob:input_type -> beamwire.job.v1.RestartJobRequest
+	11, // 43: beamwire.job.v1.JobService.GetJob:input_type -> beamwire.job.v1.GetJobRequest
+	12, // 44: beamwire.job.v1.JobService.ListJobs:input_type -> beamwire.job.v1.ListJobsRequest
+	14, // 45: beamwire.job.v1.JobService.WatchJob:input_type -> beamwire.job.v1.WatchJobRequest
+	18, // 46: beamwire.job.v1.JobService.CancelJob:input_type -> beamwire.job.v1.CancelJobRequest
+	19, // 47: beamwire.job.v1.JobService.TailLogs:input_type -> beamwire.job.v1.TailLogsRequest
+	22, // 48: beamwire.job.v1.JobService.UploadFile:input_type -> beamwire.job.v1.UploadFileRequest
+	24, // 49: beamwire.job.v1.JobService.DownloadFile:input_type -> beamwire.job.v1.DownloadFileRequest
+	26, // 50: beamwire.job.v1.JobService.ListJobFiles:input_type -> beamwire.job.v1.ListJobFilesRequest
+	28, // 51: beamwire.job.v1.JobService.ReportJob:input_type -> beamwire.job.v1.ReportJobRequest
+	30, // 52: beamwire.job.v1.JobService.ListBackends:input_type -> beamwire.job.v1.ListBackendsRequest
+	33, // 53: beamwire.job.v1.JobService.DeleteJob:input_type -> beamwire.job.v1.DeleteJobRequest
+	9,  // 54: beamwire.job.v1.JobService.CreateJob:output_type -> beamwire.job.v1.Job
+	9,  // 55: beamwire.job.v1.JobService.StartJob:output_type -> beamwire.job.v1.Job
+	9,  // 56: beamwire.job.v1.JobService.RestartJob:output_type -> beamwire.job.v1.Job
+	9,  // 57: beamwire.job.v1.JobService.GetJob:output_type -> beamwire.job.v1.Job
+	13, // 58: beamwire.job.v1.JobService.ListJobs:output_type -> beamwire.job.v1.ListJobsResponse
+	15, // 59: beamwire.job.v1.JobService.WatchJob:output_type -> beamwire.job.v1.WatchJobResponse
+	9,  // 60: beamwire.job.v1.JobService.CancelJob:output_type -> beamwire.job.v1.Job
+	20, // 61: beamwire.job.v1.JobService.TailLogs:output_type -> beamwire.job.v1.TailLogsResponse
+	23, // 62: beamwire.job.v1.JobService.UploadFile:output_type -> beamwire.job.v1.UploadFileResponse
+	25, // 63: beamwire.job.v1.JobService.DownloadFile:output_type -> beamwire.job.v1.DownloadFileResponse
+	27, // 64: beamwire.job.v1.JobService.ListJobFiles:output_type -> beamwire.job.v1.ListJobFilesResponse
+	29, // 65: beamwire.job.v1.JobService.ReportJob:output_type -> beamwire.job.v1.ReportJobResponse
+	31, // 66: beamwire.job.v1.JobService.ListBackends:output_type -> beamwire.job.v1.ListBackendsResponse
+	34, // 67: beamwire.job.v1.JobService.DeleteJob:output_type -> beamwire.job.v1.DeleteJobResponse
+	54, // [54:68] is the sub-list for method output_type
+	40, // [40:54] is the sub-list for method input_type
+	40, // [40:40] is the sub-list for extension type_name
+	40, // [40:40] is the sub-list for extension extendee
+	0,  // [0:40] is the sub-list for field type_name
 }
 
 func init() { file_beamwire_job_v1_job_service_proto_init() }
@@ -1382,14 +3270,20 @@ func file_beamwire_job_v1_job_service_proto_init() {
 	if File_beamwire_job_v1_job_service_proto != nil {
 		return
 	}
-	file_beamwire_job_v1_job_service_proto_msgTypes[2].OneofWrappers = []any{}
+	file_beamwire_job_v1_job_service_proto_msgTypes[6].OneofWrappers = []any{}
+	file_beamwire_job_v1_job_service_proto_msgTypes[19].OneofWrappers = []any{
+		(*UploadFileRequest_Start_)(nil),
+		(*UploadFileRequest_Data)(nil),
+	}
+	file_beamwire_job_v1_job_service_proto_msgTypes[25].OneofWrappers = []any{}
+	file_beamwire_job_v1_job_service_proto_msgTypes[35].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_beamwire_job_v1_job_service_proto_rawDesc), len(file_beamwire_job_v1_job_service_proto_rawDesc)),
-			NumEnums:      2,
-			NumMessages:   16,
+			NumEnums:      3,
+			NumMessages:   42,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -10,11 +10,17 @@ const JobServiceConfig = `{
     {
       "name": [
         {"service": "beamwire.job.v1.JobService", "method": "CreateJob"},
+        {"service": "beamwire.job.v1.JobService", "method": "StartJob"},
+        {"service": "beamwire.job.v1.JobService", "method": "RestartJob"},
         {"service": "beamwire.job.v1.JobService", "method": "GetJob"},
         {"service": "beamwire.job.v1.JobService", "method": "ListJobs"},
         {"service": "beamwire.job.v1.JobService", "method": "WatchJob"},
         {"service": "beamwire.job.v1.JobService", "method": "CancelJob"},
         {"service": "beamwire.job.v1.JobService", "method": "TailLogs"},
+        {"service": "beamwire.job.v1.JobService", "method": "DownloadFile"},
+        {"service": "beamwire.job.v1.JobService", "method": "ListJobFiles"},
+        {"service": "beamwire.job.v1.JobService", "method": "ReportJob"},
+        {"service": "beamwire.job.v1.JobService", "method": "ListBackends"},
         {"service": "beamwire.job.v1.JobService", "method": "DeleteJob"}
       ],
       "retryPolicy": {
@@ -22,7 +28,7 @@ const JobServiceConfig = `{
         "initialBackoff": "0.1s",
         "maxBackoff": "2s",
         "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"]
+        "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"]
       }
     }
   ]

@@ -21,27 +21,40 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	JobService_CreateJob_FullMethodName = "/beamwire.job.v1.JobService/CreateJob"
-	JobService_GetJob_FullMethodName    = "/beamwire.job.v1.JobService/GetJob"
-	JobService_ListJobs_FullMethodName  = "/beamwire.job.v1.JobService/ListJobs"
-	JobService_WatchJob_FullMethodName  = "/beamwire.job.v1.JobService/WatchJob"
-	JobService_CancelJob_FullMethodName = "/beamwire.job.v1.JobService/CancelJob"
-	JobService_TailLogs_FullMethodName  = "/beamwire.job.v1.JobService/TailLogs"
-	JobService_DeleteJob_FullMethodName = "/beamwire.job.v1.JobService/DeleteJob"
+	JobService_CreateJob_FullMethodName    = "/beamwire.job.v1.JobService/CreateJob"
+	JobService_StartJob_FullMethodName     = "/beamwire.job.v1.JobService/StartJob"
+	JobService_RestartJob_FullMethodName   = "/beamwire.job.v1.JobService/RestartJob"
+	JobService_GetJob_FullMethodName       = "/beamwire.job.v1.JobService/GetJob"
+	JobService_ListJobs_FullMethodName     = "/beamwire.job.v1.JobService/ListJobs"
+	JobService_WatchJob_FullMethodName     = "/beamwire.job.v1.JobService/WatchJob"
+	JobService_CancelJob_FullMethodName    = "/beamwire.job.v1.JobService/CancelJob"
+	JobService_TailLogs_FullMethodName     = "/beamwire.job.v1.JobService/TailLogs"
+	JobService_UploadFile_FullMethodName   = "/beamwire.job.v1.JobService/UploadFile"
+	JobService_DownloadFile_FullMethodName = "/beamwire.job.v1.JobService/DownloadFile"
+	JobService_ListJobFiles_FullMethodName = "/beamwire.job.v1.JobService/ListJobFiles"
+	JobService_ReportJob_FullMethodName    = "/beamwire.job.v1.JobService/ReportJob"
+	JobService_ListBackends_FullMethodName = "/beamwire.job.v1.JobService/ListBackends"
+	JobService_DeleteJob_FullMethodName    = "/beamwire.job.v1.JobService/DeleteJob"
 )
 
 // JobServiceClient is the client API for JobService service.
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-// job is an arbitrary program under the facility's account, only services and operators create them,
-// and services of other facilities as far as the policy names the programs; a user sees and cancels the
-// jobs that were created for them.
+// Runs programs, with or without MPI, on this host or through a batch system, and tells how they fare.
+// The words are those of PSI/J. Because a job is an arbitrary program under the facility's account,
+// users and services of other facilities have only those programs run that the policy names.
 type JobServiceClient interface {
-	// Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
-	// and partners, for whom the policy names the executables they may run.
+	// Stores a job and starts it, unless it is to be held or waits for files or other jobs. The answer
+	// comes at once, in state NEW or later. Services and operators; users and partners, for whom the
+	// policy names the executables they may run.
 	CreateJob(ctx context.Context, in *CreateJobRequest, opts ...grpc.CallOption) (*Job, error)
+	// Lets a job go that was held. One that still waits for files or other jobs starts when those are
+	// there; one that is not held stays as it is. Owner, services, operators.
+	StartJob(ctx context.Context, in *StartJobRequest, opts ...grpc.CallOption) (*Job, error)
+	// Runs a job that has ended once more, as its next step, in the directory that the steps before have
+	// left. ILLEGAL_STATE if it has not ended. Owner, services, operators.
+	RestartJob(ctx context.Context, in *RestartJobRequest, opts ...grpc.CallOption) (*Job, error)
 	// Reads one job. Owner, services, operators.
 	GetJob(ctx context.Context, in *GetJobRequest, opts ...grpc.CallOption) (*Job, error)
 	// Lists jobs, newest first. A user sees only their own.
@@ -55,7 +68,20 @@ type JobServiceClient interface {
 	// Sends what the job printed, from an offset or the last bytes on, and goes on until the job has
 	// ended if asked to follow. Owner, services, operators.
 	TailLogs(ctx context.Context, in *TailLogsRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[TailLogsResponse], error)
-	// Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators.
+	// Puts a file into the directory of a job: the first request says which, the others bring its bytes.
+	// The file is there whole, with the checksum that was said, or not at all. Owner, services, operators.
+	UploadFile(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[UploadFileRequest, UploadFileResponse], error)
+	// Sends a file of a job's directory, from an offset on; the last answer has its checksum.
+	// Owner, services, operators.
+	DownloadFile(ctx context.Context, in *DownloadFileRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DownloadFileResponse], error)
+	// Lists the files of a job's directory, in the order of their paths. Owner, services, operators.
+	ListJobFiles(ctx context.Context, in *ListJobFilesRequest, opts ...grpc.CallOption) (*ListJobFilesResponse, error)
+	// Tells of a job's own step: that it runs and where, what it wants others to know, how it ended. The
+	// job itself, under the identity that it was given.
+	ReportJob(ctx context.Context, in *ReportJobRequest, opts ...grpc.CallOption) (*ReportJobResponse, error)
+	// Lists where jobs can run here. Everybody who may have jobs run.
+	ListBackends(ctx context.Context, in *ListBackendsRequest, opts ...grpc.CallOption) (*ListBackendsResponse, error)
+	// Cancels the job if it runs, and forgets it with its directory. Owner, services, operators.
 	DeleteJob(ctx context.Context, in *DeleteJobRequest, opts ...grpc.CallOption) (*DeleteJobResponse, error)
 }
 
@@ -71,6 +97,26 @@ func (c *jobServiceClient) CreateJob(ctx context.Context, in *CreateJobRequest, 
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(Job)
 	err := c.cc.Invoke(ctx, JobService_CreateJob_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *jobServiceClient) StartJob(ctx context.Context, in *StartJobRequest, opts ...grpc.CallOption) (*Job, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Job)
+	err := c.cc.Invoke(ctx, JobService_StartJob_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *jobServiceClient) RestartJob(ctx context.Context, in *RestartJobRequest, opts ...grpc.CallOption) (*Job, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Job)
+	err := c.cc.Invoke(ctx, JobService_RestartJob_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -145,6 +191,68 @@ func (c *jobServiceClient) TailLogs(ctx context.Context, in *TailLogsRequest, op
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type JobService_TailLogsClient = grpc.ServerStreamingClient[TailLogsResponse]
 
+func (c *jobServiceClient) UploadFile(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[UploadFileRequest, UploadFileResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &JobService_ServiceDesc.Streams[2], JobService_UploadFile_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[UploadFileRequest, UploadFileResponse]{ClientStream: stream}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type JobService_UploadFileClient = grpc.ClientStreamingClient[UploadFileRequest, UploadFileResponse]
+
+func (c *jobServiceClient) DownloadFile(ctx context.Context, in *DownloadFileRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DownloadFileResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &JobService_ServiceDesc.Streams[3], JobService_DownloadFile_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[DownloadFileRequest, DownloadFileResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type JobService_DownloadFileClient = grpc.ServerStreamingClient[DownloadFileResponse]
+
+func (c *jobServiceClient) ListJobFiles(ctx context.Context, in *ListJobFilesRequest, opts ...grpc.CallOption) (*ListJobFilesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListJobFilesResponse)
+	err := c.cc.Invoke(ctx, JobService_ListJobFiles_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *jobServiceClient) ReportJob(ctx context.Context, in *ReportJobRequest, opts ...grpc.CallOption) (*ReportJobResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ReportJobResponse)
+	err := c.cc.Invoke(ctx, JobService_ReportJob_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *jobServiceClient) ListBackends(ctx context.Context, in *ListBackendsRequest, opts ...grpc.CallOption) (*ListBackendsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ListBackendsResponse)
+	err := c.cc.Invoke(ctx, JobService_ListBackends_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *jobServiceClient) DeleteJob(ctx context.Context, in *DeleteJobRequest, opts ...grpc.CallOption) (*DeleteJobResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DeleteJobResponse)
@@ -159,14 +267,20 @@ func (c *jobServiceClient) DeleteJob(ctx context.Context, in *DeleteJobRequest, 
 // All implementations must embed UnimplementedJobServiceServer
 // for forward compatibility.
 //
-// Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-// job is an arbitrary program under the facility's account, only services and operators create them,
-// and services of other facilities as far as the policy names the programs; a user sees and cancels the
-// jobs that were created for them.
+// Runs programs, with or without MPI, on this host or through a batch system, and tells how they fare.
+// The words are those of PSI/J. Because a job is an arbitrary program under the facility's account,
+// users and services of other facilities have only those programs run that the policy names.
 type JobServiceServer interface {
-	// Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
-	// and partners, for whom the policy names the executables they may run.
+	// Stores a job and starts it, unless it is to be held or waits for files or other jobs. The answer
+	// comes at once, in state NEW or later. Services and operators; users and partners, for whom the
+	// policy names the executables they may run.
 	CreateJob(context.Context, *CreateJobRequest) (*Job, error)
+	// Lets a job go that was held. One that still waits for files or other jobs starts when those are
+	// there; one that is not held stays as it is. Owner, services, operators.
+	StartJob(context.Context, *StartJobRequest) (*Job, error)
+	// Runs a job that has ended once more, as its next step, in the directory that the steps before have
+	// left. ILLEGAL_STATE if it has not ended. Owner, services, operators.
+	RestartJob(context.Context, *RestartJobRequest) (*Job, error)
 	// Reads one job. Owner, services, operators.
 	GetJob(context.Context, *GetJobRequest) (*Job, error)
 	// Lists jobs, newest first. A user sees only their own.
@@ -180,7 +294,20 @@ type JobServiceServer interface {
 	// Sends what the job printed, from an offset or the last bytes on, and goes on until the job has
 	// ended if asked to follow. Owner, services, operators.
 	TailLogs(*TailLogsRequest, grpc.ServerStreamingServer[TailLogsResponse]) error
-	// Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators.
+	// Puts a file into the directory of a job: the first request says which, the others bring its bytes.
+	// The file is there whole, with the checksum that was said, or not at all. Owner, services, operators.
+	UploadFile(grpc.ClientStreamingServer[UploadFileRequest, UploadFileResponse]) error
+	// Sends a file of a job's directory, from an offset on; the last answer has its checksum.
+	// Owner, services, operators.
+	DownloadFile(*DownloadFileRequest, grpc.ServerStreamingServer[DownloadFileResponse]) error
+	// Lists the files of a job's directory, in the order of their paths. Owner, services, operators.
+	ListJobFiles(context.Context, *ListJobFilesRequest) (*ListJobFilesResponse, error)
+	// Tells of a job's own step: that it runs and where, what it wants others to know, how it ended. The
+	// job itself, under the identity that it was given.
+	ReportJob(context.Context, *ReportJobRequest) (*ReportJobResponse, error)
+	// Lists where jobs can run here. Everybody who may have jobs run.
+	ListBackends(context.Context, *ListBackendsRequest) (*ListBackendsResponse, error)
+	// Cancels the job if it runs, and forgets it with its directory. Owner, services, operators.
 	DeleteJob(context.Context, *DeleteJobRequest) (*DeleteJobResponse, error)
 	mustEmbedUnimplementedJobServiceServer()
 }
@@ -194,6 +321,12 @@ type UnimplementedJobServiceServer struct{}
 
 func (UnimplementedJobServiceServer) CreateJob(context.Context, *CreateJobRequest) (*Job, error) {
 	return nil, status.Error(codes.Unimplemented, "method CreateJob not implemented")
+}
+func (UnimplementedJobServiceServer) StartJob(context.Context, *StartJobRequest) (*Job, error) {
+	return nil, status.Error(codes.Unimplemented, "method StartJob not implemented")
+}
+func (UnimplementedJobServiceServer) RestartJob(context.Context, *RestartJobRequest) (*Job, error) {
+	return nil, status.Error(codes.Unimplemented, "method RestartJob not implemented")
 }
 func (UnimplementedJobServiceServer) GetJob(context.Context, *GetJobRequest) (*Job, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetJob not implemented")
@@ -209,6 +342,21 @@ func (UnimplementedJobServiceServer) CancelJob(context.Context, *CancelJobReques
 }
 func (UnimplementedJobServiceServer) TailLogs(*TailLogsRequest, grpc.ServerStreamingServer[TailLogsResponse]) error {
 	return status.Error(codes.Unimplemented, "method TailLogs not implemented")
+}
+func (UnimplementedJobServiceServer) UploadFile(grpc.ClientStreamingServer[UploadFileRequest, UploadFileResponse]) error {
+	return status.Error(codes.Unimplemented, "method UploadFile not implemented")
+}
+func (UnimplementedJobServiceServer) DownloadFile(*DownloadFileRequest, grpc.ServerStreamingServer[DownloadFileResponse]) error {
+	return status.Error(codes.Unimplemented, "method DownloadFile not implemented")
+}
+func (UnimplementedJobServiceServer) ListJobFiles(context.Context, *ListJobFilesRequest) (*ListJobFilesResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListJobFiles not implemented")
+}
+func (UnimplementedJobServiceServer) ReportJob(context.Context, *ReportJobRequest) (*ReportJobResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ReportJob not implemented")
+}
+func (UnimplementedJobServiceServer) ListBackends(context.Context, *ListBackendsRequest) (*ListBackendsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ListBackends not implemented")
 }
 func (UnimplementedJobServiceServer) DeleteJob(context.Context, *DeleteJobRequest) (*DeleteJobResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteJob not implemented")
@@ -248,6 +396,42 @@ func _JobService_CreateJob_Handler(srv interface{}, ctx context.Context, dec fun
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(JobServiceServer).CreateJob(ctx, req.(*CreateJobRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _JobService_StartJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(StartJobRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(JobServiceServer).StartJob(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: JobService_StartJob_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(JobServiceServer).StartJob(ctx, req.(*StartJobRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _JobService_RestartJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RestartJobRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(JobServiceServer).RestartJob(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: JobService_RestartJob_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(JobServiceServer).RestartJob(ctx, req.(*RestartJobRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -328,6 +512,78 @@ func _JobService_TailLogs_Handler(srv interface{}, stream grpc.ServerStream) err
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type JobService_TailLogsServer = grpc.ServerStreamingServer[TailLogsResponse]
 
+func _JobService_UploadFile_Handler(srv interface{}, stream grpc.ServerStream) error {
+	return srv.(JobServiceServer).UploadFile(&grpc.GenericServerStream[UploadFileRequest, UploadFileResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type JobService_UploadFileServer = grpc.ClientStreamingServer[UploadFileRequest, UploadFileResponse]
+
+func _JobService_DownloadFile_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(DownloadFileRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(JobServiceServer).DownloadFile(m, &grpc.GenericServerStream[DownloadFileRequest, DownloadFileResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type JobService_DownloadFileServer = grpc.ServerStreamingServer[DownloadFileResponse]
+
+func _JobService_ListJobFiles_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListJobFilesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(JobServiceServer).ListJobFiles(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: JobService_ListJobFiles_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(JobServiceServer).ListJobFiles(ctx, req.(*ListJobFilesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _JobService_ReportJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ReportJobRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(JobServiceServer).ReportJob(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: JobService_ReportJob_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(JobServiceServer).ReportJob(ctx, req.(*ReportJobRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _JobService_ListBackends_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ListBackendsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(JobServiceServer).ListBackends(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: JobService_ListBackends_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(JobServiceServer).ListBackends(ctx, req.(*ListBackendsRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _JobService_DeleteJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DeleteJobRequest)
 	if err := dec(in); err != nil {
@@ -358,6 +614,14 @@ var JobService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _JobService_CreateJob_Handler,
 		},
 		{
+			MethodName: "StartJob",
+			Handler:    _JobService_StartJob_Handler,
+		},
+		{
+			MethodName: "RestartJob",
+			Handler:    _JobService_RestartJob_Handler,
+		},
+		{
 			MethodName: "GetJob",
 			Handler:    _JobService_GetJob_Handler,
 		},
@@ -368,6 +632,18 @@ var JobService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "CancelJob",
 			Handler:    _JobService_CancelJob_Handler,
+		},
+		{
+			MethodName: "ListJobFiles",
+			Handler:    _JobService_ListJobFiles_Handler,
+		},
+		{
+			MethodName: "ReportJob",
+			Handler:    _JobService_ReportJob_Handler,
+		},
+		{
+			MethodName: "ListBackends",
+			Handler:    _JobService_ListBackends_Handler,
 		},
 		{
 			MethodName: "DeleteJob",
@@ -383,6 +659,16 @@ var JobService_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "TailLogs",
 			Handler:       _JobService_TailLogs_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "UploadFile",
+			Handler:       _JobService_UploadFile_Handler,
+			ClientStreams: true,
+		},
+		{
+			StreamName:    "DownloadFile",
+			Handler:       _JobService_DownloadFile_Handler,
 			ServerStreams: true,
 		},
 	},

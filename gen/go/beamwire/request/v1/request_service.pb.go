@@ -663,7 +663,31 @@ type Transfer struct {
 	Etag string `protobuf:"bytes,20,opt,name=etag,proto3" json:"etag,omitempty"`
 	// Programs that consume the events, each placed at some facility when the buffer is ready: each is a
 	// group's consumer of its own, under the identity that its facility gives to the job.
-	ConsumerJobs  []*ConsumerJob `protobuf:"bytes,21,rep,name=consumer_jobs,json=consumerJobs,proto3" json:"consumer_jobs,omitempty"`
+	ConsumerJobs []*ConsumerJob `protobuf:"bytes,21,rep,name=consumer_jobs,json=consumerJobs,proto3" json:"consumer_jobs,omitempty"`
+	// Where the streamer runs. Default: on the host of the Job service.
+	StreamerPlacement *v12.Placement `protobuf:"bytes,22,opt,name=streamer_placement,json=streamerPlacement,proto3" json:"streamer_placement,omitempty"`
+	// What the streamer needs besides `process_count` processes.
+	StreamerResources *v12.Resources `protobuf:"bytes,23,opt,name=streamer_resources,json=streamerResources,proto3" json:"streamer_resources,omitempty"`
+	// What the consumers need of each event: refused before it begins if the streamer would send something else.
+	Contract *ConsumerContract `protobuf:"bytes,24,opt,name=contract,proto3" json:"contract,omitempty"`
+	// If true, and a buffer still holds every event of an earlier transfer of the owner that asked for the same, the
+	// events come from there: no streamer runs. The earlier one must have been created with `keep`.
+	Reuse bool `protobuf:"varint,25,opt,name=reuse,proto3" json:"reuse,omitempty"`
+	// How long the buffer is kept with all events after this one has ended, for transfers that ask for the same with
+	// `reuse`. Its ring must have room for all of them. Default: not at all.
+	Keep *durationpb.Duration `protobuf:"bytes,26,opt,name=keep,proto3" json:"keep,omitempty"`
+	// The transfer whose buffer serves this one, if it is not its own.
+	ServedFrom string `protobuf:"bytes,27,opt,name=served_from,json=servedFrom,proto3" json:"served_from,omitempty"`
+	// The SHA-256 of what is asked for, without names, labels and times: the same request has the same.
+	ContentSha256 string `protobuf:"bytes,28,opt,name=content_sha256,json=contentSha256,proto3" json:"content_sha256,omitempty"`
+	// Its life so far.
+	Transitions []*Transfer_Transition `protobuf:"bytes,29,rep,name=transitions,proto3" json:"transitions,omitempty"`
+	// What keeps it from doing well now.
+	HealthIssues []*v1.HealthIssue `protobuf:"bytes,30,rep,name=health_issues,json=healthIssues,proto3" json:"health_issues,omitempty"`
+	// When it will be forgotten, once it ended.
+	PurgeTime *timestamppb.Timestamp `protobuf:"bytes,31,opt,name=purge_time,json=purgeTime,proto3" json:"purge_time,omitempty"`
+	// The group that the consumers of this transfer name, if its events come from the buffer of another.
+	Group         string `protobuf:"bytes,32,opt,name=group,proto3" json:"group,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -845,6 +869,393 @@ func (x *Transfer) GetConsumerJobs() []*ConsumerJob {
 	return nil
 }
 
+func (x *Transfer) GetStreamerPlacement() *v12.Placement {
+	if x != nil {
+		return x.StreamerPlacement
+	}
+	return nil
+}
+
+func (x *Transfer) GetStreamerResources() *v12.Resources {
+	if x != nil {
+		return x.StreamerResources
+	}
+	return nil
+}
+
+func (x *Transfer) GetContract() *ConsumerContract {
+	if x != nil {
+		return x.Contract
+	}
+	return nil
+}
+
+func (x *Transfer) GetReuse() bool {
+	if x != nil {
+		return x.Reuse
+	}
+	return false
+}
+
+func (x *Transfer) GetKeep() *durationpb.Duration {
+	if x != nil {
+		return x.Keep
+	}
+	return nil
+}
+
+func (x *Transfer) GetServedFrom() string {
+	if x != nil {
+		return x.ServedFrom
+	}
+	return ""
+}
+
+func (x *Transfer) GetContentSha256() string {
+	if x != nil {
+		return x.ContentSha256
+	}
+	return ""
+}
+
+func (x *Transfer) GetTransitions() []*Transfer_Transition {
+	if x != nil {
+		return x.Transitions
+	}
+	return nil
+}
+
+func (x *Transfer) GetHealthIssues() []*v1.HealthIssue {
+	if x != nil {
+		return x.HealthIssues
+	}
+	return nil
+}
+
+func (x *Transfer) GetPurgeTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.PurgeTime
+	}
+	return nil
+}
+
+func (x *Transfer) GetGroup() string {
+	if x != nil {
+		return x.Group
+	}
+	return ""
+}
+
+// What consumers need of a stream.
+type ConsumerContract struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The contract of a bridge that it must fit: `crystfel`, `peaknet`, `maxie`, `tmo`, `dectris`.
+	Bridge string `protobuf:"bytes,1,opt,name=bridge,proto3" json:"bridge,omitempty"`
+	// The arrays that it must have.
+	Arrays []*ConsumerContract_Array `protobuf:"bytes,2,rep,name=arrays,proto3" json:"arrays,omitempty"`
+	// The events of each batch; any number if 0.
+	BatchSize     int32 `protobuf:"varint,3,opt,name=batch_size,json=batchSize,proto3" json:"batch_size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsumerContract) Reset() {
+	*x = ConsumerContract{}
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsumerContract) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsumerContract) ProtoMessage() {}
+
+func (x *ConsumerContract) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsumerContract.ProtoReflect.Descriptor instead.
+func (*ConsumerContract) Descriptor() ([]byte, []int) {
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *ConsumerContract) GetBridge() string {
+	if x != nil {
+		return x.Bridge
+	}
+	return ""
+}
+
+func (x *ConsumerContract) GetArrays() []*ConsumerContract_Array {
+	if x != nil {
+		return x.Arrays
+	}
+	return nil
+}
+
+func (x *ConsumerContract) GetBatchSize() int32 {
+	if x != nil {
+		return x.BatchSize
+	}
+	return 0
+}
+
+// Asks what a transfer would give.
+type EstimateTransferRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The transfer as it would be created.
+	Transfer      *Transfer `protobuf:"bytes,1,opt,name=transfer,proto3" json:"transfer,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EstimateTransferRequest) Reset() {
+	*x = EstimateTransferRequest{}
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EstimateTransferRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EstimateTransferRequest) ProtoMessage() {}
+
+func (x *EstimateTransferRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EstimateTransferRequest.ProtoReflect.Descriptor instead.
+func (*EstimateTransferRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *EstimateTransferRequest) GetTransfer() *Transfer {
+	if x != nil {
+		return x.Transfer
+	}
+	return nil
+}
+
+// What a transfer would give, as far as can be told before.
+type EstimateTransferResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Events that would be selected; 0 if nobody can know before.
+	EventCount int64 `protobuf:"varint,1,opt,name=event_count,json=eventCount,proto3" json:"event_count,omitempty"`
+	// Bytes of one event on the way, by the first one.
+	EventBytes int64 `protobuf:"varint,2,opt,name=event_bytes,json=eventBytes,proto3" json:"event_bytes,omitempty"`
+	// Bytes altogether; 0 if nobody can know before.
+	TotalBytes int64 `protobuf:"varint,3,opt,name=total_bytes,json=totalBytes,proto3" json:"total_bytes,omitempty"`
+	// Events per second that one process of the streamer makes, by the first events and what such transfers did before.
+	EventsPerSecond float64 `protobuf:"fixed64,4,opt,name=events_per_second,json=eventsPerSecond,proto3" json:"events_per_second,omitempty"`
+	// How long the streaming would take; unset if nobody can know before.
+	StreamingDuration *durationpb.Duration `protobuf:"bytes,5,opt,name=streaming_duration,json=streamingDuration,proto3" json:"streaming_duration,omitempty"`
+	// How long the streamer would wait to be started; unset if its backend does not tell.
+	QueueDuration *durationpb.Duration `protobuf:"bytes,6,opt,name=queue_duration,json=queueDuration,proto3" json:"queue_duration,omitempty"`
+	// Whether the lease covers both.
+	LeaseSufficient bool `protobuf:"varint,7,opt,name=lease_sufficient,json=leaseSufficient,proto3" json:"lease_sufficient,omitempty"`
+	// What the consumers would get of each event.
+	Arrays []*EstimateTransferResponse_Array `protobuf:"bytes,8,rep,name=arrays,proto3" json:"arrays,omitempty"`
+	// What does not fit `contract`: a sentence each, with what to do.
+	ContractProblems []string `protobuf:"bytes,9,rep,name=contract_problems,json=contractProblems,proto3" json:"contract_problems,omitempty"`
+	// What else somebody should know before: a limit that would refuse it now, a buffer that is small for its events.
+	Warnings []string `protobuf:"bytes,10,rep,name=warnings,proto3" json:"warnings,omitempty"`
+	// The transfer that would serve it with `reuse`.
+	ServedFrom    string `protobuf:"bytes,11,opt,name=served_from,json=servedFrom,proto3" json:"served_from,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EstimateTransferResponse) Reset() {
+	*x = EstimateTransferResponse{}
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EstimateTransferResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EstimateTransferResponse) ProtoMessage() {}
+
+func (x *EstimateTransferResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EstimateTransferResponse.ProtoReflect.Descriptor instead.
+func (*EstimateTransferResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *EstimateTransferResponse) GetEventCount() int64 {
+	if x != nil {
+		return x.EventCount
+	}
+	return 0
+}
+
+func (x *EstimateTransferResponse) GetEventBytes() int64 {
+	if x != nil {
+		return x.EventBytes
+	}
+	return 0
+}
+
+func (x *EstimateTransferResponse) GetTotalBytes() int64 {
+	if x != nil {
+		return x.TotalBytes
+	}
+	return 0
+}
+
+func (x *EstimateTransferResponse) GetEventsPerSecond() float64 {
+	if x != nil {
+		return x.EventsPerSecond
+	}
+	return 0
+}
+
+func (x *EstimateTransferResponse) GetStreamingDuration() *durationpb.Duration {
+	if x != nil {
+		return x.StreamingDuration
+	}
+	return nil
+}
+
+func (x *EstimateTransferResponse) GetQueueDuration() *durationpb.Duration {
+	if x != nil {
+		return x.QueueDuration
+	}
+	return nil
+}
+
+func (x *EstimateTransferResponse) GetLeaseSufficient() bool {
+	if x != nil {
+		return x.LeaseSufficient
+	}
+	return false
+}
+
+func (x *EstimateTransferResponse) GetArrays() []*EstimateTransferResponse_Array {
+	if x != nil {
+		return x.Arrays
+	}
+	return nil
+}
+
+func (x *EstimateTransferResponse) GetContractProblems() []string {
+	if x != nil {
+		return x.ContractProblems
+	}
+	return nil
+}
+
+func (x *EstimateTransferResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
+}
+
+func (x *EstimateTransferResponse) GetServedFrom() string {
+	if x != nil {
+		return x.ServedFrom
+	}
+	return ""
+}
+
+// Asks for more time.
+type ExtendTransferRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// `transfers/{transfer}`.
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// How long it may take from now on; a shorter time than it has left changes nothing.
+	Lease *durationpb.Duration `protobuf:"bytes,2,opt,name=lease,proto3" json:"lease,omitempty"`
+	// A UUID4 that makes repeating the call harmless.
+	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExtendTransferRequest) Reset() {
+	*x = ExtendTransferRequest{}
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExtendTransferRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExtendTransferRequest) ProtoMessage() {}
+
+func (x *ExtendTransferRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExtendTransferRequest.ProtoReflect.Descriptor instead.
+func (*ExtendTransferRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ExtendTransferRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ExtendTransferRequest) GetLease() *durationpb.Duration {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+func (x *ExtendTransferRequest) GetRequestId() string {
+	if x != nil {
+		return x.RequestId
+	}
+	return ""
+}
+
 // A program that consumes a transfer where its facility runs it.
 type ConsumerJob struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -862,7 +1273,7 @@ type ConsumerJob struct {
 
 func (x *ConsumerJob) Reset() {
 	*x = ConsumerJob{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[6]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -874,7 +1285,7 @@ func (x *ConsumerJob) String() string {
 func (*ConsumerJob) ProtoMessage() {}
 
 func (x *ConsumerJob) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[6]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -887,7 +1298,7 @@ func (x *ConsumerJob) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ConsumerJob.ProtoReflect.Descriptor instead.
 func (*ConsumerJob) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{6}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ConsumerJob) GetTrustDomain() string {
@@ -935,7 +1346,7 @@ type CreateTransferRequest struct {
 
 func (x *CreateTransferRequest) Reset() {
 	*x = CreateTransferRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[7]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -947,7 +1358,7 @@ func (x *CreateTransferRequest) String() string {
 func (*CreateTransferRequest) ProtoMessage() {}
 
 func (x *CreateTransferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[7]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -960,7 +1371,7 @@ func (x *CreateTransferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateTransferRequest.ProtoReflect.Descriptor instead.
 func (*CreateTransferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{7}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CreateTransferRequest) GetTransfer() *Transfer {
@@ -1002,7 +1413,7 @@ type GetTransferRequest struct {
 
 func (x *GetTransferRequest) Reset() {
 	*x = GetTransferRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[8]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1014,7 +1425,7 @@ func (x *GetTransferRequest) String() string {
 func (*GetTransferRequest) ProtoMessage() {}
 
 func (x *GetTransferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[8]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1027,7 +1438,7 @@ func (x *GetTransferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetTransferRequest.ProtoReflect.Descriptor instead.
 func (*GetTransferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{8}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *GetTransferRequest) GetName() string {
@@ -1052,7 +1463,7 @@ type ListTransfersRequest struct {
 
 func (x *ListTransfersRequest) Reset() {
 	*x = ListTransfersRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[9]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1064,7 +1475,7 @@ func (x *ListTransfersRequest) String() string {
 func (*ListTransfersRequest) ProtoMessage() {}
 
 func (x *ListTransfersRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[9]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1077,7 +1488,7 @@ func (x *ListTransfersRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTransfersRequest.ProtoReflect.Descriptor instead.
 func (*ListTransfersRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{9}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ListTransfersRequest) GetPageSize() int32 {
@@ -1114,7 +1525,7 @@ type ListTransfersResponse struct {
 
 func (x *ListTransfersResponse) Reset() {
 	*x = ListTransfersResponse{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[10]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1126,7 +1537,7 @@ func (x *ListTransfersResponse) String() string {
 func (*ListTransfersResponse) ProtoMessage() {}
 
 func (x *ListTransfersResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[10]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1139,7 +1550,7 @@ func (x *ListTransfersResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTransfersResponse.ProtoReflect.Descriptor instead.
 func (*ListTransfersResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{10}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *ListTransfersResponse) GetTransfers() []*Transfer {
@@ -1169,7 +1580,7 @@ type WatchTransferRequest struct {
 
 func (x *WatchTransferRequest) Reset() {
 	*x = WatchTransferRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[11]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1181,7 +1592,7 @@ func (x *WatchTransferRequest) String() string {
 func (*WatchTransferRequest) ProtoMessage() {}
 
 func (x *WatchTransferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[11]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1194,7 +1605,7 @@ func (x *WatchTransferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTransferRequest.ProtoReflect.Descriptor instead.
 func (*WatchTransferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{11}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WatchTransferRequest) GetName() string {
@@ -1222,7 +1633,7 @@ type WatchTransferResponse struct {
 
 func (x *WatchTransferResponse) Reset() {
 	*x = WatchTransferResponse{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[12]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1234,7 +1645,7 @@ func (x *WatchTransferResponse) String() string {
 func (*WatchTransferResponse) ProtoMessage() {}
 
 func (x *WatchTransferResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[12]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1247,7 +1658,7 @@ func (x *WatchTransferResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchTransferResponse.ProtoReflect.Descriptor instead.
 func (*WatchTransferResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{12}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *WatchTransferResponse) GetTransfer() *Transfer {
@@ -1270,7 +1681,7 @@ type CancelTransferRequest struct {
 
 func (x *CancelTransferRequest) Reset() {
 	*x = CancelTransferRequest{}
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[13]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1282,7 +1693,7 @@ func (x *CancelTransferRequest) String() string {
 func (*CancelTransferRequest) ProtoMessage() {}
 
 func (x *CancelTransferRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[13]
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1295,7 +1706,7 @@ func (x *CancelTransferRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelTransferRequest.ProtoReflect.Descriptor instead.
 func (*CancelTransferRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{13}
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CancelTransferRequest) GetName() string {
@@ -1312,11 +1723,221 @@ func (x *CancelTransferRequest) GetRequestId() string {
 	return ""
 }
 
+// One step of its life.
+type Transfer_Transition struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The state it entered.
+	State Transfer_State `protobuf:"varint,1,opt,name=state,proto3,enum=beamwire.request.v1.Transfer_State" json:"state,omitempty"`
+	// When.
+	Time *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=time,proto3" json:"time,omitempty"`
+	// Why.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Transfer_Transition) Reset() {
+	*x = Transfer_Transition{}
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Transfer_Transition) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Transfer_Transition) ProtoMessage() {}
+
+func (x *Transfer_Transition) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Transfer_Transition.ProtoReflect.Descriptor instead.
+func (*Transfer_Transition) Descriptor() ([]byte, []int) {
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{5, 0}
+}
+
+func (x *Transfer_Transition) GetState() Transfer_State {
+	if x != nil {
+		return x.State
+	}
+	return Transfer_STATE_UNSPECIFIED
+}
+
+func (x *Transfer_Transition) GetTime() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Time
+	}
+	return nil
+}
+
+func (x *Transfer_Transition) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+// One array of each event.
+type ConsumerContract_Array struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its name in the batch.
+	Field string `protobuf:"bytes,1,opt,name=field,proto3" json:"field,omitempty"`
+	// The type of its elements as numpy writes it, `uint16`; any if empty.
+	Dtype string `protobuf:"bytes,2,opt,name=dtype,proto3" json:"dtype,omitempty"`
+	// Its shape for one event; -1 is any length. Any shape if empty and not `scalar`.
+	Shape []int64 `protobuf:"varint,3,rep,packed,name=shape,proto3" json:"shape,omitempty"`
+	// If true, it is one number for each event.
+	Scalar bool `protobuf:"varint,4,opt,name=scalar,proto3" json:"scalar,omitempty"`
+	// If true, it may be missing.
+	Optional      bool `protobuf:"varint,5,opt,name=optional,proto3" json:"optional,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ConsumerContract_Array) Reset() {
+	*x = ConsumerContract_Array{}
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ConsumerContract_Array) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ConsumerContract_Array) ProtoMessage() {}
+
+func (x *ConsumerContract_Array) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ConsumerContract_Array.ProtoReflect.Descriptor instead.
+func (*ConsumerContract_Array) Descriptor() ([]byte, []int) {
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{6, 0}
+}
+
+func (x *ConsumerContract_Array) GetField() string {
+	if x != nil {
+		return x.Field
+	}
+	return ""
+}
+
+func (x *ConsumerContract_Array) GetDtype() string {
+	if x != nil {
+		return x.Dtype
+	}
+	return ""
+}
+
+func (x *ConsumerContract_Array) GetShape() []int64 {
+	if x != nil {
+		return x.Shape
+	}
+	return nil
+}
+
+func (x *ConsumerContract_Array) GetScalar() bool {
+	if x != nil {
+		return x.Scalar
+	}
+	return false
+}
+
+func (x *ConsumerContract_Array) GetOptional() bool {
+	if x != nil {
+		return x.Optional
+	}
+	return false
+}
+
+// One array of each event.
+type EstimateTransferResponse_Array struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its name in the batch.
+	Field string `protobuf:"bytes,1,opt,name=field,proto3" json:"field,omitempty"`
+	// The type of its elements as numpy writes it.
+	Dtype string `protobuf:"bytes,2,opt,name=dtype,proto3" json:"dtype,omitempty"`
+	// Its shape for one event; -1 is a length that differs from event to event.
+	Shape         []int64 `protobuf:"varint,3,rep,packed,name=shape,proto3" json:"shape,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EstimateTransferResponse_Array) Reset() {
+	*x = EstimateTransferResponse_Array{}
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[22]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EstimateTransferResponse_Array) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EstimateTransferResponse_Array) ProtoMessage() {}
+
+func (x *EstimateTransferResponse_Array) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_request_v1_request_service_proto_msgTypes[22]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EstimateTransferResponse_Array.ProtoReflect.Descriptor instead.
+func (*EstimateTransferResponse_Array) Descriptor() ([]byte, []int) {
+	return file_beamwire_request_v1_request_service_proto_rawDescGZIP(), []int{8, 0}
+}
+
+func (x *EstimateTransferResponse_Array) GetField() string {
+	if x != nil {
+		return x.Field
+	}
+	return ""
+}
+
+func (x *EstimateTransferResponse_Array) GetDtype() string {
+	if x != nil {
+		return x.Dtype
+	}
+	return ""
+}
+
+func (x *EstimateTransferResponse_Array) GetShape() []int64 {
+	if x != nil {
+		return x.Shape
+	}
+	return nil
+}
+
 var File_beamwire_request_v1_request_service_proto protoreflect.FileDescriptor
 
 const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"\n" +
-	")beamwire/request/v1/request_service.proto\x12\x13beamwire.request.v1\x1a'beamwire/buffer/v1/buffer_service.proto\x1a\x1fbeamwire/common/v1/access.proto\x1a beamwire/common/v1/account.proto\x1a!beamwire/job/v1/job_service.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"d\n" +
+	")beamwire/request/v1/request_service.proto\x12\x13beamwire.request.v1\x1a'beamwire/buffer/v1/buffer_service.proto\x1a\x1fbeamwire/common/v1/access.proto\x1a beamwire/common/v1/account.proto\x1a\x1fbeamwire/common/v1/health.proto\x1a!beamwire/job/v1/job_service.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"d\n" +
 	"\tComponent\x12\x18\n" +
 	"\x04type\x18\x01 \x01(\tB\x04\xe2A\x01\x02R\x04type\x12=\n" +
 	"\n" +
@@ -1367,7 +1988,7 @@ const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"\x05stage\x18\x01 \x01(\tR\x05stage\x12.\n" +
 	"\x13entered_event_count\x18\x02 \x01(\x03R\x11enteredEventCount\x12(\n" +
 	"\x10left_event_count\x18\x03 \x01(\x03R\x0eleftEventCount\x120\n" +
-	"\x06losses\x18\x04 \x03(\v2\x18.beamwire.common.v1.LossR\x06losses\"\xe5\v\n" +
+	"\x06losses\x18\x04 \x03(\v2\x18.beamwire.common.v1.LossR\x06losses\"\x9c\x12\n" +
 	"\bTransfer\x12\x18\n" +
 	"\x04name\x18\x01 \x01(\tB\x04\xe2A\x01\bR\x04name\x12?\n" +
 	"\x06config\x18\x02 \x01(\v2!.beamwire.request.v1.StreamConfigB\x04\xe2A\x01\x02R\x06config\x12E\n" +
@@ -1396,7 +2017,26 @@ const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"\vexpire_time\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\n" +
 	"expireTime\x12\x18\n" +
 	"\x04etag\x18\x14 \x01(\tB\x04\xe2A\x01\x03R\x04etag\x12K\n" +
-	"\rconsumer_jobs\x18\x15 \x03(\v2 .beamwire.request.v1.ConsumerJobB\x04\xe2A\x01\x01R\fconsumerJobs\x1a9\n" +
+	"\rconsumer_jobs\x18\x15 \x03(\v2 .beamwire.request.v1.ConsumerJobB\x04\xe2A\x01\x01R\fconsumerJobs\x12O\n" +
+	"\x12streamer_placement\x18\x16 \x01(\v2\x1a.beamwire.job.v1.PlacementB\x04\xe2A\x01\x01R\x11streamerPlacement\x12O\n" +
+	"\x12streamer_resources\x18\x17 \x01(\v2\x1a.beamwire.job.v1.ResourcesB\x04\xe2A\x01\x01R\x11streamerResources\x12G\n" +
+	"\bcontract\x18\x18 \x01(\v2%.beamwire.request.v1.ConsumerContractB\x04\xe2A\x01\x01R\bcontract\x12\x1a\n" +
+	"\x05reuse\x18\x19 \x01(\bB\x04\xe2A\x01\x01R\x05reuse\x123\n" +
+	"\x04keep\x18\x1a \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\x04keep\x12?\n" +
+	"\vserved_from\x18\x1b \x01(\tB\x1e\xe2A\x01\x03\xfaA\x17\n" +
+	"\x15beamwire.org/TransferR\n" +
+	"servedFrom\x12+\n" +
+	"\x0econtent_sha256\x18\x1c \x01(\tB\x04\xe2A\x01\x03R\rcontentSha256\x12P\n" +
+	"\vtransitions\x18\x1d \x03(\v2(.beamwire.request.v1.Transfer.TransitionB\x04\xe2A\x01\x03R\vtransitions\x12J\n" +
+	"\rhealth_issues\x18\x1e \x03(\v2\x1f.beamwire.common.v1.HealthIssueB\x04\xe2A\x01\x03R\fhealthIssues\x12?\n" +
+	"\n" +
+	"purge_time\x18\x1f \x01(\v2\x1a.google.protobuf.TimestampB\x04\xe2A\x01\x03R\tpurgeTime\x12\x1a\n" +
+	"\x05group\x18  \x01(\tB\x04\xe2A\x01\x03R\x05group\x1a\x8f\x01\n" +
+	"\n" +
+	"Transition\x129\n" +
+	"\x05state\x18\x01 \x01(\x0e2#.beamwire.request.v1.Transfer.StateR\x05state\x12.\n" +
+	"\x04time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x04time\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x1a9\n" +
 	"\vLabelsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd7\x01\n" +
@@ -1411,7 +2051,48 @@ const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"\x0fSTATE_CANCELLED\x10\a\x12\x10\n" +
 	"\fSTATE_FAILED\x10\b\x12\x11\n" +
 	"\rSTATE_EXPIRED\x10\t:E\xeaAB\n" +
-	"\x15beamwire.org/Transfer\x12\x14transfers/{transfer}*\ttransfers2\btransfer\"\xb9\x01\n" +
+	"\x15beamwire.org/Transfer\x12\x14transfers/{transfer}*\ttransfers2\btransfer\"\xbe\x02\n" +
+	"\x10ConsumerContract\x12\x1c\n" +
+	"\x06bridge\x18\x01 \x01(\tB\x04\xe2A\x01\x01R\x06bridge\x12I\n" +
+	"\x06arrays\x18\x02 \x03(\v2+.beamwire.request.v1.ConsumerContract.ArrayB\x04\xe2A\x01\x01R\x06arrays\x12#\n" +
+	"\n" +
+	"batch_size\x18\x03 \x01(\x05B\x04\xe2A\x01\x01R\tbatchSize\x1a\x9b\x01\n" +
+	"\x05Array\x12\x1a\n" +
+	"\x05field\x18\x01 \x01(\tB\x04\xe2A\x01\x02R\x05field\x12\x1a\n" +
+	"\x05dtype\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\x05dtype\x12\x1a\n" +
+	"\x05shape\x18\x03 \x03(\x03B\x04\xe2A\x01\x01R\x05shape\x12\x1c\n" +
+	"\x06scalar\x18\x04 \x01(\bB\x04\xe2A\x01\x01R\x06scalar\x12 \n" +
+	"\boptional\x18\x05 \x01(\bB\x04\xe2A\x01\x01R\boptional\"Z\n" +
+	"\x17EstimateTransferRequest\x12?\n" +
+	"\btransfer\x18\x01 \x01(\v2\x1d.beamwire.request.v1.TransferB\x04\xe2A\x01\x02R\btransfer\"\xfe\x04\n" +
+	"\x18EstimateTransferResponse\x12\x1f\n" +
+	"\vevent_count\x18\x01 \x01(\x03R\n" +
+	"eventCount\x12\x1f\n" +
+	"\vevent_bytes\x18\x02 \x01(\x03R\n" +
+	"eventBytes\x12\x1f\n" +
+	"\vtotal_bytes\x18\x03 \x01(\x03R\n" +
+	"totalBytes\x12*\n" +
+	"\x11events_per_second\x18\x04 \x01(\x01R\x0feventsPerSecond\x12H\n" +
+	"\x12streaming_duration\x18\x05 \x01(\v2\x19.google.protobuf.DurationR\x11streamingDuration\x12@\n" +
+	"\x0equeue_duration\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\rqueueDuration\x12)\n" +
+	"\x10lease_sufficient\x18\a \x01(\bR\x0fleaseSufficient\x12K\n" +
+	"\x06arrays\x18\b \x03(\v23.beamwire.request.v1.EstimateTransferResponse.ArrayR\x06arrays\x12+\n" +
+	"\x11contract_problems\x18\t \x03(\tR\x10contractProblems\x12\x1a\n" +
+	"\bwarnings\x18\n" +
+	" \x03(\tR\bwarnings\x12;\n" +
+	"\vserved_from\x18\v \x01(\tB\x1a\xfaA\x17\n" +
+	"\x15beamwire.org/TransferR\n" +
+	"servedFrom\x1aI\n" +
+	"\x05Array\x12\x14\n" +
+	"\x05field\x18\x01 \x01(\tR\x05field\x12\x14\n" +
+	"\x05dtype\x18\x02 \x01(\tR\x05dtype\x12\x14\n" +
+	"\x05shape\x18\x03 \x03(\x03R\x05shape\"\xa7\x01\n" +
+	"\x15ExtendTransferRequest\x122\n" +
+	"\x04name\x18\x01 \x01(\tB\x1e\xe2A\x01\x02\xfaA\x17\n" +
+	"\x15beamwire.org/TransferR\x04name\x125\n" +
+	"\x05lease\x18\x02 \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x02R\x05lease\x12#\n" +
+	"\n" +
+	"request_id\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"\xb9\x01\n" +
 	"\vConsumerJob\x12'\n" +
 	"\ftrust_domain\x18\x01 \x01(\tB\x04\xe2A\x01\x01R\vtrustDomain\x122\n" +
 	"\x04spec\x18\x02 \x01(\v2\x18.beamwire.job.v1.JobSpecB\x04\xe2A\x01\x02R\x04spec\x12+\n" +
@@ -1446,10 +2127,15 @@ const file_beamwire_request_v1_request_service_proto_rawDesc = "" +
 	"\x04name\x18\x01 \x01(\tB\x1e\xe2A\x01\x02\xfaA\x17\n" +
 	"\x15beamwire.org/TransferR\x04name\x12#\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\trequestId2\xdf\x04\n" +
+	"request_id\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\trequestId2\xdf\x06\n" +
 	"\x0eRequestService\x12~\n" +
 	"\x0eCreateTransfer\x12*.beamwire.request.v1.CreateTransferRequest\x1a\x1d.beamwire.request.v1.Transfer\"!\xdaA\x14transfer,transfer_id\xaa\xcf\x18\x06\n" +
-	"\x02\x01\x05\x10\x01\x12i\n" +
+	"\x02\x01\x05\x10\x01\x12\x86\x01\n" +
+	"\x10EstimateTransfer\x12,.beamwire.request.v1.EstimateTransferRequest\x1a-.beamwire.request.v1.EstimateTransferResponse\"\x15\xdaA\btransfer\xaa\xcf\x18\x06\n" +
+	"\x02\x01\x05\x10\x01\x12u\n" +
+	"\x0eExtendTransfer\x12*.beamwire.request.v1.ExtendTransferRequest\x1a\x1d.beamwire.request.v1.Transfer\"\x18\xdaA\n" +
+	"name,lease\xaa\xcf\x18\a\n" +
+	"\x03\x01\x02\x05\x10\x01\x12i\n" +
 	"\vGetTransfer\x12'.beamwire.request.v1.GetTransferRequest\x1a\x1d.beamwire.request.v1.Transfer\"\x12\xdaA\x04name\xaa\xcf\x18\a\n" +
 	"\x03\x01\x02\x05\x10\x01\x12s\n" +
 	"\rListTransfers\x12).beamwire.request.v1.ListTransfersRequest\x1a*.beamwire.request.v1.ListTransfersResponse\"\v\xaa\xcf\x18\a\n" +
@@ -1473,84 +2159,113 @@ func file_beamwire_request_v1_request_service_proto_rawDescGZIP() []byte {
 }
 
 var file_beamwire_request_v1_request_service_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_beamwire_request_v1_request_service_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_beamwire_request_v1_request_service_proto_msgTypes = make([]protoimpl.MessageInfo, 23)
 var file_beamwire_request_v1_request_service_proto_goTypes = []any{
-	(Transfer_State)(0),           // 0: beamwire.request.v1.Transfer.State
-	(*Component)(nil),             // 1: beamwire.request.v1.Component
-	(*StreamConfig)(nil),          // 2: beamwire.request.v1.StreamConfig
-	(*TransferCounters)(nil),      // 3: beamwire.request.v1.TransferCounters
-	(*Receipt)(nil),               // 4: beamwire.request.v1.Receipt
-	(*StageAccount)(nil),          // 5: beamwire.request.v1.StageAccount
-	(*Transfer)(nil),              // 6: beamwire.request.v1.Transfer
-	(*ConsumerJob)(nil),           // 7: beamwire.request.v1.ConsumerJob
-	(*CreateTransferRequest)(nil), // 8: beamwire.request.v1.CreateTransferRequest
-	(*GetTransferRequest)(nil),    // 9: beamwire.request.v1.GetTransferRequest
-	(*ListTransfersRequest)(nil),  // 10: beamwire.request.v1.ListTransfersRequest
-	(*ListTransfersResponse)(nil), // 11: beamwire.request.v1.ListTransfersResponse
-	(*WatchTransferRequest)(nil),  // 12: beamwire.request.v1.WatchTransferRequest
-	(*WatchTransferResponse)(nil), // 13: beamwire.request.v1.WatchTransferResponse
-	(*CancelTransferRequest)(nil), // 14: beamwire.request.v1.CancelTransferRequest
-	nil,                           // 15: beamwire.request.v1.StreamConfig.DataSourcesEntry
-	nil,                           // 16: beamwire.request.v1.Transfer.LabelsEntry
-	(*structpb.Struct)(nil),       // 17: google.protobuf.Struct
-	(*v1.Loss)(nil),               // 18: beamwire.common.v1.Loss
-	(v1.EndCause)(0),              // 19: beamwire.common.v1.EndCause
-	(*durationpb.Duration)(nil),   // 20: google.protobuf.Duration
-	(*v11.ProducerCounters)(nil),  // 21: beamwire.buffer.v1.ProducerCounters
-	(*v11.ConsumerCounters)(nil),  // 22: beamwire.buffer.v1.ConsumerCounters
-	(*v11.GroupCounters)(nil),     // 23: beamwire.buffer.v1.GroupCounters
-	(*v11.BufferSpec)(nil),        // 24: beamwire.buffer.v1.BufferSpec
-	(*status.Status)(nil),         // 25: google.rpc.Status
-	(*timestamppb.Timestamp)(nil), // 26: google.protobuf.Timestamp
-	(*v12.JobSpec)(nil),           // 27: beamwire.job.v1.JobSpec
+	(Transfer_State)(0),                    // 0: beamwire.request.v1.Transfer.State
+	(*Component)(nil),                      // 1: beamwire.request.v1.Component
+	(*StreamConfig)(nil),                   // 2: beamwire.request.v1.StreamConfig
+	(*TransferCounters)(nil),               // 3: beamwire.request.v1.TransferCounters
+	(*Receipt)(nil),                        // 4: beamwire.request.v1.Receipt
+	(*StageAccount)(nil),                   // 5: beamwire.request.v1.StageAccount
+	(*Transfer)(nil),                       // 6: beamwire.request.v1.Transfer
+	(*ConsumerContract)(nil),               // 7: beamwire.request.v1.ConsumerContract
+	(*EstimateTransferRequest)(nil),        // 8: beamwire.request.v1.EstimateTransferRequest
+	(*EstimateTransferResponse)(nil),       // 9: beamwire.request.v1.EstimateTransferResponse
+	(*ExtendTransferRequest)(nil),          // 10: beamwire.request.v1.ExtendTransferRequest
+	(*ConsumerJob)(nil),                    // 11: beamwire.request.v1.ConsumerJob
+	(*CreateTransferRequest)(nil),          // 12: beamwire.request.v1.CreateTransferRequest
+	(*GetTransferRequest)(nil),             // 13: beamwire.request.v1.GetTransferRequest
+	(*ListTransfersRequest)(nil),           // 14: beamwire.request.v1.ListTransfersRequest
+	(*ListTransfersResponse)(nil),          // 15: beamwire.request.v1.ListTransfersResponse
+	(*WatchTransferRequest)(nil),           // 16: beamwire.request.v1.WatchTransferRequest
+	(*WatchTransferResponse)(nil),          // 17: beamwire.request.v1.WatchTransferResponse
+	(*CancelTransferRequest)(nil),          // 18: beamwire.request.v1.CancelTransferRequest
+	nil,                                    // 19: beamwire.request.v1.StreamConfig.DataSourcesEntry
+	(*Transfer_Transition)(nil),            // 20: beamwire.request.v1.Transfer.Transition
+	nil,                                    // 21: beamwire.request.v1.Transfer.LabelsEntry
+	(*ConsumerContract_Array)(nil),         // 22: beamwire.request.v1.ConsumerContract.Array
+	(*EstimateTransferResponse_Array)(nil), // 23: beamwire.request.v1.EstimateTransferResponse.Array
+	(*structpb.Struct)(nil),                // 24: google.protobuf.Struct
+	(*v1.Loss)(nil),                        // 25: beamwire.common.v1.Loss
+	(v1.EndCause)(0),                       // 26: beamwire.common.v1.EndCause
+	(*durationpb.Duration)(nil),            // 27: google.protobuf.Duration
+	(*v11.ProducerCounters)(nil),           // 28: beamwire.buffer.v1.ProducerCounters
+	(*v11.ConsumerCounters)(nil),           // 29: beamwire.buffer.v1.ConsumerCounters
+	(*v11.GroupCounters)(nil),              // 30: beamwire.buffer.v1.GroupCounters
+	(*v11.BufferSpec)(nil),                 // 31: beamwire.buffer.v1.BufferSpec
+	(*status.Status)(nil),                  // 32: google.rpc.Status
+	(*timestamppb.Timestamp)(nil),          // 33: google.protobuf.Timestamp
+	(*v12.Placement)(nil),                  // 34: beamwire.job.v1.Placement
+	(*v12.Resources)(nil),                  // 35: beamwire.job.v1.Resources
+	(*v1.HealthIssue)(nil),                 // 36: beamwire.common.v1.HealthIssue
+	(*v12.JobSpec)(nil),                    // 37: beamwire.job.v1.JobSpec
 }
 var file_beamwire_request_v1_request_service_proto_depIdxs = []int32{
-	17, // 0: beamwire.request.v1.Component.parameters:type_name -> google.protobuf.Struct
+	24, // 0: beamwire.request.v1.Component.parameters:type_name -> google.protobuf.Struct
 	1,  // 1: beamwire.request.v1.StreamConfig.event_source:type_name -> beamwire.request.v1.Component
-	15, // 2: beamwire.request.v1.StreamConfig.data_sources:type_name -> beamwire.request.v1.StreamConfig.DataSourcesEntry
+	19, // 2: beamwire.request.v1.StreamConfig.data_sources:type_name -> beamwire.request.v1.StreamConfig.DataSourcesEntry
 	1,  // 3: beamwire.request.v1.StreamConfig.processing_pipeline:type_name -> beamwire.request.v1.Component
 	1,  // 4: beamwire.request.v1.StreamConfig.data_serializer:type_name -> beamwire.request.v1.Component
-	18, // 5: beamwire.request.v1.Receipt.losses:type_name -> beamwire.common.v1.Loss
-	19, // 6: beamwire.request.v1.Receipt.end_cause:type_name -> beamwire.common.v1.EndCause
-	20, // 7: beamwire.request.v1.Receipt.streaming_duration:type_name -> google.protobuf.Duration
-	21, // 8: beamwire.request.v1.Receipt.producers:type_name -> beamwire.buffer.v1.ProducerCounters
-	22, // 9: beamwire.request.v1.Receipt.consumers:type_name -> beamwire.buffer.v1.ConsumerCounters
-	23, // 10: beamwire.request.v1.Receipt.groups:type_name -> beamwire.buffer.v1.GroupCounters
+	25, // 5: beamwire.request.v1.Receipt.losses:type_name -> beamwire.common.v1.Loss
+	26, // 6: beamwire.request.v1.Receipt.end_cause:type_name -> beamwire.common.v1.EndCause
+	27, // 7: beamwire.request.v1.Receipt.streaming_duration:type_name -> google.protobuf.Duration
+	28, // 8: beamwire.request.v1.Receipt.producers:type_name -> beamwire.buffer.v1.ProducerCounters
+	29, // 9: beamwire.request.v1.Receipt.consumers:type_name -> beamwire.buffer.v1.ConsumerCounters
+	30, // 10: beamwire.request.v1.Receipt.groups:type_name -> beamwire.buffer.v1.GroupCounters
 	5,  // 11: beamwire.request.v1.Receipt.stages:type_name -> beamwire.request.v1.StageAccount
-	18, // 12: beamwire.request.v1.StageAccount.losses:type_name -> beamwire.common.v1.Loss
+	25, // 12: beamwire.request.v1.StageAccount.losses:type_name -> beamwire.common.v1.Loss
 	2,  // 13: beamwire.request.v1.Transfer.config:type_name -> beamwire.request.v1.StreamConfig
-	24, // 14: beamwire.request.v1.Transfer.buffer_spec:type_name -> beamwire.buffer.v1.BufferSpec
-	20, // 15: beamwire.request.v1.Transfer.lease:type_name -> google.protobuf.Duration
-	16, // 16: beamwire.request.v1.Transfer.labels:type_name -> beamwire.request.v1.Transfer.LabelsEntry
+	31, // 14: beamwire.request.v1.Transfer.buffer_spec:type_name -> beamwire.buffer.v1.BufferSpec
+	27, // 15: beamwire.request.v1.Transfer.lease:type_name -> google.protobuf.Duration
+	21, // 16: beamwire.request.v1.Transfer.labels:type_name -> beamwire.request.v1.Transfer.LabelsEntry
 	0,  // 17: beamwire.request.v1.Transfer.state:type_name -> beamwire.request.v1.Transfer.State
 	3,  // 18: beamwire.request.v1.Transfer.counters:type_name -> beamwire.request.v1.TransferCounters
-	25, // 19: beamwire.request.v1.Transfer.error:type_name -> google.rpc.Status
+	32, // 19: beamwire.request.v1.Transfer.error:type_name -> google.rpc.Status
 	4,  // 20: beamwire.request.v1.Transfer.receipt:type_name -> beamwire.request.v1.Receipt
-	26, // 21: beamwire.request.v1.Transfer.create_time:type_name -> google.protobuf.Timestamp
-	26, // 22: beamwire.request.v1.Transfer.update_time:type_name -> google.protobuf.Timestamp
-	26, // 23: beamwire.request.v1.Transfer.end_time:type_name -> google.protobuf.Timestamp
-	26, // 24: beamwire.request.v1.Transfer.expire_time:type_name -> google.protobuf.Timestamp
-	7,  // 25: beamwire.request.v1.Transfer.consumer_jobs:type_name -> beamwire.request.v1.ConsumerJob
-	27, // 26: beamwire.request.v1.ConsumerJob.spec:type_name -> beamwire.job.v1.JobSpec
-	6,  // 27: beamwire.request.v1.CreateTransferRequest.transfer:type_name -> beamwire.request.v1.Transfer
-	6,  // 28: beamwire.request.v1.ListTransfersResponse.transfers:type_name -> beamwire.request.v1.Transfer
-	6,  // 29: beamwire.request.v1.WatchTransferResponse.transfer:type_name -> beamwire.request.v1.Transfer
-	1,  // 30: beamwire.request.v1.StreamConfig.DataSourcesEntry.value:type_name -> beamwire.request.v1.Component
-	8,  // 31: beamwire.request.v1.RequestService.CreateTransfer:input_type -> beamwire.request.v1.CreateTransferRequest
-	9,  // 32: beamwire.request.v1.RequestService.GetTransfer:input_type -> beamwire.request.v1.GetTransferRequest
-	10, // 33: beamwire.request.v1.RequestService.ListTransfers:input_type -> beamwire.request.v1.ListTransfersRequest
-	12, // 34: beamwire.request.v1.RequestService.WatchTransfer:input_type -> beamwire.request.v1.WatchTransferRequest
-	14, // 35: beamwire.request.v1.RequestService.CancelTransfer:input_type -> beamwire.request.v1.CancelTransferRequest
-	6,  // 36: beamwire.request.v1.RequestService.CreateTransfer:output_type -> beamwire.request.v1.Transfer
-	6,  // 37: beamwire.request.v1.RequestService.GetTransfer:output_type -> beamwire.request.v1.Transfer
-	11, // 38: beamwire.request.v1.RequestService.ListTransfers:output_type -> beamwire.request.v1.ListTransfersResponse
-	13, // 39: beamwire.request.v1.RequestService.WatchTransfer:output_type -> beamwire.request.v1.WatchTransferResponse
-	6,  // 40: beamwire.request.v1.RequestService.CancelTransfer:output_type -> beamwire.request.v1.Transfer
-	36, // [36:41] is the sub-list for method output_type
-	31, // [31:36] is the sub-list for method input_type
-	31, // [31:31] is the sub-list for extension type_name
-	31, // [31:31] is the sub-list for extension extendee
-	0,  // [0:31] is the sub-list for field type_name
+	33, // 21: beamwire.request.v1.Transfer.create_time:type_name -> google.protobuf.Timestamp
+	33, // 22: beamwire.request.v1.Transfer.update_time:type_name -> google.protobuf.Timestamp
+	33, // 23: beamwire.request.v1.Transfer.end_time:type_name -> google.protobuf.Timestamp
+	33, // 24: beamwire.request.v1.Transfer.expire_time:type_name -> google.protobuf.Timestamp
+	11, // 25: beamwire.request.v1.Transfer.consumer_jobs:type_name -> beamwire.request.v1.ConsumerJob
+	34, // 26: beamwire.request.v1.Transfer.streamer_placement:type_name -> beamwire.job.v1.Placement
+	35, // 27: beamwire.request.v1.Transfer.streamer_resources:type_name -> beamwire.job.v1.Resources
+	7,  // 28: beamwire.request.v1.Transfer.contract:type_name -> beamwire.request.v1.ConsumerContract
+	27, // 29: beamwire.request.v1.Transfer.keep:type_name -> google.protobuf.Duration
+	20, // 30: beamwire.request.v1.Transfer.transitions:type_name -> beamwire.request.v1.Transfer.Transition
+	36, // 31: beamwire.request.v1.Transfer.health_issues:type_name -> beamwire.common.v1.HealthIssue
+	33, // 32: beamwire.request.v1.Transfer.purge_time:type_name -> google.protobuf.Timestamp
+	22, // 33: beamwire.request.v1.ConsumerContract.arrays:type_name -> beamwire.request.v1.ConsumerContract.Array
+	6,  // 34: beamwire.request.v1.EstimateTransferRequest.transfer:type_name -> beamwire.request.v1.Transfer
+	27, // 35: beamwire.request.v1.EstimateTransferResponse.streaming_duration:type_name -> google.protobuf.Duration
+	27, // 36: beamwire.request.v1.EstimateTransferResponse.queue_duration:type_name -> google.protobuf.Duration
+	23, // 37: beamwire.request.v1.EstimateTransferResponse.arrays:type_name -> beamwire.request.v1.EstimateTransferResponse.Array
+	27, // 38: beamwire.request.v1.ExtendTransferRequest.lease:type_name -> google.protobuf.Duration
+	37, // 39: beamwire.request.v1.ConsumerJob.spec:type_name -> beamwire.job.v1.JobSpec
+	6,  // 40: beamwire.request.v1.CreateTransferRequest.transfer:type_name -> beamwire.request.v1.Transfer
+	6,  // 41: beamwire.request.v1.ListTransfersResponse.transfers:type_name -> beamwire.request.v1.Transfer
+	6,  // 42: beamwire.request.v1.WatchTransferResponse.transfer:type_name -> beamwire.request.v1.Transfer
+	1,  // 43: beamwire.request.v1.StreamConfig.DataSourcesEntry.value:type_name -> beamwire.request.v1.Component
+	0,  // 44: beamwire.request.v1.Transfer.Transition.state:type_name -> beamwire.request.v1.Transfer.State
+	33, // 45: beamwire.request.v1.Transfer.Transition.time:type_name -> google.protobuf.Timestamp
+	12, // 46: beamwire.request.v1.RequestService.CreateTransfer:input_type -> beamwire.request.v1.CreateTransferRequest
+	8,  // 47: beamwire.request.v1.RequestService.EstimateTransfer:input_type -> beamwire.request.v1.EstimateTransferRequest
+	10, // 48: beamwire.request.v1.RequestService.ExtendTransfer:input_type -> beamwire.request.v1.ExtendTransferRequest
+	13, // 49: beamwire.request.v1.RequestService.GetTransfer:input_type -> beamwire.request.v1.GetTransferRequest
+	14, // 50: beamwire.request.v1.RequestService.ListTransfers:input_type -> beamwire.request.v1.ListTransfersRequest
+	16, // 51: beamwire.request.v1.RequestService.WatchTransfer:input_type -> beamwire.request.v1.WatchTransferRequest
+	18, // 52: beamwire.request.v1.RequestService.CancelTransfer:input_type -> beamwire.request.v1.CancelTransferRequest
+	6,  // 53: beamwire.request.v1.RequestService.CreateTransfer:output_type -> beamwire.request.v1.Transfer
+	9,  // 54: beamwire.request.v1.RequestService.EstimateTransfer:output_type -> beamwire.request.v1.EstimateTransferResponse
+	6,  // 55: beamwire.request.v1.RequestService.ExtendTransfer:output_type -> beamwire.request.v1.Transfer
+	6,  // 56: beamwire.request.v1.RequestService.GetTransfer:output_type -> beamwire.request.v1.Transfer
+	15, // 57: beamwire.request.v1.RequestService.ListTransfers:output_type -> beamwire.request.v1.ListTransfersResponse
+	17, // 58: beamwire.request.v1.RequestService.WatchTransfer:output_type -> beamwire.request.v1.WatchTransferResponse
+	6,  // 59: beamwire.request.v1.RequestService.CancelTransfer:output_type -> beamwire.request.v1.Transfer
+	53, // [53:60] is the sub-list for method output_type
+	46, // [46:53] is the sub-list for method input_type
+	46, // [46:46] is the sub-list for extension type_name
+	46, // [46:46] is the sub-list for extension extendee
+	0,  // [0:46] is the sub-list for field type_name
 }
 
 func init() { file_beamwire_request_v1_request_service_proto_init() }
@@ -1564,7 +2279,7 @@ func file_beamwire_request_v1_request_service_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_beamwire_request_v1_request_service_proto_rawDesc), len(file_beamwire_request_v1_request_service_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   16,
+			NumMessages:   23,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -10,6 +10,8 @@ const RequestServiceConfig = `{
     {
       "name": [
         {"service": "beamwire.request.v1.RequestService", "method": "CreateTransfer"},
+        {"service": "beamwire.request.v1.RequestService", "method": "EstimateTransfer"},
+        {"service": "beamwire.request.v1.RequestService", "method": "ExtendTransfer"},
         {"service": "beamwire.request.v1.RequestService", "method": "GetTransfer"},
         {"service": "beamwire.request.v1.RequestService", "method": "ListTransfers"},
         {"service": "beamwire.request.v1.RequestService", "method": "WatchTransfer"},
@@ -20,7 +22,7 @@ const RequestServiceConfig = `{
         "initialBackoff": "0.1s",
         "maxBackoff": "2s",
         "backoffMultiplier": 2,
-        "retryableStatusCodes": ["UNAVAILABLE"]
+        "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"]
       }
     }
   ]

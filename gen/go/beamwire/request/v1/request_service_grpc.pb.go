@@ -21,11 +21,13 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	RequestService_CreateTransfer_FullMethodName = "/beamwire.request.v1.RequestService/CreateTransfer"
-	RequestService_GetTransfer_FullMethodName    = "/beamwire.request.v1.RequestService/GetTransfer"
-	RequestService_ListTransfers_FullMethodName  = "/beamwire.request.v1.RequestService/ListTransfers"
-	RequestService_WatchTransfer_FullMethodName  = "/beamwire.request.v1.RequestService/WatchTransfer"
-	RequestService_CancelTransfer_FullMethodName = "/beamwire.request.v1.RequestService/CancelTransfer"
+	RequestService_CreateTransfer_FullMethodName   = "/beamwire.request.v1.RequestService/CreateTransfer"
+	RequestService_EstimateTransfer_FullMethodName = "/beamwire.request.v1.RequestService/EstimateTransfer"
+	RequestService_ExtendTransfer_FullMethodName   = "/beamwire.request.v1.RequestService/ExtendTransfer"
+	RequestService_GetTransfer_FullMethodName      = "/beamwire.request.v1.RequestService/GetTransfer"
+	RequestService_ListTransfers_FullMethodName    = "/beamwire.request.v1.RequestService/ListTransfers"
+	RequestService_WatchTransfer_FullMethodName    = "/beamwire.request.v1.RequestService/WatchTransfer"
+	RequestService_CancelTransfer_FullMethodName   = "/beamwire.request.v1.RequestService/CancelTransfer"
 )
 
 // RequestServiceClient is the client API for RequestService service.
@@ -38,6 +40,12 @@ type RequestServiceClient interface {
 	// as it is stored, in state PENDING. INVALID_ARGUMENT and NOT_FOUND name the field at fault.
 	// Users, for themselves.
 	CreateTransfer(ctx context.Context, in *CreateTransferRequest, opts ...grpc.CallOption) (*Transfer, error)
+	// Says what a transfer would give, how long it would take and what stands in its way, without creating it. Reads
+	// the first event of the dataset. Users, for themselves.
+	EstimateTransfer(ctx context.Context, in *EstimateTransferRequest, opts ...grpc.CallOption) (*EstimateTransferResponse, error)
+	// Gives a transfer more time. ILLEGAL_STATE if it has ended, INVALID_FIELD beyond what the facility
+	// allows. Owner, services, operators.
+	ExtendTransfer(ctx context.Context, in *ExtendTransferRequest, opts ...grpc.CallOption) (*Transfer, error)
 	// Reads one transfer; finished ones too, with their receipts, for the retention time.
 	// Owner, services, operators.
 	GetTransfer(ctx context.Context, in *GetTransferRequest, opts ...grpc.CallOption) (*Transfer, error)
@@ -63,6 +71,26 @@ func (c *requestServiceClient) CreateTransfer(ctx context.Context, in *CreateTra
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(Transfer)
 	err := c.cc.Invoke(ctx, RequestService_CreateTransfer_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *requestServiceClient) EstimateTransfer(ctx context.Context, in *EstimateTransferRequest, opts ...grpc.CallOption) (*EstimateTransferResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EstimateTransferResponse)
+	err := c.cc.Invoke(ctx, RequestService_EstimateTransfer_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *requestServiceClient) ExtendTransfer(ctx context.Context, in *ExtendTransferRequest, opts ...grpc.CallOption) (*Transfer, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(Transfer)
+	err := c.cc.Invoke(ctx, RequestService_ExtendTransfer_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -128,6 +156,12 @@ type RequestServiceServer interface {
 	// as it is stored, in state PENDING. INVALID_ARGUMENT and NOT_FOUND name the field at fault.
 	// Users, for themselves.
 	CreateTransfer(context.Context, *CreateTransferRequest) (*Transfer, error)
+	// Says what a transfer would give, how long it would take and what stands in its way, without creating it. Reads
+	// the first event of the dataset. Users, for themselves.
+	EstimateTransfer(context.Context, *EstimateTransferRequest) (*EstimateTransferResponse, error)
+	// Gives a transfer more time. ILLEGAL_STATE if it has ended, INVALID_FIELD beyond what the facility
+	// allows. Owner, services, operators.
+	ExtendTransfer(context.Context, *ExtendTransferRequest) (*Transfer, error)
 	// Reads one transfer; finished ones too, with their receipts, for the retention time.
 	// Owner, services, operators.
 	GetTransfer(context.Context, *GetTransferRequest) (*Transfer, error)
@@ -151,6 +185,12 @@ type UnimplementedRequestServiceServer struct{}
 
 func (UnimplementedRequestServiceServer) CreateTransfer(context.Context, *CreateTransferRequest) (*Transfer, error) {
 	return nil, status.Error(codes.Unimplemented, "method CreateTransfer not implemented")
+}
+func (UnimplementedRequestServiceServer) EstimateTransfer(context.Context, *EstimateTransferRequest) (*EstimateTransferResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method EstimateTransfer not implemented")
+}
+func (UnimplementedRequestServiceServer) ExtendTransfer(context.Context, *ExtendTransferRequest) (*Transfer, error) {
+	return nil, status.Error(codes.Unimplemented, "method ExtendTransfer not implemented")
 }
 func (UnimplementedRequestServiceServer) GetTransfer(context.Context, *GetTransferRequest) (*Transfer, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetTransfer not implemented")
@@ -199,6 +239,42 @@ func _RequestService_CreateTransfer_Handler(srv interface{}, ctx context.Context
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(RequestServiceServer).CreateTransfer(ctx, req.(*CreateTransferRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _RequestService_EstimateTransfer_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EstimateTransferRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RequestServiceServer).EstimateTransfer(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RequestService_EstimateTransfer_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RequestServiceServer).EstimateTransfer(ctx, req.(*EstimateTransferRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _RequestService_ExtendTransfer_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExtendTransferRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(RequestServiceServer).ExtendTransfer(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: RequestService_ExtendTransfer_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(RequestServiceServer).ExtendTransfer(ctx, req.(*ExtendTransferRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -278,6 +354,14 @@ var RequestService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "CreateTransfer",
 			Handler:    _RequestService_CreateTransfer_Handler,
+		},
+		{
+			MethodName: "EstimateTransfer",
+			Handler:    _RequestService_EstimateTransfer_Handler,
+		},
+		{
+			MethodName: "ExtendTransfer",
+			Handler:    _RequestService_ExtendTransfer_Handler,
 		},
 		{
 			MethodName: "GetTransfer",

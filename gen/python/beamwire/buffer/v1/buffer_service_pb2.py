@@ -24,6 +24,7 @@ _sym_db = _symbol_database.Default()
 
 from beamwire.common.v1 import access_pb2 as beamwire_dot_common_dot_v1_dot_access__pb2
 from beamwire.common.v1 import account_pb2 as beamwire_dot_common_dot_v1_dot_account__pb2
+from beamwire.job.v1 import job_service_pb2 as beamwire_dot_job_dot_v1_dot_job__service__pb2
 from beamwire.stream.v1 import link_pb2 as beamwire_dot_stream_dot_v1_dot_link__pb2
 from google.api import client_pb2 as google_dot_api_dot_client__pb2
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
@@ -33,7 +34,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'beamwire/buffer/v1/buffer_service.proto\x12\x12\x62\x65\x61mwire.buffer.v1\x1a\x1f\x62\x65\x61mwire/common/v1/access.proto\x1a beamwire/common/v1/account.proto\x1a\x1d\x62\x65\x61mwire/stream/v1/link.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xfd\x03\n\nBufferSpec\x12\x1c\n\x0e\x63\x61pacity_bytes\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x01\x12\x1d\n\x0f\x63\x61pacity_frames\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x41\n\x0foverflow_policy\x18\x03 \x01(\x0e\x32\".beamwire.buffer.v1.OverflowPolicyB\x04\xe2\x41\x01\x01\x12\x34\n\x08\x64\x65livery\x18\x04 \x01(\x0e\x32\x1c.beamwire.buffer.v1.DeliveryB\x04\xe2\x41\x01\x01\x12\x36\n\ttransport\x18\x05 \x01(\x0e\x32\x1d.beamwire.buffer.v1.TransportB\x04\xe2\x41\x01\x01\x12\x1c\n\x0eproducer_count\x18\x06 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x17\n\tproducers\x18\x07 \x03(\tB\x04\xe2\x41\x01\x01\x12\x17\n\tconsumers\x18\x08 \x03(\tB\x04\xe2\x41\x01\x01\x12.\n\x05lease\x18\t \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x01\x12\x14\n\x06groups\x18\n \x03(\tB\x04\xe2\x41\x01\x01\x12\x34\n\x0b\x66rame_lease\x18\x0b \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x01\x12\x1a\n\x0cretain_bytes\x18\x0c \x01(\x03\x42\x04\xe2\x41\x01\x01\x12\x19\n\x0bshard_count\x18\r \x01(\x05\x42\x04\xe2\x41\x01\x01\"\xaf\x02\n\x10ProducerCounters\x12\x10\n\x08producer\x18\x01 \x01(\x05\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x1c\n\x14received_frame_count\x18\x04 \x01(\x03\x12\x1c\n\x14received_event_count\x18\x05 \x01(\x03\x12\x16\n\x0ereceived_bytes\x18\x06 \x01(\x03\x12\r\n\x05\x65nded\x18\x07 \x01(\x08\x12\x1c\n\x14selected_event_count\x18\x08 \x01(\x03\x12\x18\n\x10sent_event_count\x18\t \x01(\x03\x12)\n\x07skipped\x18\n \x03(\x0b\x32\x18.beamwire.common.v1.Loss\x12\x1e\n\x16\x66irst_missing_sequence\x18\x0b \x01(\x03\"\xaf\x02\n\rGroupCounters\x12\r\n\x05group\x18\x01 \x01(\t\x12\x10\n\x08\x64\x65\x63lared\x18\x02 \x01(\x08\x12\x16\n\x0e\x63onsumer_count\x18\x03 \x01(\x05\x12 \n\x18\x61\x63knowledged_frame_count\x18\x04 \x01(\x03\x12 \n\x18\x61\x63knowledged_event_count\x18\x05 \x01(\x03\x12\x1a\n\x12\x61\x63knowledged_bytes\x18\x06 \x01(\x03\x12\x1b\n\x13pending_frame_count\x18\x07 \x01(\x03\x12\x1d\n\x15in_flight_frame_count\x18\x08 \x01(\x03\x12\x1f\n\x17redelivered_frame_count\x18\t \x01(\x03\x12(\n\x06losses\x18\n \x03(\x0b\x32\x18.beamwire.common.v1.Loss\"\x97\x02\n\x10\x43onsumerCounters\x12\x10\n\x08\x63onsumer\x18\x01 \x01(\x05\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x18\n\x10sent_frame_count\x18\x04 \x01(\x03\x12\x18\n\x10sent_event_count\x18\x05 \x01(\x03\x12\x12\n\nsent_bytes\x18\x06 \x01(\x03\x12\x11\n\tconfirmed\x18\x07 \x01(\x08\x12\x0f\n\x07\x61\x64\x64ress\x18\x08 \x01(\t\x12\r\n\x05group\x18\t \x01(\t\x12 \n\x18\x61\x63knowledged_frame_count\x18\n \x01(\x03\x12 \n\x18\x61\x63knowledged_event_count\x18\x0b \x01(\x03\x12\r\n\x05shard\x18\x0c \x01(\x05\"\xbc\x05\n\x0e\x42ufferCounters\x12-\n\tread_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x14received_frame_count\x18\x02 \x01(\x03\x12\x1c\n\x14received_event_count\x18\x03 \x01(\x03\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x03\x12\x18\n\x10sent_frame_count\x18\x05 \x01(\x03\x12\x18\n\x10sent_event_count\x18\x06 \x01(\x03\x12\x12\n\nsent_bytes\x18\x07 \x01(\x03\x12\x1d\n\x15\x64\x65livered_event_count\x18\x08 \x01(\x03\x12\x18\n\x10held_frame_count\x18\t \x01(\x03\x12\x12\n\nheld_bytes\x18\n \x01(\x03\x12(\n\x06losses\x18\x0b \x03(\x0b\x32\x18.beamwire.common.v1.Loss\x12\x37\n\tproducers\x18\x0c \x03(\x0b\x32$.beamwire.buffer.v1.ProducerCounters\x12\x37\n\tconsumers\x18\r \x03(\x0b\x32$.beamwire.buffer.v1.ConsumerCounters\x12\x1a\n\x12refused_peer_count\x18\x0e \x01(\x03\x12\x14\n\x0clast_refusal\x18\x0f \x01(\t\x12\x34\n\x10\x66irst_frame_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0flast_frame_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x06groups\x18\x12 \x03(\x0b\x32!.beamwire.buffer.v1.GroupCounters\x12&\n\x04\x66low\x18\x13 \x01(\x0e\x32\x18.beamwire.buffer.v1.Flow\"\xfa\x05\n\x06\x42uffer\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x32\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.beamwire.buffer.v1.BufferSpecB\x04\xe2\x41\x01\x02\x12\x13\n\x05owner\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\x35\n\x05state\x18\x04 \x01(\x0e\x32 .beamwire.buffer.v1.Buffer.StateB\x04\xe2\x41\x01\x03\x12\x1c\n\x0e\x63onnect_string\x18\x05 \x01(\tB\x04\xe2\x41\x01\x03\x12\x13\n\x05\x65poch\x18\x06 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12:\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\".beamwire.buffer.v1.BufferCountersB\x04\xe2\x41\x01\x03\x12\x35\n\tend_cause\x18\x08 \x01(\x0e\x32\x1c.beamwire.common.v1.EndCauseB\x04\xe2\x41\x01\x03\x12\'\n\x05\x65rror\x18\t \x01(\x0b\x32\x12.google.rpc.StatusB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x65xpire_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x12\n\x04\x65tag\x18\r \x01(\tB\x04\xe2\x41\x01\x03\x12\x1b\n\rrestart_count\x18\x0e \x01(\x05\x42\x04\xe2\x41\x01\x03\"z\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x0f\n\x0bSTATE_ENDED\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05:;\xea\x41\x38\n\x13\x62\x65\x61mwire.org/Buffer\x12\x10\x62uffers/{buffer}*\x07\x62uffers2\x06\x62uffer\"\x97\x01\n\x13\x43reateBufferRequest\x12\x30\n\x06\x62uffer\x18\x01 \x01(\x0b\x32\x1a.beamwire.buffer.v1.BufferB\x04\xe2\x41\x01\x02\x12\x17\n\tbuffer_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x18\n\nrequest_id\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\x1b\n\rvalidate_only\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x01\">\n\x10GetBufferRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\"]\n\x12ListBuffersRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x14\n\x06\x66ilter\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"[\n\x13ListBuffersResponse\x12+\n\x07\x62uffers\x18\x01 \x03(\x0b\x32\x1a.beamwire.buffer.v1.Buffer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"T\n\x12WatchBufferRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12\x12\n\x04\x65tag\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"A\n\x13WatchBufferResponse\x12*\n\x06\x62uffer\x18\x01 \x01(\x0b\x32\x1a.beamwire.buffer.v1.Buffer\"\xa2\x01\n\x11SealBufferRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12\x31\n\x05\x63\x61use\x18\x02 \x01(\x0e\x32\x1c.beamwire.common.v1.EndCauseB\x04\xe2\x41\x01\x02\x12\x14\n\x06\x64\x65tail\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\x18\n\nrequest_id\x18\x04 \x01(\tB\x04\xe2\x41\x01\x01\"r\n\x12IssueTicketRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12\x30\n\x04role\x18\x02 \x01(\x0e\x32\x1c.beamwire.stream.v1.LinkRoleB\x04\xe2\x41\x01\x02\"a\n\x06Ticket\x12\x0e\n\x06ticket\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63onnect_string\x18\x03 \x01(\t\"s\n\x13RevokeAccessRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12\x16\n\x08identity\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x18\n\nrequest_id\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"\x83\x01\n\x0e\x43onsumeRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x01\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12\x13\n\x05shard\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x30\n\x06signal\x18\x03 \x01(\x0b\x32\x1a.beamwire.stream.v1.SignalB\x04\xe2\x41\x01\x02\"{\n\x0f\x43onsumeResponse\x12,\n\x06signal\x18\x01 \x01(\x0b\x32\x1a.beamwire.stream.v1.SignalH\x00\x12/\n\x05piece\x18\x02 \x01(\x0b\x32\x1e.beamwire.buffer.v1.FramePieceH\x00\x42\t\n\x07\x63ontent\"J\n\nFramePiece\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x18\n\x10\x66rame_size_bytes\x18\x02 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\"[\n\x13\x44\x65leteBufferRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12\x18\n\nrequest_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"\x16\n\x14\x44\x65leteBufferResponse*K\n\x08\x44\x65livery\x12\x18\n\x14\x44\x45LIVERY_UNSPECIFIED\x10\x00\x12\x11\n\rDELIVERY_PUSH\x10\x01\x12\x12\n\x0e\x44\x45LIVERY_ACKED\x10\x02*\xa9\x01\n\x0eOverflowPolicy\x12\x1f\n\x1bOVERFLOW_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15OVERFLOW_POLICY_BLOCK\x10\x01\x12\x1f\n\x1bOVERFLOW_POLICY_DROP_OLDEST\x10\x02\x12\x1f\n\x1bOVERFLOW_POLICY_DROP_NEWEST\x10\x03\x12\x19\n\x15OVERFLOW_POLICY_SPILL\x10\x04*c\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x15\n\x11TRANSPORT_TLS_TCP\x10\x01\x12\x11\n\rTRANSPORT_TCP\x10\x02\x12\x11\n\rTRANSPORT_IPC\x10\x03*y\n\x04\x46low\x12\x14\n\x10\x46LOW_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x46LOW_FLOWING\x10\x01\x12\x14\n\x10\x46LOW_NO_PRODUCER\x10\x02\x12\x12\n\x0e\x46LOW_NO_READER\x10\x03\x12\r\n\tFLOW_FULL\x10\x04\x12\x10\n\x0c\x46LOW_STARVED\x10\x05\x32\xed\x07\n\rBufferService\x12s\n\x0c\x43reateBuffer\x12\'.beamwire.buffer.v1.CreateBufferRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x1e\xda\x41\x10\x62uffer,buffer_id\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12\x61\n\tGetBuffer\x12$.beamwire.buffer.v1.GetBufferRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x12\xda\x41\x04name\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12k\n\x0bListBuffers\x12&.beamwire.buffer.v1.ListBuffersRequest\x1a\'.beamwire.buffer.v1.ListBuffersResponse\"\x0b\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12t\n\x0bWatchBuffer\x12&.beamwire.buffer.v1.WatchBufferRequest\x1a\'.beamwire.buffer.v1.WatchBufferResponse\"\x12\xda\x41\x04name\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x30\x01\x12i\n\nSealBuffer\x12%.beamwire.buffer.v1.SealBufferRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x18\xda\x41\nname,cause\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12i\n\x0bIssueTicket\x12&.beamwire.buffer.v1.IssueTicketRequest\x1a\x1a.beamwire.buffer.v1.Ticket\"\x16\xda\x41\tname,role\xaa\xcf\x18\x06\n\x04\x01\x03\x02\x05\x12p\n\x0cRevokeAccess\x12\'.beamwire.buffer.v1.RevokeAccessRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x1b\xda\x41\rname,identity\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12\x62\n\x07\x43onsume\x12\".beamwire.buffer.v1.ConsumeRequest\x1a#.beamwire.buffer.v1.ConsumeResponse\"\n\xaa\xcf\x18\x06\n\x04\x01\x03\x02\x05(\x01\x30\x01\x12u\n\x0c\x44\x65leteBuffer\x12\'.beamwire.buffer.v1.DeleteBufferRequest\x1a(.beamwire.buffer.v1.DeleteBufferResponse\"\x12\xda\x41\x04name\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x42[\n\x16org.beamwire.buffer.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/buffer/v1;bufferv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'beamwire/buffer/v1/buffer_service.proto\x12\x12\x62\x65\x61mwire.buffer.v1\x1a\x1f\x62\x65\x61mwire/common/v1/access.proto\x1a beamwire/common/v1/account.proto\x1a!beamwire/job/v1/job_service.proto\x1a\x1d\x62\x65\x61mwire/stream/v1/link.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xe1\x04\n\nBufferSpec\x12\x1c\n\x0e\x63\x61pacity_bytes\x18\x01 \x01(\x03\x42\x04\xe2\x41\x01\x01\x12\x1d\n\x0f\x63\x61pacity_frames\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x41\n\x0foverflow_policy\x18\x03 \x01(\x0e\x32\".beamwire.buffer.v1.OverflowPolicyB\x04\xe2\x41\x01\x01\x12\x34\n\x08\x64\x65livery\x18\x04 \x01(\x0e\x32\x1c.beamwire.buffer.v1.DeliveryB\x04\xe2\x41\x01\x01\x12\x36\n\ttransport\x18\x05 \x01(\x0e\x32\x1d.beamwire.buffer.v1.TransportB\x04\xe2\x41\x01\x01\x12\x1c\n\x0eproducer_count\x18\x06 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x17\n\tproducers\x18\x07 \x03(\tB\x04\xe2\x41\x01\x01\x12\x17\n\tconsumers\x18\x08 \x03(\tB\x04\xe2\x41\x01\x01\x12.\n\x05lease\x18\t \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x01\x12\x14\n\x06groups\x18\n \x03(\tB\x04\xe2\x41\x01\x01\x12\x34\n\x0b\x66rame_lease\x18\x0b \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x01\x12\x1a\n\x0cretain_bytes\x18\x0c \x01(\x03\x42\x04\xe2\x41\x01\x01\x12\x19\n\x0bshard_count\x18\r \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x33\n\tplacement\x18\x0e \x01(\x0b\x32\x1a.beamwire.job.v1.PlacementB\x04\xe2\x41\x01\x01\x12-\n\x04keep\x18\x0f \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x01\"\xaf\x02\n\x10ProducerCounters\x12\x10\n\x08producer\x18\x01 \x01(\x05\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x1c\n\x14received_frame_count\x18\x04 \x01(\x03\x12\x1c\n\x14received_event_count\x18\x05 \x01(\x03\x12\x16\n\x0ereceived_bytes\x18\x06 \x01(\x03\x12\r\n\x05\x65nded\x18\x07 \x01(\x08\x12\x1c\n\x14selected_event_count\x18\x08 \x01(\x03\x12\x18\n\x10sent_event_count\x18\t \x01(\x03\x12)\n\x07skipped\x18\n \x03(\x0b\x32\x18.beamwire.common.v1.Loss\x12\x1e\n\x16\x66irst_missing_sequence\x18\x0b \x01(\x03\"\xcd\x02\n\rGroupCounters\x12\r\n\x05group\x18\x01 \x01(\t\x12\x10\n\x08\x64\x65\x63lared\x18\x02 \x01(\x08\x12\x16\n\x0e\x63onsumer_count\x18\x03 \x01(\x05\x12 \n\x18\x61\x63knowledged_frame_count\x18\x04 \x01(\x03\x12 \n\x18\x61\x63knowledged_event_count\x18\x05 \x01(\x03\x12\x1a\n\x12\x61\x63knowledged_bytes\x18\x06 \x01(\x03\x12\x1b\n\x13pending_frame_count\x18\x07 \x01(\x03\x12\x1d\n\x15in_flight_frame_count\x18\x08 \x01(\x03\x12\x1f\n\x17redelivered_frame_count\x18\t \x01(\x03\x12(\n\x06losses\x18\n \x03(\x0b\x32\x18.beamwire.common.v1.Loss\x12\r\n\x05\x65nded\x18\x0b \x01(\x08\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x0c \x01(\x08\"\x97\x02\n\x10\x43onsumerCounters\x12\x10\n\x08\x63onsumer\x18\x01 \x01(\x05\x12\x10\n\x08identity\x18\x02 \x01(\t\x12\x11\n\tconnected\x18\x03 \x01(\x08\x12\x18\n\x10sent_frame_count\x18\x04 \x01(\x03\x12\x18\n\x10sent_event_count\x18\x05 \x01(\x03\x12\x12\n\nsent_bytes\x18\x06 \x01(\x03\x12\x11\n\tconfirmed\x18\x07 \x01(\x08\x12\x0f\n\x07\x61\x64\x64ress\x18\x08 \x01(\t\x12\r\n\x05group\x18\t \x01(\t\x12 \n\x18\x61\x63knowledged_frame_count\x18\n \x01(\x03\x12 \n\x18\x61\x63knowledged_event_count\x18\x0b \x01(\x03\x12\r\n\x05shard\x18\x0c \x01(\x05\"\xbc\x05\n\x0e\x42ufferCounters\x12-\n\tread_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1c\n\x14received_frame_count\x18\x02 \x01(\x03\x12\x1c\n\x14received_event_count\x18\x03 \x01(\x03\x12\x16\n\x0ereceived_bytes\x18\x04 \x01(\x03\x12\x18\n\x10sent_frame_count\x18\x05 \x01(\x03\x12\x18\n\x10sent_event_count\x18\x06 \x01(\x03\x12\x12\n\nsent_bytes\x18\x07 \x01(\x03\x12\x1d\n\x15\x64\x65livered_event_count\x18\x08 \x01(\x03\x12\x18\n\x10held_frame_count\x18\t \x01(\x03\x12\x12\n\nheld_bytes\x18\n \x01(\x03\x12(\n\x06losses\x18\x0b \x03(\x0b\x32\x18.beamwire.common.v1.Loss\x12\x37\n\tproducers\x18\x0c \x03(\x0b\x32$.beamwire.buffer.v1.ProducerCounters\x12\x37\n\tconsumers\x18\r \x03(\x0b\x32$.beamwire.buffer.v1.ConsumerCounters\x12\x1a\n\x12refused_peer_count\x18\x0e \x01(\x03\x12\x14\n\x0clast_refusal\x18\x0f \x01(\t\x12\x34\n\x10\x66irst_frame_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0flast_frame_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x06groups\x18\x12 \x03(\x0b\x32!.beamwire.buffer.v1.GroupCounters\x12&\n\x04\x66low\x18\x13 \x01(\x0e\x32\x18.beamwire.buffer.v1.Flow\"\x91\x07\n\x06\x42uffer\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x32\n\x04spec\x18\x02 \x01(\x0b\x32\x1e.beamwire.buffer.v1.BufferSpecB\x04\xe2\x41\x01\x02\x12\x13\n\x05owner\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\x35\n\x05state\x18\x04 \x01(\x0e\x32 .beamwire.buffer.v1.Buffer.StateB\x04\xe2\x41\x01\x03\x12\x1c\n\x0e\x63onnect_string\x18\x05 \x01(\tB\x04\xe2\x41\x01\x03\x12\x13\n\x05\x65poch\x18\x06 \x01(\x05\x42\x04\xe2\x41\x01\x03\x12:\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\".beamwire.buffer.v1.BufferCountersB\x04\xe2\x41\x01\x03\x12\x35\n\tend_cause\x18\x08 \x01(\x0e\x32\x1c.beamwire.common.v1.EndCauseB\x04\xe2\x41\x01\x03\x12\'\n\x05\x65rror\x18\t \x01(\x0b\x32\x12.google.rpc.StatusB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x65xpire_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x12\n\x04\x65tag\x18\r \x01(\tB\x04\xe2\x41\x01\x03\x12\x1b\n\rrestart_count\x18\x0e \x01(\x05\x42\x04\xe2\x41\x01\x03\x12:\n\x10keep_expire_time\x18\x0f \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x34\n\npurge_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x12\n\x04jobs\x18\x11 \x03(\tB\x04\xe2\x41\x01\x03\"\x8a\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSTATE_STARTING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\x12\x12\n\x0eSTATE_DRAINING\x10\x03\x12\x0f\n\x0bSTATE_ENDED\x10\x04\x12\x10\n\x0cSTATE_FAILED\x10\x05\x12\x0e\n\nSTATE_KEPT\x10\x06:;\xea\x41\x38\n\x13\x62\x65\x61mwire.org/Buffer\x12\x10\x62uffers/{buffer}*\x07\x62uffers2\x06\x62uffer\"\x97\x01\n\x13\x43reateBufferRequest\x12\x30\n\x06\x62uffer\x18\x01 \x01(\x0b\x32\x1a.beamwire.buffer.v1.BufferB\x04\xe2\x41\x01\x02\x12\x17\n\tbuffer_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x18\n\nrequest_id\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\x1b\n\rvalidate_only\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x01\">\n\x10GetBufferRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\"]\n\x12ListBuffersRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x14\n\x06\x66ilter\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"[\n\x13ListBuffersResponse\x12+\n\x07\x62uffers\x18\x01 \x03(\x0b\x32\x1a.beamwire.buffer.v1.Buffer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"T\n\x12WatchBufferRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12\x12\n\x04\x65tag\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"A\n\x13WatchBufferResponse\x12*\n\x06\x62uffer\x18\x01 \x01(\x0b\x32\x1a.beamwire.buffer.v1.Buffer\"\xb7\x01\n\x11SealBufferRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12\x31\n\x05\x63\x61use\x18\x02 \x01(\x0e\x32\x1c.beamwire.common.v1.EndCauseB\x04\xe2\x41\x01\x02\x12\x14\n\x06\x64\x65tail\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\x18\n\nrequest_id\x18\x04 \x01(\tB\x04\xe2\x41\x01\x01\x12\x13\n\x05group\x18\x05 \x01(\tB\x04\xe2\x41\x01\x01\"\x8b\x01\n\x13\x45xtendBufferRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12.\n\x05lease\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x02\x12\x18\n\nrequest_id\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"\xb5\x01\n\x0f\x41\x64\x64GroupRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12\x13\n\x05group\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x17\n\tconsumers\x18\x03 \x03(\tB\x04\xe2\x41\x01\x02\x12.\n\x05lease\x18\x04 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x02\x12\x18\n\nrequest_id\x18\x05 \x01(\tB\x04\xe2\x41\x01\x01\"r\n\x12IssueTicketRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12\x30\n\x04role\x18\x02 \x01(\x0e\x32\x1c.beamwire.stream.v1.LinkRoleB\x04\xe2\x41\x01\x02\"a\n\x06Ticket\x12\x0e\n\x06ticket\x18\x01 \x01(\t\x12/\n\x0b\x65xpire_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x16\n\x0e\x63onnect_string\x18\x03 \x01(\t\"s\n\x13RevokeAccessRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12\x16\n\x08identity\x18\x02 \x01(\tB\x04\xe2\x41\x01\x02\x12\x18\n\nrequest_id\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"\x83\x01\n\x0e\x43onsumeRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x01\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12\x13\n\x05shard\x18\x02 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x30\n\x06signal\x18\x03 \x01(\x0b\x32\x1a.beamwire.stream.v1.SignalB\x04\xe2\x41\x01\x02\"{\n\x0f\x43onsumeResponse\x12,\n\x06signal\x18\x01 \x01(\x0b\x32\x1a.beamwire.stream.v1.SignalH\x00\x12/\n\x05piece\x18\x02 \x01(\x0b\x32\x1e.beamwire.buffer.v1.FramePieceH\x00\x42\t\n\x07\x63ontent\"J\n\nFramePiece\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x18\n\x10\x66rame_size_bytes\x18\x02 \x01(\x04\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\"[\n\x13\x44\x65leteBufferRequest\x12*\n\x04name\x18\x01 \x01(\tB\x1c\xe2\x41\x01\x02\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12\x18\n\nrequest_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"\x16\n\x14\x44\x65leteBufferResponse*K\n\x08\x44\x65livery\x12\x18\n\x14\x44\x45LIVERY_UNSPECIFIED\x10\x00\x12\x11\n\rDELIVERY_PUSH\x10\x01\x12\x12\n\x0e\x44\x45LIVERY_ACKED\x10\x02*\xa9\x01\n\x0eOverflowPolicy\x12\x1f\n\x1bOVERFLOW_POLICY_UNSPECIFIED\x10\x00\x12\x19\n\x15OVERFLOW_POLICY_BLOCK\x10\x01\x12\x1f\n\x1bOVERFLOW_POLICY_DROP_OLDEST\x10\x02\x12\x1f\n\x1bOVERFLOW_POLICY_DROP_NEWEST\x10\x03\x12\x19\n\x15OVERFLOW_POLICY_SPILL\x10\x04*c\n\tTransport\x12\x19\n\x15TRANSPORT_UNSPECIFIED\x10\x00\x12\x15\n\x11TRANSPORT_TLS_TCP\x10\x01\x12\x11\n\rTRANSPORT_TCP\x10\x02\x12\x11\n\rTRANSPORT_IPC\x10\x03*y\n\x04\x46low\x12\x14\n\x10\x46LOW_UNSPECIFIED\x10\x00\x12\x10\n\x0c\x46LOW_FLOWING\x10\x01\x12\x14\n\x10\x46LOW_NO_PRODUCER\x10\x02\x12\x12\n\x0e\x46LOW_NO_READER\x10\x03\x12\r\n\tFLOW_FULL\x10\x04\x12\x10\n\x0c\x46LOW_STARVED\x10\x05\x32\xbb\t\n\rBufferService\x12s\n\x0c\x43reateBuffer\x12\'.beamwire.buffer.v1.CreateBufferRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x1e\xda\x41\x10\x62uffer,buffer_id\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12\x61\n\tGetBuffer\x12$.beamwire.buffer.v1.GetBufferRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x12\xda\x41\x04name\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12k\n\x0bListBuffers\x12&.beamwire.buffer.v1.ListBuffersRequest\x1a\'.beamwire.buffer.v1.ListBuffersResponse\"\x0b\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12t\n\x0bWatchBuffer\x12&.beamwire.buffer.v1.WatchBufferRequest\x1a\'.beamwire.buffer.v1.WatchBufferResponse\"\x12\xda\x41\x04name\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x30\x01\x12i\n\nSealBuffer\x12%.beamwire.buffer.v1.SealBufferRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x18\xda\x41\nname,cause\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12i\n\x0c\x45xtendBuffer\x12\'.beamwire.buffer.v1.ExtendBufferRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x14\xda\x41\nname,lease\xaa\xcf\x18\x03\n\x01\x02\x12\x61\n\x08\x41\x64\x64Group\x12#.beamwire.buffer.v1.AddGroupRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x14\xda\x41\nname,group\xaa\xcf\x18\x03\n\x01\x02\x12i\n\x0bIssueTicket\x12&.beamwire.buffer.v1.IssueTicketRequest\x1a\x1a.beamwire.buffer.v1.Ticket\"\x16\xda\x41\tname,role\xaa\xcf\x18\x06\n\x04\x01\x03\x02\x05\x12p\n\x0cRevokeAccess\x12\'.beamwire.buffer.v1.RevokeAccessRequest\x1a\x1a.beamwire.buffer.v1.Buffer\"\x1b\xda\x41\rname,identity\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12\x62\n\x07\x43onsume\x12\".beamwire.buffer.v1.ConsumeRequest\x1a#.beamwire.buffer.v1.ConsumeResponse\"\n\xaa\xcf\x18\x06\n\x04\x01\x03\x02\x05(\x01\x30\x01\x12u\n\x0c\x44\x65leteBuffer\x12\'.beamwire.buffer.v1.DeleteBufferRequest\x1a(.beamwire.buffer.v1.DeleteBufferResponse\"\x12\xda\x41\x04name\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x42[\n\x16org.beamwire.buffer.v1P\x01Z?github.com/beamwire/beamwire/gen/go/beamwire/buffer/v1;bufferv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -67,6 +68,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BUFFERSPEC'].fields_by_name['retain_bytes']._serialized_options = b'\342A\001\001'
   _globals['_BUFFERSPEC'].fields_by_name['shard_count']._loaded_options = None
   _globals['_BUFFERSPEC'].fields_by_name['shard_count']._serialized_options = b'\342A\001\001'
+  _globals['_BUFFERSPEC'].fields_by_name['placement']._loaded_options = None
+  _globals['_BUFFERSPEC'].fields_by_name['placement']._serialized_options = b'\342A\001\001'
+  _globals['_BUFFERSPEC'].fields_by_name['keep']._loaded_options = None
+  _globals['_BUFFERSPEC'].fields_by_name['keep']._serialized_options = b'\342A\001\001'
   _globals['_BUFFER'].fields_by_name['name']._loaded_options = None
   _globals['_BUFFER'].fields_by_name['name']._serialized_options = b'\342A\001\010'
   _globals['_BUFFER'].fields_by_name['spec']._loaded_options = None
@@ -95,6 +100,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BUFFER'].fields_by_name['etag']._serialized_options = b'\342A\001\003'
   _globals['_BUFFER'].fields_by_name['restart_count']._loaded_options = None
   _globals['_BUFFER'].fields_by_name['restart_count']._serialized_options = b'\342A\001\003'
+  _globals['_BUFFER'].fields_by_name['keep_expire_time']._loaded_options = None
+  _globals['_BUFFER'].fields_by_name['keep_expire_time']._serialized_options = b'\342A\001\003'
+  _globals['_BUFFER'].fields_by_name['purge_time']._loaded_options = None
+  _globals['_BUFFER'].fields_by_name['purge_time']._serialized_options = b'\342A\001\003'
+  _globals['_BUFFER'].fields_by_name['jobs']._loaded_options = None
+  _globals['_BUFFER'].fields_by_name['jobs']._serialized_options = b'\342A\001\003'
   _globals['_BUFFER']._loaded_options = None
   _globals['_BUFFER']._serialized_options = b'\352A8\n\023beamwire.org/Buffer\022\020buffers/{buffer}*\007buffers2\006buffer'
   _globals['_CREATEBUFFERREQUEST'].fields_by_name['buffer']._loaded_options = None
@@ -125,6 +136,24 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SEALBUFFERREQUEST'].fields_by_name['detail']._serialized_options = b'\342A\001\001'
   _globals['_SEALBUFFERREQUEST'].fields_by_name['request_id']._loaded_options = None
   _globals['_SEALBUFFERREQUEST'].fields_by_name['request_id']._serialized_options = b'\342A\001\001'
+  _globals['_SEALBUFFERREQUEST'].fields_by_name['group']._loaded_options = None
+  _globals['_SEALBUFFERREQUEST'].fields_by_name['group']._serialized_options = b'\342A\001\001'
+  _globals['_EXTENDBUFFERREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_EXTENDBUFFERREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\372A\025\n\023beamwire.org/Buffer'
+  _globals['_EXTENDBUFFERREQUEST'].fields_by_name['lease']._loaded_options = None
+  _globals['_EXTENDBUFFERREQUEST'].fields_by_name['lease']._serialized_options = b'\342A\001\002'
+  _globals['_EXTENDBUFFERREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_EXTENDBUFFERREQUEST'].fields_by_name['request_id']._serialized_options = b'\342A\001\001'
+  _globals['_ADDGROUPREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_ADDGROUPREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\372A\025\n\023beamwire.org/Buffer'
+  _globals['_ADDGROUPREQUEST'].fields_by_name['group']._loaded_options = None
+  _globals['_ADDGROUPREQUEST'].fields_by_name['group']._serialized_options = b'\342A\001\002'
+  _globals['_ADDGROUPREQUEST'].fields_by_name['consumers']._loaded_options = None
+  _globals['_ADDGROUPREQUEST'].fields_by_name['consumers']._serialized_options = b'\342A\001\002'
+  _globals['_ADDGROUPREQUEST'].fields_by_name['lease']._loaded_options = None
+  _globals['_ADDGROUPREQUEST'].fields_by_name['lease']._serialized_options = b'\342A\001\002'
+  _globals['_ADDGROUPREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_ADDGROUPREQUEST'].fields_by_name['request_id']._serialized_options = b'\342A\001\001'
   _globals['_ISSUETICKETREQUEST'].fields_by_name['name']._loaded_options = None
   _globals['_ISSUETICKETREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\372A\025\n\023beamwire.org/Buffer'
   _globals['_ISSUETICKETREQUEST'].fields_by_name['role']._loaded_options = None
@@ -155,6 +184,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BUFFERSERVICE'].methods_by_name['WatchBuffer']._serialized_options = b'\332A\004name\252\317\030\007\n\003\001\002\005\020\001'
   _globals['_BUFFERSERVICE'].methods_by_name['SealBuffer']._loaded_options = None
   _globals['_BUFFERSERVICE'].methods_by_name['SealBuffer']._serialized_options = b'\332A\nname,cause\252\317\030\007\n\003\001\002\005\020\001'
+  _globals['_BUFFERSERVICE'].methods_by_name['ExtendBuffer']._loaded_options = None
+  _globals['_BUFFERSERVICE'].methods_by_name['ExtendBuffer']._serialized_options = b'\332A\nname,lease\252\317\030\003\n\001\002'
+  _globals['_BUFFERSERVICE'].methods_by_name['AddGroup']._loaded_options = None
+  _globals['_BUFFERSERVICE'].methods_by_name['AddGroup']._serialized_options = b'\332A\nname,group\252\317\030\003\n\001\002'
   _globals['_BUFFERSERVICE'].methods_by_name['IssueTicket']._loaded_options = None
   _globals['_BUFFERSERVICE'].methods_by_name['IssueTicket']._serialized_options = b'\332A\tname,role\252\317\030\006\n\004\001\003\002\005'
   _globals['_BUFFERSERVICE'].methods_by_name['RevokeAccess']._loaded_options = None
@@ -163,58 +196,62 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BUFFERSERVICE'].methods_by_name['Consume']._serialized_options = b'\252\317\030\006\n\004\001\003\002\005'
   _globals['_BUFFERSERVICE'].methods_by_name['DeleteBuffer']._loaded_options = None
   _globals['_BUFFERSERVICE'].methods_by_name['DeleteBuffer']._serialized_options = b'\332A\004name\252\317\030\007\n\003\001\002\005\020\001'
-  _globals['_DELIVERY']._serialized_start=4718
-  _globals['_DELIVERY']._serialized_end=4793
-  _globals['_OVERFLOWPOLICY']._serialized_start=4796
-  _globals['_OVERFLOWPOLICY']._serialized_end=4965
-  _globals['_TRANSPORT']._serialized_start=4967
-  _globals['_TRANSPORT']._serialized_end=5066
-  _globals['_FLOW']._serialized_start=5068
-  _globals['_FLOW']._serialized_end=5189
-  _globals['_BUFFERSPEC']._serialized_start=337
-  _globals['_BUFFERSPEC']._serialized_end=846
-  _globals['_PRODUCERCOUNTERS']._serialized_start=849
-  _globals['_PRODUCERCOUNTERS']._serialized_end=1152
-  _globals['_GROUPCOUNTERS']._serialized_start=1155
-  _globals['_GROUPCOUNTERS']._serialized_end=1458
-  _globals['_CONSUMERCOUNTERS']._serialized_start=1461
-  _globals['_CONSUMERCOUNTERS']._serialized_end=1740
-  _globals['_BUFFERCOUNTERS']._serialized_start=1743
-  _globals['_BUFFERCOUNTERS']._serialized_end=2443
-  _globals['_BUFFER']._serialized_start=2446
-  _globals['_BUFFER']._serialized_end=3208
-  _globals['_BUFFER_STATE']._serialized_start=3025
-  _globals['_BUFFER_STATE']._serialized_end=3147
-  _globals['_CREATEBUFFERREQUEST']._serialized_start=3211
-  _globals['_CREATEBUFFERREQUEST']._serialized_end=3362
-  _globals['_GETBUFFERREQUEST']._serialized_start=3364
-  _globals['_GETBUFFERREQUEST']._serialized_end=3426
-  _globals['_LISTBUFFERSREQUEST']._serialized_start=3428
-  _globals['_LISTBUFFERSREQUEST']._serialized_end=3521
-  _globals['_LISTBUFFERSRESPONSE']._serialized_start=3523
-  _globals['_LISTBUFFERSRESPONSE']._serialized_end=3614
-  _globals['_WATCHBUFFERREQUEST']._serialized_start=3616
-  _globals['_WATCHBUFFERREQUEST']._serialized_end=3700
-  _globals['_WATCHBUFFERRESPONSE']._serialized_start=3702
-  _globals['_WATCHBUFFERRESPONSE']._serialized_end=3767
-  _globals['_SEALBUFFERREQUEST']._serialized_start=3770
-  _globals['_SEALBUFFERREQUEST']._serialized_end=3932
-  _globals['_ISSUETICKETREQUEST']._serialized_start=3934
-  _globals['_ISSUETICKETREQUEST']._serialized_end=4048
-  _globals['_TICKET']._serialized_start=4050
-  _globals['_TICKET']._serialized_end=4147
-  _globals['_REVOKEACCESSREQUEST']._serialized_start=4149
-  _globals['_REVOKEACCESSREQUEST']._serialized_end=4264
-  _globals['_CONSUMEREQUEST']._serialized_start=4267
-  _globals['_CONSUMEREQUEST']._serialized_end=4398
-  _globals['_CONSUMERESPONSE']._serialized_start=4400
-  _globals['_CONSUMERESPONSE']._serialized_end=4523
-  _globals['_FRAMEPIECE']._serialized_start=4525
-  _globals['_FRAMEPIECE']._serialized_end=4599
-  _globals['_DELETEBUFFERREQUEST']._serialized_start=4601
-  _globals['_DELETEBUFFERREQUEST']._serialized_end=4692
-  _globals['_DELETEBUFFERRESPONSE']._serialized_start=4694
-  _globals['_DELETEBUFFERRESPONSE']._serialized_end=4716
-  _globals['_BUFFERSERVICE']._serialized_start=5192
-  _globals['_BUFFERSERVICE']._serialized_end=6197
+  _globals['_DELIVERY']._serialized_start=5381
+  _globals['_DELIVERY']._serialized_end=5456
+  _globals['_OVERFLOWPOLICY']._serialized_start=5459
+  _globals['_OVERFLOWPOLICY']._serialized_end=5628
+  _globals['_TRANSPORT']._serialized_start=5630
+  _globals['_TRANSPORT']._serialized_end=5729
+  _globals['_FLOW']._serialized_start=5731
+  _globals['_FLOW']._serialized_end=5852
+  _globals['_BUFFERSPEC']._serialized_start=372
+  _globals['_BUFFERSPEC']._serialized_end=981
+  _globals['_PRODUCERCOUNTERS']._serialized_start=984
+  _globals['_PRODUCERCOUNTERS']._serialized_end=1287
+  _globals['_GROUPCOUNTERS']._serialized_start=1290
+  _globals['_GROUPCOUNTERS']._serialized_end=1623
+  _globals['_CONSUMERCOUNTERS']._serialized_start=1626
+  _globals['_CONSUMERCOUNTERS']._serialized_end=1905
+  _globals['_BUFFERCOUNTERS']._serialized_start=1908
+  _globals['_BUFFERCOUNTERS']._serialized_end=2608
+  _globals['_BUFFER']._serialized_start=2611
+  _globals['_BUFFER']._serialized_end=3524
+  _globals['_BUFFER_STATE']._serialized_start=3325
+  _globals['_BUFFER_STATE']._serialized_end=3463
+  _globals['_CREATEBUFFERREQUEST']._serialized_start=3527
+  _globals['_CREATEBUFFERREQUEST']._serialized_end=3678
+  _globals['_GETBUFFERREQUEST']._serialized_start=3680
+  _globals['_GETBUFFERREQUEST']._serialized_end=3742
+  _globals['_LISTBUFFERSREQUEST']._serialized_start=3744
+  _globals['_LISTBUFFERSREQUEST']._serialized_end=3837
+  _globals['_LISTBUFFERSRESPONSE']._serialized_start=3839
+  _globals['_LISTBUFFERSRESPONSE']._serialized_end=3930
+  _globals['_WATCHBUFFERREQUEST']._serialized_start=3932
+  _globals['_WATCHBUFFERREQUEST']._serialized_end=4016
+  _globals['_WATCHBUFFERRESPONSE']._serialized_start=4018
+  _globals['_WATCHBUFFERRESPONSE']._serialized_end=4083
+  _globals['_SEALBUFFERREQUEST']._serialized_start=4086
+  _globals['_SEALBUFFERREQUEST']._serialized_end=4269
+  _globals['_EXTENDBUFFERREQUEST']._serialized_start=4272
+  _globals['_EXTENDBUFFERREQUEST']._serialized_end=4411
+  _globals['_ADDGROUPREQUEST']._serialized_start=4414
+  _globals['_ADDGROUPREQUEST']._serialized_end=4595
+  _globals['_ISSUETICKETREQUEST']._serialized_start=4597
+  _globals['_ISSUETICKETREQUEST']._serialized_end=4711
+  _globals['_TICKET']._serialized_start=4713
+  _globals['_TICKET']._serialized_end=4810
+  _globals['_REVOKEACCESSREQUEST']._serialized_start=4812
+  _globals['_REVOKEACCESSREQUEST']._serialized_end=4927
+  _globals['_CONSUMEREQUEST']._serialized_start=4930
+  _globals['_CONSUMEREQUEST']._serialized_end=5061
+  _globals['_CONSUMERESPONSE']._serialized_start=5063
+  _globals['_CONSUMERESPONSE']._serialized_end=5186
+  _globals['_FRAMEPIECE']._serialized_start=5188
+  _globals['_FRAMEPIECE']._serialized_end=5262
+  _globals['_DELETEBUFFERREQUEST']._serialized_start=5264
+  _globals['_DELETEBUFFERREQUEST']._serialized_end=5355
+  _globals['_DELETEBUFFERRESPONSE']._serialized_start=5357
+  _globals['_DELETEBUFFERRESPONSE']._serialized_end=5379
+  _globals['_BUFFERSERVICE']._serialized_start=5855
+  _globals['_BUFFERSERVICE']._serialized_end=7066
 # @@protoc_insertion_point(module_scope)

@@ -4,6 +4,7 @@ isort:skip_file
 Buffers: the caches that bulk events flow through."""
 
 from beamwire.common.v1 import account_pb2 as _account_pb2
+from beamwire.job.v1 import job_service_pb2 as _job_service_pb2
 from beamwire.stream.v1 import link_pb2 as _link_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -185,6 +186,8 @@ class BufferSpec(_message.Message):
     FRAME_LEASE_FIELD_NUMBER: _builtins.int
     RETAIN_BYTES_FIELD_NUMBER: _builtins.int
     SHARD_COUNT_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
     capacity_bytes: _builtins.int
     """The most payload it may hold, in bytes; also the largest frame it can take. Default 256 MiB."""
     capacity_frames: _builtins.int
@@ -228,6 +231,17 @@ class BufferSpec(_message.Message):
     def frame_lease(self) -> _duration_pb2.Duration:
         """How long a delivery may stay unacknowledged before it goes to another consumer. Default 5 minutes."""
 
+    @_builtins.property
+    def placement(self) -> _job_service_pb2.Placement:
+        """Where the caches run. Default: on the host of the Buffer service."""
+
+    @_builtins.property
+    def keep(self) -> _duration_pb2.Duration:
+        """How long everything stays there for groups that come later (`AddGroup`), after the groups above have it.
+        What is delivered is kept as long as nothing newer needs the room; a stream that did not fit, or did not end
+        as DONE, is not kept. ACKED only. Default: not at all.
+        """
+
     def __init__(
         self,
         *,
@@ -244,10 +258,12 @@ class BufferSpec(_message.Message):
         frame_lease: _duration_pb2.Duration | None = ...,
         retain_bytes: _builtins.int = ...,
         shard_count: _builtins.int = ...,
+        placement: _job_service_pb2.Placement | None = ...,
+        keep: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame_lease", b"frame_lease", "lease", b"lease"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frame_lease", b"frame_lease", "keep", b"keep", "lease", b"lease", "placement", b"placement"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "capacity_frames", b"capacity_frames", "consumers", b"consumers", "delivery", b"delivery", "frame_lease", b"frame_lease", "groups", b"groups", "lease", b"lease", "overflow_policy", b"overflow_policy", "producer_count", b"producer_count", "producers", b"producers", "retain_bytes", b"retain_bytes", "shard_count", b"shard_count", "transport", b"transport"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "capacity_frames", b"capacity_frames", "consumers", b"consumers", "delivery", b"delivery", "frame_lease", b"frame_lease", "groups", b"groups", "keep", b"keep", "lease", b"lease", "overflow_policy", b"overflow_policy", "placement", b"placement", "producer_count", b"producer_count", "producers", b"producers", "retain_bytes", b"retain_bytes", "shard_count", b"shard_count", "transport", b"transport"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -333,6 +349,8 @@ class GroupCounters(_message.Message):
     IN_FLIGHT_FRAME_COUNT_FIELD_NUMBER: _builtins.int
     REDELIVERED_FRAME_COUNT_FIELD_NUMBER: _builtins.int
     LOSSES_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    ADDED_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """Its name."""
     declared: _builtins.bool
@@ -351,6 +369,10 @@ class GroupCounters(_message.Message):
     """DATA frames that are on their way, or in the hands of a consumer."""
     redelivered_frame_count: _builtins.int
     """DATA frames that were delivered again, because a consumer died, was too slow, or got them broken."""
+    ended: _builtins.bool
+    """True once one of its consumers has acknowledged END: it wants nothing more."""
+    added: _builtins.bool
+    """True if it was added later, by `AddGroup`: it gets every event too, or the loss is counted here."""
     @_builtins.property
     def losses(self) -> _containers.RepeatedCompositeFieldContainer[_account_pb2.Loss]:
         """Events it should have got and will not, by cause."""
@@ -368,10 +390,12 @@ class GroupCounters(_message.Message):
         in_flight_frame_count: _builtins.int = ...,
         redelivered_frame_count: _builtins.int = ...,
         losses: _abc.Iterable[_account_pb2.Loss] | None = ...,
+        ended: _builtins.bool = ...,
+        added: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_bytes", b"acknowledged_bytes", "acknowledged_event_count", b"acknowledged_event_count", "acknowledged_frame_count", b"acknowledged_frame_count", "consumer_count", b"consumer_count", "declared", b"declared", "group", b"group", "in_flight_frame_count", b"in_flight_frame_count", "losses", b"losses", "pending_frame_count", b"pending_frame_count", "redelivered_frame_count", b"redelivered_frame_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_bytes", b"acknowledged_bytes", "acknowledged_event_count", b"acknowledged_event_count", "acknowledged_frame_count", b"acknowledged_frame_count", "added", b"added", "consumer_count", b"consumer_count", "declared", b"declared", "ended", b"ended", "group", b"group", "in_flight_frame_count", b"in_flight_frame_count", "losses", b"losses", "pending_frame_count", b"pending_frame_count", "redelivered_frame_count", b"redelivered_frame_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -579,9 +603,16 @@ class Buffer(_message.Message):
         """Terminal: every consumer got END. The counters are final."""
         STATE_FAILED: Buffer._State.ValueType  # 5
         """Terminal: the cache could not be started, or died. `error` says why."""
+        STATE_KEPT: Buffer._State.ValueType  # 6
+        """Every consumer that the buffer was made for got END, and the account of the stream is closed; all frames stay
+        there for groups that are added, until `keep_expire_time` or for as long as those take. What becomes of it then
+        is no loss of the stream.
+        """
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
-        """`STARTING -> READY -> DRAINING -> ENDED`, or from each of them `-> FAILED`."""
+        """`STARTING -> READY -> DRAINING -> ENDED`, or from each of them `-> FAILED`; with `keep`,
+        `DRAINING -> KEPT -> ENDED`.
+        """
 
     STATE_UNSPECIFIED: Buffer.State.ValueType  # 0
     """Never."""
@@ -595,6 +626,11 @@ class Buffer(_message.Message):
     """Terminal: every consumer got END. The counters are final."""
     STATE_FAILED: Buffer.State.ValueType  # 5
     """Terminal: the cache could not be started, or died. `error` says why."""
+    STATE_KEPT: Buffer.State.ValueType  # 6
+    """Every consumer that the buffer was made for got END, and the account of the stream is closed; all frames stay
+    there for groups that are added, until `keep_expire_time` or for as long as those take. What becomes of it then
+    is no loss of the stream.
+    """
 
     NAME_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
@@ -610,6 +646,9 @@ class Buffer(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     RESTART_COUNT_FIELD_NUMBER: _builtins.int
+    KEEP_EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    PURGE_TIME_FIELD_NUMBER: _builtins.int
+    JOBS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`buffers/{buffer}`."""
     owner: _builtins.str
@@ -650,6 +689,18 @@ class Buffer(_message.Message):
     def expire_time(self) -> _timestamp_pb2.Timestamp:
         """When the lease ends."""
 
+    @_builtins.property
+    def keep_expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Until when it is KEPT at least, once it is."""
+
+    @_builtins.property
+    def purge_time(self) -> _timestamp_pb2.Timestamp:
+        """When it will be forgotten, once it has ended."""
+
+    @_builtins.property
+    def jobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The jobs that its caches run in, in the order of its shards, unless they run on the host of the service."""
+
     def __init__(
         self,
         *,
@@ -667,10 +718,13 @@ class Buffer(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         restart_count: _builtins.int = ...,
+        keep_expire_time: _timestamp_pb2.Timestamp | None = ...,
+        purge_time: _timestamp_pb2.Timestamp | None = ...,
+        jobs: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "create_time", b"create_time", "error", b"error", "expire_time", b"expire_time", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "create_time", b"create_time", "error", b"error", "expire_time", b"expire_time", "keep_expire_time", b"keep_expire_time", "purge_time", b"purge_time", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connect_string", b"connect_string", "counters", b"counters", "create_time", b"create_time", "end_cause", b"end_cause", "epoch", b"epoch", "error", b"error", "etag", b"etag", "expire_time", b"expire_time", "name", b"name", "owner", b"owner", "restart_count", b"restart_count", "spec", b"spec", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connect_string", b"connect_string", "counters", b"counters", "create_time", b"create_time", "end_cause", b"end_cause", "epoch", b"epoch", "error", b"error", "etag", b"etag", "expire_time", b"expire_time", "jobs", b"jobs", "keep_expire_time", b"keep_expire_time", "name", b"name", "owner", b"owner", "purge_time", b"purge_time", "restart_count", b"restart_count", "spec", b"spec", "state", b"state", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -852,6 +906,7 @@ class SealBufferRequest(_message.Message):
     CAUSE_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`buffers/{buffer}`."""
     cause: _account_pb2.EndCause.ValueType
@@ -860,6 +915,10 @@ class SealBufferRequest(_message.Message):
     """A sentence that each consumer gets with END."""
     request_id: _builtins.str
     """A UUID4 that makes repeating the call harmless."""
+    group: _builtins.str
+    """Only for this group, one that was added: nothing more is delivered to it, what it did not get is counted on its
+    account, and its consumers get END with the cause, which is not DONE. The others go on.
+    """
     def __init__(
         self,
         *,
@@ -867,14 +926,89 @@ class SealBufferRequest(_message.Message):
         cause: _account_pb2.EndCause.ValueType = ...,
         detail: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        group: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "detail", b"detail", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cause", b"cause", "detail", b"detail", "group", b"group", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SealBufferRequest: _TypeAlias = SealBufferRequest  # noqa: Y015
+
+@_typing.final
+class ExtendBufferRequest(_message.Message):
+    """Says how much longer a buffer may live."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`buffers/{buffer}`."""
+    request_id: _builtins.str
+    """A UUID4 that makes repeating the call harmless."""
+    @_builtins.property
+    def lease(self) -> _duration_pb2.Duration:
+        """How long, from now on."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        lease: _duration_pb2.Duration | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendBufferRequest: _TypeAlias = ExtendBufferRequest  # noqa: Y015
+
+@_typing.final
+class AddGroupRequest(_message.Message):
+    """Asks for one more group on a buffer that is kept."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    CONSUMERS_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`buffers/{buffer}`."""
+    group: _builtins.str
+    """Its name: 1 to 31 of a-z, 0-9 and `-`, beginning with a letter; none of another group."""
+    request_id: _builtins.str
+    """A UUID4 that makes repeating the call harmless."""
+    @_builtins.property
+    def consumers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The SPIFFE ids that may consume in this group, and in no other."""
+
+    @_builtins.property
+    def lease(self) -> _duration_pb2.Duration:
+        """How long it may take; then it is sealed as EXPIRED."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        group: _builtins.str = ...,
+        consumers: _abc.Iterable[_builtins.str] | None = ...,
+        lease: _duration_pb2.Duration | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consumers", b"consumers", "group", b"group", "lease", b"lease", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AddGroupRequest: _TypeAlias = AddGroupRequest  # noqa: Y015
 
 @_typing.final
 class IssueTicketRequest(_message.Message):

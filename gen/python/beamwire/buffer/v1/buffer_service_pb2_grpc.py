@@ -63,6 +63,16 @@ class BufferServiceStub:
                 request_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.SealBufferRequest.SerializeToString,
                 response_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.FromString,
                 _registered_method=True)
+        self.ExtendBuffer = channel.unary_unary(
+                '/beamwire.buffer.v1.BufferService/ExtendBuffer',
+                request_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.ExtendBufferRequest.SerializeToString,
+                response_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.FromString,
+                _registered_method=True)
+        self.AddGroup = channel.unary_unary(
+                '/beamwire.buffer.v1.BufferService/AddGroup',
+                request_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.AddGroupRequest.SerializeToString,
+                response_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.FromString,
+                _registered_method=True)
         self.IssueTicket = channel.unary_unary(
                 '/beamwire.buffer.v1.BufferService/IssueTicket',
                 request_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.IssueTicketRequest.SerializeToString,
@@ -131,6 +141,24 @@ class BufferServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExtendBuffer(self, request, context):
+        """Lets the buffer live longer, from now on; never shorter than it would have. At most as long as one may be
+        asked for. Services.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AddGroup(self, request, context):
+        """Adds a group to a buffer that keeps what it delivered: it gets every event from the first on, and END,
+        on an account of its own; what the groups before it got is not changed by it. The buffer stays KEPT until the
+        group has END, too. ILLEGAL_STATE unless the buffer was made to `keep`, no more frames come, and all of them are
+        still there (DRAINING or KEPT). Adding the same group again changes nothing. Services.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def IssueTicket(self, request, context):
         """Gives the caller the right to produce or to consume for some minutes, bound to the certificate
         of this call. Members that the buffer's specification names for that role.
@@ -158,8 +186,9 @@ class BufferServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteBuffer(self, request, context):
-        """Stops the cache if it runs, and forgets the buffer. Frames still in it are lost.
-        Owner, services, operators.
+        """Stops the cache if it runs, and forgets the buffer. Frames still in it are lost. ILLEGAL_STATE for a
+        buffer that a transfer uses and that has not ended: cancel the transfer. Owner, operators; services, which may
+        delete any.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -191,6 +220,16 @@ def add_BufferServiceServicer_to_server(servicer, server):
             'SealBuffer': grpc.unary_unary_rpc_method_handler(
                     servicer.SealBuffer,
                     request_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.SealBufferRequest.FromString,
+                    response_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.SerializeToString,
+            ),
+            'ExtendBuffer': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExtendBuffer,
+                    request_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.ExtendBufferRequest.FromString,
+                    response_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.SerializeToString,
+            ),
+            'AddGroup': grpc.unary_unary_rpc_method_handler(
+                    servicer.AddGroup,
+                    request_deserializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.AddGroupRequest.FromString,
                     response_serializer=beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.SerializeToString,
             ),
             'IssueTicket': grpc.unary_unary_rpc_method_handler(
@@ -352,6 +391,60 @@ class BufferService:
             target,
             '/beamwire.buffer.v1.BufferService/SealBuffer',
             beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.SealBufferRequest.SerializeToString,
+            beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtendBuffer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.buffer.v1.BufferService/ExtendBuffer',
+            beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.ExtendBufferRequest.SerializeToString,
+            beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AddGroup(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.buffer.v1.BufferService/AddGroup',
+            beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.AddGroupRequest.SerializeToString,
             beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2.Buffer.FromString,
             options,
             channel_credentials,

@@ -54,6 +54,16 @@ class BufferServiceStub:
     cause is DONE, and dropped and counted otherwise; then each consumer gets END with the cause.
     Sealing a sealed buffer changes nothing. Owner, services, operators.
     """
+    ExtendBuffer: _grpc.UnaryUnaryMultiCallable[_buffer_service_pb2.ExtendBufferRequest, _buffer_service_pb2.Buffer]
+    """Lets the buffer live longer, from now on; never shorter than it would have. At most as long as one may be
+    asked for. Services.
+    """
+    AddGroup: _grpc.UnaryUnaryMultiCallable[_buffer_service_pb2.AddGroupRequest, _buffer_service_pb2.Buffer]
+    """Adds a group to a buffer that keeps what it delivered: it gets every event from the first on, and END,
+    on an account of its own; what the groups before it got is not changed by it. The buffer stays KEPT until the
+    group has END, too. ILLEGAL_STATE unless the buffer was made to `keep`, no more frames come, and all of them are
+    still there (DRAINING or KEPT). Adding the same group again changes nothing. Services.
+    """
     IssueTicket: _grpc.UnaryUnaryMultiCallable[_buffer_service_pb2.IssueTicketRequest, _buffer_service_pb2.Ticket]
     """Gives the caller the right to produce or to consume for some minutes, bound to the certificate
     of this call. Members that the buffer's specification names for that role.
@@ -69,8 +79,9 @@ class BufferServiceStub:
     that the buffer's specification names as consumers.
     """
     DeleteBuffer: _grpc.UnaryUnaryMultiCallable[_buffer_service_pb2.DeleteBufferRequest, _buffer_service_pb2.DeleteBufferResponse]
-    """Stops the cache if it runs, and forgets the buffer. Frames still in it are lost.
-    Owner, services, operators.
+    """Stops the cache if it runs, and forgets the buffer. Frames still in it are lost. ILLEGAL_STATE for a
+    buffer that a transfer uses and that has not ended: cancel the transfer. Owner, operators; services, which may
+    delete any.
     """
 
 @_typing.type_check_only
@@ -99,6 +110,16 @@ class BufferServiceAsyncStub(BufferServiceStub):
     cause is DONE, and dropped and counted otherwise; then each consumer gets END with the cause.
     Sealing a sealed buffer changes nothing. Owner, services, operators.
     """
+    ExtendBuffer: _aio.UnaryUnaryMultiCallable[_buffer_service_pb2.ExtendBufferRequest, _buffer_service_pb2.Buffer]  # type: ignore[assignment]
+    """Lets the buffer live longer, from now on; never shorter than it would have. At most as long as one may be
+    asked for. Services.
+    """
+    AddGroup: _aio.UnaryUnaryMultiCallable[_buffer_service_pb2.AddGroupRequest, _buffer_service_pb2.Buffer]  # type: ignore[assignment]
+    """Adds a group to a buffer that keeps what it delivered: it gets every event from the first on, and END,
+    on an account of its own; what the groups before it got is not changed by it. The buffer stays KEPT until the
+    group has END, too. ILLEGAL_STATE unless the buffer was made to `keep`, no more frames come, and all of them are
+    still there (DRAINING or KEPT). Adding the same group again changes nothing. Services.
+    """
     IssueTicket: _aio.UnaryUnaryMultiCallable[_buffer_service_pb2.IssueTicketRequest, _buffer_service_pb2.Ticket]  # type: ignore[assignment]
     """Gives the caller the right to produce or to consume for some minutes, bound to the certificate
     of this call. Members that the buffer's specification names for that role.
@@ -114,8 +135,9 @@ class BufferServiceAsyncStub(BufferServiceStub):
     that the buffer's specification names as consumers.
     """
     DeleteBuffer: _aio.UnaryUnaryMultiCallable[_buffer_service_pb2.DeleteBufferRequest, _buffer_service_pb2.DeleteBufferResponse]  # type: ignore[assignment]
-    """Stops the cache if it runs, and forgets the buffer. Frames still in it are lost.
-    Owner, services, operators.
+    """Stops the cache if it runs, and forgets the buffer. Frames still in it are lost. ILLEGAL_STATE for a
+    buffer that a transfer uses and that has not ended: cancel the transfer. Owner, operators; services, which may
+    delete any.
     """
 
 class BufferServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -173,6 +195,28 @@ class BufferServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def ExtendBuffer(
+        self,
+        request: _buffer_service_pb2.ExtendBufferRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_buffer_service_pb2.Buffer, _abc.Awaitable[_buffer_service_pb2.Buffer]]:
+        """Lets the buffer live longer, from now on; never shorter than it would have. At most as long as one may be
+        asked for. Services.
+        """
+
+    @_abc_1.abstractmethod
+    def AddGroup(
+        self,
+        request: _buffer_service_pb2.AddGroupRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_buffer_service_pb2.Buffer, _abc.Awaitable[_buffer_service_pb2.Buffer]]:
+        """Adds a group to a buffer that keeps what it delivered: it gets every event from the first on, and END,
+        on an account of its own; what the groups before it got is not changed by it. The buffer stays KEPT until the
+        group has END, too. ILLEGAL_STATE unless the buffer was made to `keep`, no more frames come, and all of them are
+        still there (DRAINING or KEPT). Adding the same group again changes nothing. Services.
+        """
+
+    @_abc_1.abstractmethod
     def IssueTicket(
         self,
         request: _buffer_service_pb2.IssueTicketRequest,
@@ -210,8 +254,9 @@ class BufferServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _buffer_service_pb2.DeleteBufferRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_buffer_service_pb2.DeleteBufferResponse, _abc.Awaitable[_buffer_service_pb2.DeleteBufferResponse]]:
-        """Stops the cache if it runs, and forgets the buffer. Frames still in it are lost.
-        Owner, services, operators.
+        """Stops the cache if it runs, and forgets the buffer. Frames still in it are lost. ILLEGAL_STATE for a
+        buffer that a transfer uses and that has not ended: cancel the transfer. Owner, operators; services, which may
+        delete any.
         """
 
 def add_BufferServiceServicer_to_server(servicer: BufferServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -78,6 +78,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INTERNAL: a fault of the service. Details are in its log, never on the wire."""
     ERROR_REASON_TIMED_OUT: _ErrorReason.ValueType  # 45
     """DEADLINE_EXCEEDED: something did not answer in time."""
+    ERROR_REASON_OVERLOADED: _ErrorReason.ValueType  # 46
+    """RESOURCE_EXHAUSTED: the service has more calls to answer than it can; RetryInfo says when to call again."""
     ERROR_REASON_PRODUCER_FAILED: _ErrorReason.ValueType  # 60
     """In a resource: the streamer ended with an error."""
     ERROR_REASON_CACHE_FAILED: _ErrorReason.ValueType  # 61
@@ -96,6 +98,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """In a stream: the connection closed without an END frame."""
     ERROR_REASON_FRAME_CORRUPT: _ErrorReason.ValueType  # 68
     """In a stream: a frame failed its checksum or cannot be decoded."""
+    ERROR_REASON_JOB_FAILED: _ErrorReason.ValueType  # 69
+    """In a resource: a program ended with an exit code other than 0, or by a signal."""
+    ERROR_REASON_OUT_OF_MEMORY: _ErrorReason.ValueType  # 70
+    """In a resource: a program needed more memory than it may have."""
+    ERROR_REASON_NODE_FAILED: _ErrorReason.ValueType  # 71
+    """In a resource: the node that ran a program failed, or was taken away from it."""
+    ERROR_REASON_DEPENDENCY_FAILED: _ErrorReason.ValueType  # 72
+    """In a resource: a job that had to come first did not end as it had to."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call, a transfer or a connection failed. Travels as `ErrorInfo.reason`
@@ -159,6 +169,8 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 44
 """INTERNAL: a fault of the service. Details are in its log, never on the wire."""
 ERROR_REASON_TIMED_OUT: ErrorReason.ValueType  # 45
 """DEADLINE_EXCEEDED: something did not answer in time."""
+ERROR_REASON_OVERLOADED: ErrorReason.ValueType  # 46
+"""RESOURCE_EXHAUSTED: the service has more calls to answer than it can; RetryInfo says when to call again."""
 ERROR_REASON_PRODUCER_FAILED: ErrorReason.ValueType  # 60
 """In a resource: the streamer ended with an error."""
 ERROR_REASON_CACHE_FAILED: ErrorReason.ValueType  # 61
@@ -177,4 +189,12 @@ ERROR_REASON_STREAM_TRUNCATED: ErrorReason.ValueType  # 67
 """In a stream: the connection closed without an END frame."""
 ERROR_REASON_FRAME_CORRUPT: ErrorReason.ValueType  # 68
 """In a stream: a frame failed its checksum or cannot be decoded."""
+ERROR_REASON_JOB_FAILED: ErrorReason.ValueType  # 69
+"""In a resource: a program ended with an exit code other than 0, or by a signal."""
+ERROR_REASON_OUT_OF_MEMORY: ErrorReason.ValueType  # 70
+"""In a resource: a program needed more memory than it may have."""
+ERROR_REASON_NODE_FAILED: ErrorReason.ValueType  # 71
+"""In a resource: the node that ran a program failed, or was taken away from it."""
+ERROR_REASON_DEPENDENCY_FAILED: ErrorReason.ValueType  # 72
+"""In a resource: a job that had to come first did not end as it had to."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

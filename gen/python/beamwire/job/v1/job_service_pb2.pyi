@@ -54,25 +54,214 @@ class Resources(_message.Message):
 
     PROCESS_COUNT_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
+    NODE_COUNT_FIELD_NUMBER: _builtins.int
+    PROCESSES_PER_NODE_FIELD_NUMBER: _builtins.int
+    CORES_PER_PROCESS_FIELD_NUMBER: _builtins.int
+    GPUS_PER_PROCESS_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    EXCLUSIVE_FIELD_NUMBER: _builtins.int
     process_count: _builtins.int
     """How many processes; MPI ranks if `mpi`. Default 1."""
+    node_count: _builtins.int
+    """How many nodes. Default: as many as the processes need."""
+    processes_per_node: _builtins.int
+    """How many processes on each node. Default: as the backend spreads them."""
+    cores_per_process: _builtins.int
+    """Cores of each process. Default 1."""
+    gpus_per_process: _builtins.int
+    """GPUs of each process. Default 0."""
+    memory_bytes: _builtins.int
+    """Memory on each node; no limit, or the queue's, if 0."""
+    exclusive: _builtins.bool
+    """No other job on its nodes."""
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration:
-        """The time it may run; no limit if unset."""
+        """The time it may run; no limit, or the queue's, if unset."""
 
     def __init__(
         self,
         *,
         process_count: _builtins.int = ...,
         duration: _duration_pb2.Duration | None = ...,
+        node_count: _builtins.int = ...,
+        processes_per_node: _builtins.int = ...,
+        cores_per_process: _builtins.int = ...,
+        gpus_per_process: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+        exclusive: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "process_count", b"process_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cores_per_process", b"cores_per_process", "duration", b"duration", "exclusive", b"exclusive", "gpus_per_process", b"gpus_per_process", "memory_bytes", b"memory_bytes", "node_count", b"node_count", "process_count", b"process_count", "processes_per_node", b"processes_per_node"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Resources: _TypeAlias = Resources  # noqa: Y015
+
+@_typing.final
+class Placement(_message.Message):
+    """Where a job runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class AttributesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    BACKEND_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    RESERVATION_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    backend: _builtins.str
+    """One of `ListBackends`. Default `local`."""
+    queue: _builtins.str
+    """The queue, or partition. Default: the backend's."""
+    account: _builtins.str
+    """The account that pays. Default: the backend's."""
+    reservation: _builtins.str
+    """A reservation to run in."""
+    @_builtins.property
+    def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What else the backend shall know, by its own names: for Slurm long options of sbatch, `constraint`, `qos`."""
+
+    def __init__(
+        self,
+        *,
+        backend: _builtins.str = ...,
+        queue: _builtins.str = ...,
+        account: _builtins.str = ...,
+        reservation: _builtins.str = ...,
+        attributes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "attributes", b"attributes", "backend", b"backend", "queue", b"queue", "reservation", b"reservation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Placement: _TypeAlias = Placement  # noqa: Y015
+
+@_typing.final
+class InputFile(_message.Message):
+    """A file that a job needs before it starts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Where, relative to the job's directory."""
+    sha256: _builtins.str
+    """The SHA-256 it must have, 64 hexadecimal digits; any if empty."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InputFile: _TypeAlias = InputFile  # noqa: Y015
+
+@_typing.final
+class Dependency(_message.Message):
+    """A job that must come first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Condition:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ConditionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Dependency._Condition.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        CONDITION_UNSPECIFIED: Dependency._Condition.ValueType  # 0
+        """The default, COMPLETED."""
+        CONDITION_COMPLETED: Dependency._Condition.ValueType  # 1
+        """Its state is COMPLETED."""
+        CONDITION_ENDED: Dependency._Condition.ValueType  # 2
+        """It has ended, however."""
+        CONDITION_ACTIVE: Dependency._Condition.ValueType  # 3
+        """It has begun to run."""
+
+    class Condition(_Condition, metaclass=_ConditionEnumTypeWrapper):
+        """What the other job must have come to."""
+
+    CONDITION_UNSPECIFIED: Dependency.Condition.ValueType  # 0
+    """The default, COMPLETED."""
+    CONDITION_COMPLETED: Dependency.Condition.ValueType  # 1
+    """Its state is COMPLETED."""
+    CONDITION_ENDED: Dependency.Condition.ValueType  # 2
+    """It has ended, however."""
+    CONDITION_ACTIVE: Dependency.Condition.ValueType  # 3
+    """It has begun to run."""
+
+    JOB_FIELD_NUMBER: _builtins.int
+    CONDITION_FIELD_NUMBER: _builtins.int
+    job: _builtins.str
+    """`jobs/{job}`: a job of the same owner."""
+    condition: Global___Dependency.Condition.ValueType
+    """What it must have come to. If it never can any more, the waiting job is cancelled."""
+    def __init__(
+        self,
+        *,
+        job: _builtins.str = ...,
+        condition: Global___Dependency.Condition.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["condition", b"condition", "job", b"job"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Dependency: _TypeAlias = Dependency  # noqa: Y015
+
+@_typing.final
+class Callback(_message.Message):
+    """Whom to tell of each state that a job enters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """An https URL, or http on a loopback address. Each event is POSTed as JSON; docs/webhooks.md has its form."""
+    secret: _builtins.bytes
+    """What events are signed with (HMAC-SHA256), at least 16 bytes. Kept, never shown."""
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        secret: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["secret", b"secret", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Callback: _TypeAlias = Callback  # noqa: Y015
 
 @_typing.final
 class JobSpec(_message.Message):
@@ -106,19 +295,26 @@ class JobSpec(_message.Message):
     DIRECTORY_FIELD_NUMBER: _builtins.int
     ENVIRONMENT_FIELD_NUMBER: _builtins.int
     RESOURCES_FIELD_NUMBER: _builtins.int
-    BACKEND_FIELD_NUMBER: _builtins.int
     MPI_FIELD_NUMBER: _builtins.int
     STDIN_FIELD_NUMBER: _builtins.int
     ENROLL_FIELD_NUMBER: _builtins.int
     GRACE_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    SCRIPT_FIELD_NUMBER: _builtins.int
+    INHERIT_ENVIRONMENT_FIELD_NUMBER: _builtins.int
+    INPUT_FILES_FIELD_NUMBER: _builtins.int
+    BUNDLE_FIELD_NUMBER: _builtins.int
+    DEPENDENCIES_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
+    CALLBACK_FIELD_NUMBER: _builtins.int
+    IDENTITY_PATH_FIELD_NUMBER: _builtins.int
+    SERVER_NAMES_FIELD_NUMBER: _builtins.int
     display_name: _builtins.str
     """A word for people."""
     executable: _builtins.str
-    """The program. With `mpi`, it must be a Python module's name and is run under mpi4py."""
+    """The program; this or `script`. With `mpi`, it must be a Python module's name and is run under mpi4py."""
     directory: _builtins.str
     """Where it runs. Default: a fresh directory of the job's own."""
-    backend: _builtins.str
-    """The backend to run on. Default `local`."""
     mpi: _builtins.bool
     """Run under `mpiexec`, with `resources.process_count` ranks; one rank is run without it."""
     stdin: _builtins.bytes
@@ -127,6 +323,18 @@ class JobSpec(_message.Message):
     """If true, the job is given a join token, in a file that BEAMWIRE_JOIN_TOKEN_FILE names, and can
     enrol as `job/<id>`.
     """
+    script: _builtins.str
+    """The text of a script, run by the interpreter that its first line names, by /bin/sh without one."""
+    inherit_environment: _builtins.bool
+    """If true, the job gets the environment of the Job service too, but for what could be a secret."""
+    bundle: _builtins.str
+    """An input file, a tar archive (compressed with gzip or not), that is unpacked to `env/` in the job's directory on
+    the node, and whose `env/bin` comes first in PATH: the job brings its programs to a node that has none.
+    """
+    hold: _builtins.bool
+    """If true, it is HELD until `StartJob`."""
+    identity_path: _builtins.str
+    """Who the job enrols as instead of `job/<id>`, for services only: `cache/<id>`."""
     @_builtins.property
     def arguments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Its arguments. Everybody on the host can read them: never a secret."""
@@ -143,6 +351,26 @@ class JobSpec(_message.Message):
     def grace(self) -> _duration_pb2.Duration:
         """How long SIGTERM is given before SIGKILL. Default 5 s."""
 
+    @_builtins.property
+    def placement(self) -> Global___Placement:
+        """Where it runs."""
+
+    @_builtins.property
+    def input_files(self) -> _containers.RepeatedCompositeFieldContainer[Global___InputFile]:
+        """Files that must have been uploaded before it starts."""
+
+    @_builtins.property
+    def dependencies(self) -> _containers.RepeatedCompositeFieldContainer[Global___Dependency]:
+        """Jobs that must come first."""
+
+    @_builtins.property
+    def callback(self) -> Global___Callback:
+        """Whom to tell of each state that it enters."""
+
+    @_builtins.property
+    def server_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names that its certificate may serve under, for services only."""
+
     def __init__(
         self,
         *,
@@ -152,15 +380,24 @@ class JobSpec(_message.Message):
         directory: _builtins.str = ...,
         environment: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         resources: Global___Resources | None = ...,
-        backend: _builtins.str = ...,
         mpi: _builtins.bool = ...,
         stdin: _builtins.bytes = ...,
         enroll: _builtins.bool = ...,
         grace: _duration_pb2.Duration | None = ...,
+        placement: Global___Placement | None = ...,
+        script: _builtins.str = ...,
+        inherit_environment: _builtins.bool = ...,
+        input_files: _abc.Iterable[Global___InputFile] | None = ...,
+        bundle: _builtins.str = ...,
+        dependencies: _abc.Iterable[Global___Dependency] | None = ...,
+        hold: _builtins.bool = ...,
+        callback: Global___Callback | None = ...,
+        identity_path: _builtins.str = ...,
+        server_names: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["grace", b"grace", "resources", b"resources"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["callback", b"callback", "grace", b"grace", "placement", b"placement", "resources", b"resources"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "backend", b"backend", "directory", b"directory", "display_name", b"display_name", "enroll", b"enroll", "environment", b"environment", "executable", b"executable", "grace", b"grace", "mpi", b"mpi", "resources", b"resources", "stdin", b"stdin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "bundle", b"bundle", "callback", b"callback", "dependencies", b"dependencies", "directory", b"directory", "display_name", b"display_name", "enroll", b"enroll", "environment", b"environment", "executable", b"executable", "grace", b"grace", "hold", b"hold", "identity_path", b"identity_path", "inherit_environment", b"inherit_environment", "input_files", b"input_files", "mpi", b"mpi", "placement", b"placement", "resources", b"resources", "script", b"script", "server_names", b"server_names", "stdin", b"stdin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -192,9 +429,13 @@ class Job(_message.Message):
         """Terminal: it ended otherwise, or could not be started. `error` says why."""
         STATE_CANCELED: Job._State.ValueType  # 6
         """Terminal: it was cancelled."""
+        STATE_HELD: Job._State.ValueType  # 7
+        """It waits to be started, or for files, or for other jobs: the reason says for what."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
-        """`NEW -> QUEUED -> ACTIVE -> COMPLETED | FAILED | CANCELED`; an observer never sees it go back."""
+        """`NEW -> HELD -> QUEUED -> ACTIVE -> COMPLETED | FAILED | CANCELED`, some of them left out; within one
+        step an observer never sees it go back.
+        """
 
     STATE_UNSPECIFIED: Job.State.ValueType  # 0
     """Never."""
@@ -210,6 +451,8 @@ class Job(_message.Message):
     """Terminal: it ended otherwise, or could not be started. `error` says why."""
     STATE_CANCELED: Job.State.ValueType  # 6
     """Terminal: it was cancelled."""
+    STATE_HELD: Job.State.ValueType  # 7
+    """It waits to be started, or for files, or for other jobs: the reason says for what."""
 
     @_typing.final
     class Transition(_message.Message):
@@ -220,10 +463,13 @@ class Job(_message.Message):
         STATE_FIELD_NUMBER: _builtins.int
         TIME_FIELD_NUMBER: _builtins.int
         REASON_FIELD_NUMBER: _builtins.int
+        STEP_FIELD_NUMBER: _builtins.int
         state: Global___Job.State.ValueType
         """The state it entered."""
         reason: _builtins.str
         """Why, in the backend's words."""
+        step: _builtins.int
+        """The step it belongs to."""
         @_builtins.property
         def time(self) -> _timestamp_pb2.Timestamp:
             """When."""
@@ -234,10 +480,131 @@ class Job(_message.Message):
             state: Global___Job.State.ValueType = ...,
             time: _timestamp_pb2.Timestamp | None = ...,
             reason: _builtins.str = ...,
+            step: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "state", b"state", "time", b"time"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "state", b"state", "step", b"step", "time", b"time"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Step(_message.Message):
+        """One run of the job."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NUMBER_FIELD_NUMBER: _builtins.int
+        NATIVE_ID_FIELD_NUMBER: _builtins.int
+        NODES_FIELD_NUMBER: _builtins.int
+        EXIT_CODE_FIELD_NUMBER: _builtins.int
+        START_TIME_FIELD_NUMBER: _builtins.int
+        END_TIME_FIELD_NUMBER: _builtins.int
+        number: _builtins.int
+        """Counts from 1."""
+        native_id: _builtins.str
+        """The backend's own id: a process or a Slurm job."""
+        exit_code: _builtins.int
+        """The exit code, once it ended; 128 + n if signal n ended it."""
+        @_builtins.property
+        def nodes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """The nodes that it ran on."""
+
+        @_builtins.property
+        def start_time(self) -> _timestamp_pb2.Timestamp:
+            """When it began to run."""
+
+        @_builtins.property
+        def end_time(self) -> _timestamp_pb2.Timestamp:
+            """When it ended."""
+
+        def __init__(
+            self,
+            *,
+            number: _builtins.int = ...,
+            native_id: _builtins.str = ...,
+            nodes: _abc.Iterable[_builtins.str] | None = ...,
+            exit_code: _builtins.int | None = ...,
+            start_time: _timestamp_pb2.Timestamp | None = ...,
+            end_time: _timestamp_pb2.Timestamp | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "end_time", b"end_time", "exit_code", b"exit_code", "start_time", b"start_time"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "end_time", b"end_time", "exit_code", b"exit_code", "native_id", b"native_id", "nodes", b"nodes", "number", b"number", "start_time", b"start_time"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
+        _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
+
+    @_typing.final
+    class CallbackStatus(_message.Message):
+        """How the events of a job's callback came through."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        DELIVERED_COUNT_FIELD_NUMBER: _builtins.int
+        PENDING_COUNT_FIELD_NUMBER: _builtins.int
+        ABANDONED_COUNT_FIELD_NUMBER: _builtins.int
+        LAST_ERROR_FIELD_NUMBER: _builtins.int
+        delivered_count: _builtins.int
+        """Events that were taken with a 2xx."""
+        pending_count: _builtins.int
+        """Events that wait for another attempt."""
+        abandoned_count: _builtins.int
+        """Events that were given up after a day."""
+        last_error: _builtins.str
+        """What the last attempt that failed met."""
+        def __init__(
+            self,
+            *,
+            delivered_count: _builtins.int = ...,
+            pending_count: _builtins.int = ...,
+            abandoned_count: _builtins.int = ...,
+            last_error: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["abandoned_count", b"abandoned_count", "delivered_count", b"delivered_count", "last_error", b"last_error", "pending_count", b"pending_count"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class OutputsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -253,6 +620,13 @@ class Job(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    STATE_REASON_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    CALLBACK_STATUS_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    PURGE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`jobs/{job}`."""
     owner: _builtins.str
@@ -267,6 +641,8 @@ class Job(_message.Message):
     """The SPIFFE id it may enrol as."""
     etag: _builtins.str
     """Changes with every change."""
+    state_reason: _builtins.str
+    """What it waits for, or why it is as it is, in the scheduler's words."""
     @_builtins.property
     def spec(self) -> Global___JobSpec:
         """What to run."""
@@ -287,6 +663,30 @@ class Job(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """When it last changed."""
 
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Words for people and filters."""
+
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Job.Step]:
+        """Its runs so far."""
+
+    @_builtins.property
+    def outputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What the job's newest step wants others to know, by name."""
+
+    @_builtins.property
+    def callback_status(self) -> Global___Job.CallbackStatus:
+        """How the events of its callback came through."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ended."""
+
+    @_builtins.property
+    def purge_time(self) -> _timestamp_pb2.Timestamp:
+        """When it will be forgotten, once it ended."""
+
     def __init__(
         self,
         *,
@@ -302,10 +702,17 @@ class Job(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        steps: _abc.Iterable[Global___Job.Step] | None = ...,
+        state_reason: _builtins.str = ...,
+        outputs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        callback_status: Global___Job.CallbackStatus | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        purge_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "create_time", b"create_time", "error", b"error", "exit_code", b"exit_code", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "callback_status", b"callback_status", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "exit_code", b"exit_code", "purge_time", b"purge_time", "spec", b"spec", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "create_time", b"create_time", "error", b"error", "etag", b"etag", "exit_code", b"exit_code", "identity", b"identity", "name", b"name", "native_id", b"native_id", "owner", b"owner", "spec", b"spec", "state", b"state", "transitions", b"transitions", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "callback_status", b"callback_status", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "etag", b"etag", "exit_code", b"exit_code", "identity", b"identity", "labels", b"labels", "name", b"name", "native_id", b"native_id", "outputs", b"outputs", "owner", b"owner", "purge_time", b"purge_time", "spec", b"spec", "state", b"state", "state_reason", b"state_reason", "steps", b"steps", "transitions", b"transitions", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
     _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
@@ -385,7 +792,7 @@ class ListJobsRequest(_message.Message):
     page_token: _builtins.str
     """`next_page_token` of the page before."""
     filter: _builtins.str
-    """`state=ACTIVE`, `owner="spiffe://…"`, joined by AND."""
+    """`state=ACTIVE`, `owner="spiffe://…"`, `labels.sample="lysozyme"`, joined by AND."""
     def __init__(
         self,
         *,
@@ -480,6 +887,58 @@ class WatchJobResponse(_message.Message):
 Global___WatchJobResponse: _TypeAlias = WatchJobResponse  # noqa: Y015
 
 @_typing.final
+class StartJobRequest(_message.Message):
+    """Names a job to let go."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`jobs/{job}`."""
+    request_id: _builtins.str
+    """A UUID4 that makes repeating the call harmless."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartJobRequest: _TypeAlias = StartJobRequest  # noqa: Y015
+
+@_typing.final
+class RestartJobRequest(_message.Message):
+    """Names a job to run once more."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`jobs/{job}`."""
+    request_id: _builtins.str
+    """A UUID4 that makes repeating the call harmless."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartJobRequest: _TypeAlias = RestartJobRequest  # noqa: Y015
+
+@_typing.final
 class CancelJobRequest(_message.Message):
     """Names a job to cancel."""
 
@@ -515,6 +974,7 @@ class TailLogsRequest(_message.Message):
     STREAM_FIELD_NUMBER: _builtins.int
     LAST_BYTES_FIELD_NUMBER: _builtins.int
     FOLLOW_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`jobs/{job}`."""
     stream: Global___LogStream.ValueType
@@ -523,6 +983,8 @@ class TailLogsRequest(_message.Message):
     """Begin with the last so many bytes of each stream; everything if 0."""
     follow: _builtins.bool
     """Go on until the job has ended."""
+    step: _builtins.int
+    """Of which step. Default: the newest."""
     def __init__(
         self,
         *,
@@ -530,10 +992,11 @@ class TailLogsRequest(_message.Message):
         stream: Global___LogStream.ValueType = ...,
         last_bytes: _builtins.int = ...,
         follow: _builtins.bool = ...,
+        step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "last_bytes", b"last_bytes", "name", b"name", "stream", b"stream"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follow", b"follow", "last_bytes", b"last_bytes", "name", b"name", "step", b"step", "stream", b"stream"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -568,6 +1031,448 @@ class TailLogsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TailLogsResponse: _TypeAlias = TailLogsResponse  # noqa: Y015
+
+@_typing.final
+class JobFile(_message.Message):
+    """A file in the directory of a job."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    EXECUTABLE_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Relative to the job's directory."""
+    size_bytes: _builtins.int
+    """Its size."""
+    sha256: _builtins.str
+    """Its SHA-256 in hexadecimal, where it was just read or written whole; empty in lists."""
+    executable: _builtins.bool
+    """Whether it may be executed."""
+    @_builtins.property
+    def update_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was written last."""
+
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        update_time: _timestamp_pb2.Timestamp | None = ...,
+        sha256: _builtins.str = ...,
+        executable: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["update_time", b"update_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executable", b"executable", "path", b"path", "sha256", b"sha256", "size_bytes", b"size_bytes", "update_time", b"update_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JobFile: _TypeAlias = JobFile  # noqa: Y015
+
+@_typing.final
+class UploadFileRequest(_message.Message):
+    """A piece of a file that goes to a job's directory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Start(_message.Message):
+        """What the pieces after this one make up."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        PATH_FIELD_NUMBER: _builtins.int
+        SIZE_BYTES_FIELD_NUMBER: _builtins.int
+        SHA256_FIELD_NUMBER: _builtins.int
+        EXECUTABLE_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """`jobs/{job}`."""
+        path: _builtins.str
+        """Where, relative to the job's directory. Directories are made. Nothing outside of it can be named."""
+        size_bytes: _builtins.int
+        """The size it will have."""
+        sha256: _builtins.str
+        """The SHA-256 it will have, 64 hexadecimal digits."""
+        executable: _builtins.bool
+        """Whether it may be executed."""
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            path: _builtins.str = ...,
+            size_bytes: _builtins.int = ...,
+            sha256: _builtins.str = ...,
+            executable: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["executable", b"executable", "name", b"name", "path", b"path", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    START_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The next bytes, at most 1 MiB."""
+    @_builtins.property
+    def start(self) -> Global___UploadFileRequest.Start:
+        """What it will be."""
+
+    def __init__(
+        self,
+        *,
+        start: Global___UploadFileRequest.Start | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "data", b"data", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "data", b"data", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["start", "data"]  # noqa: Y015
+    _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
+
+Global___UploadFileRequest: _TypeAlias = UploadFileRequest  # noqa: Y015
+
+@_typing.final
+class UploadFileResponse(_message.Message):
+    """The file is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def file(self) -> Global___JobFile:
+        """With its checksum."""
+
+    def __init__(
+        self,
+        *,
+        file: Global___JobFile | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadFileResponse: _TypeAlias = UploadFileResponse  # noqa: Y015
+
+@_typing.final
+class DownloadFileRequest(_message.Message):
+    """Asks for a file of a job's directory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`jobs/{job}`."""
+    path: _builtins.str
+    """Which, relative to the job's directory."""
+    offset_bytes: _builtins.int
+    """Begin here."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+        offset_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "offset_bytes", b"offset_bytes", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadFileRequest: _TypeAlias = DownloadFileRequest  # noqa: Y015
+
+@_typing.final
+class DownloadFileResponse(_message.Message):
+    """A piece of a file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILE_FIELD_NUMBER: _builtins.int
+    OFFSET_BYTES_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    offset_bytes: _builtins.int
+    """Where the piece begins in the file."""
+    data: _builtins.bytes
+    """The piece."""
+    @_builtins.property
+    def file(self) -> Global___JobFile:
+        """The file; in the first answer without its checksum, in the last one, which has no data, with that of all
+        bytes from the beginning of the file.
+        """
+
+    def __init__(
+        self,
+        *,
+        file: Global___JobFile | None = ...,
+        offset_bytes: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["file", b"file"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file", b"file", "offset_bytes", b"offset_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadFileResponse: _TypeAlias = DownloadFileResponse  # noqa: Y015
+
+@_typing.final
+class ListJobFilesRequest(_message.Message):
+    """Asks for a page of a job's files."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`jobs/{job}`."""
+    page_size: _builtins.int
+    """The most to return; default 50, at most 1000."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListJobFilesRequest: _TypeAlias = ListJobFilesRequest  # noqa: Y015
+
+@_typing.final
+class ListJobFilesResponse(_message.Message):
+    """A page of a job's files."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobFile]:
+        """In the order of their paths."""
+
+    def __init__(
+        self,
+        *,
+        files: _abc.Iterable[Global___JobFile] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListJobFilesResponse: _TypeAlias = ListJobFilesResponse  # noqa: Y015
+
+@_typing.final
+class ReportJobRequest(_message.Message):
+    """What a job tells of itself."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class OutputsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    EXIT_CODE_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`jobs/{job}`."""
+    step: _builtins.int
+    """Its step."""
+    state: Global___Job.State.ValueType
+    """ACTIVE once it runs; COMPLETED or FAILED when it ended. Unset if that has not changed."""
+    node: _builtins.str
+    """The node that it runs on."""
+    exit_code: _builtins.int
+    """The exit code, with a terminal state."""
+    @_builtins.property
+    def outputs(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """What others should know, by name; added to what was told before. At most 16, of 1024 bytes each."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        step: _builtins.int = ...,
+        state: Global___Job.State.ValueType = ...,
+        node: _builtins.str = ...,
+        exit_code: _builtins.int | None = ...,
+        outputs: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code", "exit_code", b"exit_code", "name", b"name", "node", b"node", "outputs", b"outputs", "state", b"state", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__exit_code: _TypeAlias = _typing.Literal["exit_code"]  # noqa: Y015
+    _WhichOneofArgType__exit_code: _TypeAlias = _typing.Literal["_exit_code", b"_exit_code"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__exit_code) -> _WhichOneofReturnType__exit_code | None: ...
+
+Global___ReportJobRequest: _TypeAlias = ReportJobRequest  # noqa: Y015
+
+@_typing.final
+class ReportJobResponse(_message.Message):
+    """It is known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportJobResponse: _TypeAlias = ReportJobResponse  # noqa: Y015
+
+@_typing.final
+class ListBackendsRequest(_message.Message):
+    """Asks where jobs can run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBackendsRequest: _TypeAlias = ListBackendsRequest  # noqa: Y015
+
+@_typing.final
+class ListBackendsResponse(_message.Message):
+    """Where jobs can run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BACKENDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def backends(self) -> _containers.RepeatedCompositeFieldContainer[Global___Backend]:
+        """In the order of their names."""
+
+    def __init__(
+        self,
+        *,
+        backends: _abc.Iterable[Global___Backend] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backends", b"backends"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBackendsResponse: _TypeAlias = ListBackendsResponse  # noqa: Y015
+
+@_typing.final
+class Backend(_message.Message):
+    """A place where jobs run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class JobCountsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    AVAILABLE_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    QUEUES_FIELD_NUMBER: _builtins.int
+    JOB_COUNTS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`local`, `slurm`, or the name that the facility's file gives it."""
+    kind: _builtins.str
+    """What it is: `local`, `slurm`, `psij`."""
+    available: _builtins.bool
+    """Whether it answers now."""
+    detail: _builtins.str
+    """Why not, or what version answers."""
+    @_builtins.property
+    def queues(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Its queues, if it has several."""
+
+    @_builtins.property
+    def job_counts(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Jobs of ours that it has, by state."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        available: _builtins.bool = ...,
+        detail: _builtins.str = ...,
+        queues: _abc.Iterable[_builtins.str] | None = ...,
+        job_counts: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["available", b"available", "detail", b"detail", "job_counts", b"job_counts", "kind", b"kind", "name", b"name", "queues", b"queues"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Backend: _TypeAlias = Backend  # noqa: Y015
 
 @_typing.final
 class DeleteJobRequest(_message.Message):

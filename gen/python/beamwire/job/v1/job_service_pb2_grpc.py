@@ -26,10 +26,9 @@ if _version_not_supported:
 
 
 class JobServiceStub:
-    """Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-    job is an arbitrary program under the facility's account, only services and operators create them,
-    and services of other facilities as far as the policy names the programs; a user sees and cancels the
-    jobs that were created for them.
+    """Runs programs, with or without MPI, on this host or through a batch system, and tells how they fare.
+    The words are those of PSI/J. Because a job is an arbitrary program under the facility's account,
+    users and services of other facilities have only those programs run that the policy names.
     """
 
     def __init__(self, channel):
@@ -41,6 +40,16 @@ class JobServiceStub:
         self.CreateJob = channel.unary_unary(
                 '/beamwire.job.v1.JobService/CreateJob',
                 request_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.CreateJobRequest.SerializeToString,
+                response_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.Job.FromString,
+                _registered_method=True)
+        self.StartJob = channel.unary_unary(
+                '/beamwire.job.v1.JobService/StartJob',
+                request_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.StartJobRequest.SerializeToString,
+                response_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.Job.FromString,
+                _registered_method=True)
+        self.RestartJob = channel.unary_unary(
+                '/beamwire.job.v1.JobService/RestartJob',
+                request_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.RestartJobRequest.SerializeToString,
                 response_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.Job.FromString,
                 _registered_method=True)
         self.GetJob = channel.unary_unary(
@@ -68,6 +77,31 @@ class JobServiceStub:
                 request_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.TailLogsRequest.SerializeToString,
                 response_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.TailLogsResponse.FromString,
                 _registered_method=True)
+        self.UploadFile = channel.stream_unary(
+                '/beamwire.job.v1.JobService/UploadFile',
+                request_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.UploadFileRequest.SerializeToString,
+                response_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.UploadFileResponse.FromString,
+                _registered_method=True)
+        self.DownloadFile = channel.unary_stream(
+                '/beamwire.job.v1.JobService/DownloadFile',
+                request_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.DownloadFileRequest.SerializeToString,
+                response_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.DownloadFileResponse.FromString,
+                _registered_method=True)
+        self.ListJobFiles = channel.unary_unary(
+                '/beamwire.job.v1.JobService/ListJobFiles',
+                request_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ListJobFilesRequest.SerializeToString,
+                response_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ListJobFilesResponse.FromString,
+                _registered_method=True)
+        self.ReportJob = channel.unary_unary(
+                '/beamwire.job.v1.JobService/ReportJob',
+                request_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ReportJobRequest.SerializeToString,
+                response_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ReportJobResponse.FromString,
+                _registered_method=True)
+        self.ListBackends = channel.unary_unary(
+                '/beamwire.job.v1.JobService/ListBackends',
+                request_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ListBackendsRequest.SerializeToString,
+                response_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ListBackendsResponse.FromString,
+                _registered_method=True)
         self.DeleteJob = channel.unary_unary(
                 '/beamwire.job.v1.JobService/DeleteJob',
                 request_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.DeleteJobRequest.SerializeToString,
@@ -76,15 +110,31 @@ class JobServiceStub:
 
 
 class JobServiceServicer:
-    """Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-    job is an arbitrary program under the facility's account, only services and operators create them,
-    and services of other facilities as far as the policy names the programs; a user sees and cancels the
-    jobs that were created for them.
+    """Runs programs, with or without MPI, on this host or through a batch system, and tells how they fare.
+    The words are those of PSI/J. Because a job is an arbitrary program under the facility's account,
+    users and services of other facilities have only those programs run that the policy names.
     """
 
     def CreateJob(self, request, context):
-        """Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
-        and partners, for whom the policy names the executables they may run.
+        """Stores a job and starts it, unless it is to be held or waits for files or other jobs. The answer
+        comes at once, in state NEW or later. Services and operators; users and partners, for whom the
+        policy names the executables they may run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartJob(self, request, context):
+        """Lets a job go that was held. One that still waits for files or other jobs starts when those are
+        there; one that is not held stays as it is. Owner, services, operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestartJob(self, request, context):
+        """Runs a job that has ended once more, as its next step, in the directory that the steps before have
+        left. ILLEGAL_STATE if it has not ended. Owner, services, operators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,8 +178,46 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UploadFile(self, request_iterator, context):
+        """Puts a file into the directory of a job: the first request says which, the others bring its bytes.
+        The file is there whole, with the checksum that was said, or not at all. Owner, services, operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadFile(self, request, context):
+        """Sends a file of a job's directory, from an offset on; the last answer has its checksum.
+        Owner, services, operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListJobFiles(self, request, context):
+        """Lists the files of a job's directory, in the order of their paths. Owner, services, operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReportJob(self, request, context):
+        """Tells of a job's own step: that it runs and where, what it wants others to know, how it ended. The
+        job itself, under the identity that it was given.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListBackends(self, request, context):
+        """Lists where jobs can run here. Everybody who may have jobs run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteJob(self, request, context):
-        """Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators.
+        """Cancels the job if it runs, and forgets it with its directory. Owner, services, operators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -141,6 +229,16 @@ def add_JobServiceServicer_to_server(servicer, server):
             'CreateJob': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateJob,
                     request_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.CreateJobRequest.FromString,
+                    response_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.Job.SerializeToString,
+            ),
+            'StartJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartJob,
+                    request_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.StartJobRequest.FromString,
+                    response_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.Job.SerializeToString,
+            ),
+            'RestartJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestartJob,
+                    request_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.RestartJobRequest.FromString,
                     response_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.Job.SerializeToString,
             ),
             'GetJob': grpc.unary_unary_rpc_method_handler(
@@ -168,6 +266,31 @@ def add_JobServiceServicer_to_server(servicer, server):
                     request_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.TailLogsRequest.FromString,
                     response_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.TailLogsResponse.SerializeToString,
             ),
+            'UploadFile': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadFile,
+                    request_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.UploadFileRequest.FromString,
+                    response_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.UploadFileResponse.SerializeToString,
+            ),
+            'DownloadFile': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadFile,
+                    request_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.DownloadFileRequest.FromString,
+                    response_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.DownloadFileResponse.SerializeToString,
+            ),
+            'ListJobFiles': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobFiles,
+                    request_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ListJobFilesRequest.FromString,
+                    response_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ListJobFilesResponse.SerializeToString,
+            ),
+            'ReportJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReportJob,
+                    request_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ReportJobRequest.FromString,
+                    response_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ReportJobResponse.SerializeToString,
+            ),
+            'ListBackends': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBackends,
+                    request_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ListBackendsRequest.FromString,
+                    response_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ListBackendsResponse.SerializeToString,
+            ),
             'DeleteJob': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteJob,
                     request_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.DeleteJobRequest.FromString,
@@ -182,10 +305,9 @@ def add_JobServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class JobService:
-    """Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-    job is an arbitrary program under the facility's account, only services and operators create them,
-    and services of other facilities as far as the policy names the programs; a user sees and cancels the
-    jobs that were created for them.
+    """Runs programs, with or without MPI, on this host or through a batch system, and tells how they fare.
+    The words are those of PSI/J. Because a job is an arbitrary program under the facility's account,
+    users and services of other facilities have only those programs run that the policy names.
     """
 
     @staticmethod
@@ -204,6 +326,60 @@ class JobService:
             target,
             '/beamwire.job.v1.JobService/CreateJob',
             beamwire_dot_job_dot_v1_dot_job__service__pb2.CreateJobRequest.SerializeToString,
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.job.v1.JobService/StartJob',
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.StartJobRequest.SerializeToString,
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestartJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.job.v1.JobService/RestartJob',
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.RestartJobRequest.SerializeToString,
             beamwire_dot_job_dot_v1_dot_job__service__pb2.Job.FromString,
             options,
             channel_credentials,
@@ -340,6 +516,141 @@ class JobService:
             '/beamwire.job.v1.JobService/TailLogs',
             beamwire_dot_job_dot_v1_dot_job__service__pb2.TailLogsRequest.SerializeToString,
             beamwire_dot_job_dot_v1_dot_job__service__pb2.TailLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadFile(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/beamwire.job.v1.JobService/UploadFile',
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.UploadFileRequest.SerializeToString,
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.UploadFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/beamwire.job.v1.JobService/DownloadFile',
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.DownloadFileRequest.SerializeToString,
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.DownloadFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.job.v1.JobService/ListJobFiles',
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.ListJobFilesRequest.SerializeToString,
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.ListJobFilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReportJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.job.v1.JobService/ReportJob',
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.ReportJobRequest.SerializeToString,
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.ReportJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListBackends(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.job.v1.JobService/ListBackends',
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.ListBackendsRequest.SerializeToString,
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.ListBackendsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,10 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class JobServiceStub:
-    """Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-    job is an arbitrary program under the facility's account, only services and operators create them,
-    and services of other facilities as far as the policy names the programs; a user sees and cancels the
-    jobs that were created for them.
+    """Runs programs, with or without MPI, on this host or through a batch system, and tells how they fare.
+    The words are those of PSI/J. Because a job is an arbitrary program under the facility's account,
+    users and services of other facilities have only those programs run that the policy names.
     """
 
     @_typing.overload
@@ -38,8 +37,17 @@ class JobServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> JobServiceAsyncStub: ...
     CreateJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.CreateJobRequest, _job_service_pb2.Job]
-    """Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
-    and partners, for whom the policy names the executables they may run.
+    """Stores a job and starts it, unless it is to be held or waits for files or other jobs. The answer
+    comes at once, in state NEW or later. Services and operators; users and partners, for whom the
+    policy names the executables they may run.
+    """
+    StartJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.StartJobRequest, _job_service_pb2.Job]
+    """Lets a job go that was held. One that still waits for files or other jobs starts when those are
+    there; one that is not held stays as it is. Owner, services, operators.
+    """
+    RestartJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.RestartJobRequest, _job_service_pb2.Job]
+    """Runs a job that has ended once more, as its next step, in the directory that the steps before have
+    left. ILLEGAL_STATE if it has not ended. Owner, services, operators.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.Job]
     """Reads one job. Owner, services, operators."""
@@ -57,21 +65,45 @@ class JobServiceStub:
     """Sends what the job printed, from an offset or the last bytes on, and goes on until the job has
     ended if asked to follow. Owner, services, operators.
     """
+    UploadFile: _grpc.StreamUnaryMultiCallable[_job_service_pb2.UploadFileRequest, _job_service_pb2.UploadFileResponse]
+    """Puts a file into the directory of a job: the first request says which, the others bring its bytes.
+    The file is there whole, with the checksum that was said, or not at all. Owner, services, operators.
+    """
+    DownloadFile: _grpc.UnaryStreamMultiCallable[_job_service_pb2.DownloadFileRequest, _job_service_pb2.DownloadFileResponse]
+    """Sends a file of a job's directory, from an offset on; the last answer has its checksum.
+    Owner, services, operators.
+    """
+    ListJobFiles: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ListJobFilesRequest, _job_service_pb2.ListJobFilesResponse]
+    """Lists the files of a job's directory, in the order of their paths. Owner, services, operators."""
+    ReportJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ReportJobRequest, _job_service_pb2.ReportJobResponse]
+    """Tells of a job's own step: that it runs and where, what it wants others to know, how it ended. The
+    job itself, under the identity that it was given.
+    """
+    ListBackends: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ListBackendsRequest, _job_service_pb2.ListBackendsResponse]
+    """Lists where jobs can run here. Everybody who may have jobs run."""
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]
-    """Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators."""
+    """Cancels the job if it runs, and forgets it with its directory. Owner, services, operators."""
 
 @_typing.type_check_only
 class JobServiceAsyncStub(JobServiceStub):
-    """Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-    job is an arbitrary program under the facility's account, only services and operators create them,
-    and services of other facilities as far as the policy names the programs; a user sees and cancels the
-    jobs that were created for them.
+    """Runs programs, with or without MPI, on this host or through a batch system, and tells how they fare.
+    The words are those of PSI/J. Because a job is an arbitrary program under the facility's account,
+    users and services of other facilities have only those programs run that the policy names.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.CreateJobRequest, _job_service_pb2.Job]  # type: ignore[assignment]
-    """Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
-    and partners, for whom the policy names the executables they may run.
+    """Stores a job and starts it, unless it is to be held or waits for files or other jobs. The answer
+    comes at once, in state NEW or later. Services and operators; users and partners, for whom the
+    policy names the executables they may run.
+    """
+    StartJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.StartJobRequest, _job_service_pb2.Job]  # type: ignore[assignment]
+    """Lets a job go that was held. One that still waits for files or other jobs starts when those are
+    there; one that is not held stays as it is. Owner, services, operators.
+    """
+    RestartJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.RestartJobRequest, _job_service_pb2.Job]  # type: ignore[assignment]
+    """Runs a job that has ended once more, as its next step, in the directory that the steps before have
+    left. ILLEGAL_STATE if it has not ended. Owner, services, operators.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.GetJobRequest, _job_service_pb2.Job]  # type: ignore[assignment]
     """Reads one job. Owner, services, operators."""
@@ -89,14 +121,29 @@ class JobServiceAsyncStub(JobServiceStub):
     """Sends what the job printed, from an offset or the last bytes on, and goes on until the job has
     ended if asked to follow. Owner, services, operators.
     """
+    UploadFile: _aio.StreamUnaryMultiCallable[_job_service_pb2.UploadFileRequest, _job_service_pb2.UploadFileResponse]  # type: ignore[assignment]
+    """Puts a file into the directory of a job: the first request says which, the others bring its bytes.
+    The file is there whole, with the checksum that was said, or not at all. Owner, services, operators.
+    """
+    DownloadFile: _aio.UnaryStreamMultiCallable[_job_service_pb2.DownloadFileRequest, _job_service_pb2.DownloadFileResponse]  # type: ignore[assignment]
+    """Sends a file of a job's directory, from an offset on; the last answer has its checksum.
+    Owner, services, operators.
+    """
+    ListJobFiles: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListJobFilesRequest, _job_service_pb2.ListJobFilesResponse]  # type: ignore[assignment]
+    """Lists the files of a job's directory, in the order of their paths. Owner, services, operators."""
+    ReportJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ReportJobRequest, _job_service_pb2.ReportJobResponse]  # type: ignore[assignment]
+    """Tells of a job's own step: that it runs and where, what it wants others to know, how it ended. The
+    job itself, under the identity that it was given.
+    """
+    ListBackends: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListBackendsRequest, _job_service_pb2.ListBackendsResponse]  # type: ignore[assignment]
+    """Lists where jobs can run here. Everybody who may have jobs run."""
     DeleteJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]  # type: ignore[assignment]
-    """Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators."""
+    """Cancels the job if it runs, and forgets it with its directory. Owner, services, operators."""
 
 class JobServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
-    job is an arbitrary program under the facility's account, only services and operators create them,
-    and services of other facilities as far as the policy names the programs; a user sees and cancels the
-    jobs that were created for them.
+    """Runs programs, with or without MPI, on this host or through a batch system, and tells how they fare.
+    The words are those of PSI/J. Because a job is an arbitrary program under the facility's account,
+    users and services of other facilities have only those programs run that the policy names.
     """
 
     @_abc_1.abstractmethod
@@ -105,8 +152,29 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _job_service_pb2.CreateJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.Job, _abc.Awaitable[_job_service_pb2.Job]]:
-        """Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
-        and partners, for whom the policy names the executables they may run.
+        """Stores a job and starts it, unless it is to be held or waits for files or other jobs. The answer
+        comes at once, in state NEW or later. Services and operators; users and partners, for whom the
+        policy names the executables they may run.
+        """
+
+    @_abc_1.abstractmethod
+    def StartJob(
+        self,
+        request: _job_service_pb2.StartJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.Job, _abc.Awaitable[_job_service_pb2.Job]]:
+        """Lets a job go that was held. One that still waits for files or other jobs starts when those are
+        there; one that is not held stays as it is. Owner, services, operators.
+        """
+
+    @_abc_1.abstractmethod
+    def RestartJob(
+        self,
+        request: _job_service_pb2.RestartJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.Job, _abc.Awaitable[_job_service_pb2.Job]]:
+        """Runs a job that has ended once more, as its next step, in the directory that the steps before have
+        left. ILLEGAL_STATE if it has not ended. Owner, services, operators.
         """
 
     @_abc_1.abstractmethod
@@ -156,11 +224,57 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def UploadFile(
+        self,
+        request_iterator: _MaybeAsyncIterator[_job_service_pb2.UploadFileRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.UploadFileResponse, _abc.Awaitable[_job_service_pb2.UploadFileResponse]]:
+        """Puts a file into the directory of a job: the first request says which, the others bring its bytes.
+        The file is there whole, with the checksum that was said, or not at all. Owner, services, operators.
+        """
+
+    @_abc_1.abstractmethod
+    def DownloadFile(
+        self,
+        request: _job_service_pb2.DownloadFileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_job_service_pb2.DownloadFileResponse], _abc.AsyncIterator[_job_service_pb2.DownloadFileResponse]]:
+        """Sends a file of a job's directory, from an offset on; the last answer has its checksum.
+        Owner, services, operators.
+        """
+
+    @_abc_1.abstractmethod
+    def ListJobFiles(
+        self,
+        request: _job_service_pb2.ListJobFilesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.ListJobFilesResponse, _abc.Awaitable[_job_service_pb2.ListJobFilesResponse]]:
+        """Lists the files of a job's directory, in the order of their paths. Owner, services, operators."""
+
+    @_abc_1.abstractmethod
+    def ReportJob(
+        self,
+        request: _job_service_pb2.ReportJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.ReportJobResponse, _abc.Awaitable[_job_service_pb2.ReportJobResponse]]:
+        """Tells of a job's own step: that it runs and where, what it wants others to know, how it ended. The
+        job itself, under the identity that it was given.
+        """
+
+    @_abc_1.abstractmethod
+    def ListBackends(
+        self,
+        request: _job_service_pb2.ListBackendsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.ListBackendsResponse, _abc.Awaitable[_job_service_pb2.ListBackendsResponse]]:
+        """Lists where jobs can run here. Everybody who may have jobs run."""
+
+    @_abc_1.abstractmethod
     def DeleteJob(
         self,
         request: _job_service_pb2.DeleteJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.DeleteJobResponse, _abc.Awaitable[_job_service_pb2.DeleteJobResponse]]:
-        """Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators."""
+        """Cancels the job if it runs, and forgets it with its directory. Owner, services, operators."""
 
 def add_JobServiceServicer_to_server(servicer: JobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

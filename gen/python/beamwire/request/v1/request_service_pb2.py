@@ -25,6 +25,7 @@ _sym_db = _symbol_database.Default()
 from beamwire.buffer.v1 import buffer_service_pb2 as beamwire_dot_buffer_dot_v1_dot_buffer__service__pb2
 from beamwire.common.v1 import access_pb2 as beamwire_dot_common_dot_v1_dot_access__pb2
 from beamwire.common.v1 import account_pb2 as beamwire_dot_common_dot_v1_dot_account__pb2
+from beamwire.common.v1 import health_pb2 as beamwire_dot_common_dot_v1_dot_health__pb2
 from beamwire.job.v1 import job_service_pb2 as beamwire_dot_job_dot_v1_dot_job__service__pb2
 from google.api import client_pb2 as google_dot_api_dot_client__pb2
 from google.api import field_behavior_pb2 as google_dot_api_dot_field__behavior__pb2
@@ -35,7 +36,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)beamwire/request/v1/request_service.proto\x12\x13\x62\x65\x61mwire.request.v1\x1a\'beamwire/buffer/v1/buffer_service.proto\x1a\x1f\x62\x65\x61mwire/common/v1/access.proto\x1a beamwire/common/v1/account.proto\x1a!beamwire/job/v1/job_service.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"R\n\tComponent\x12\x12\n\x04type\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x31\n\nparameters\x18\x02 \x01(\x0b\x32\x17.google.protobuf.StructB\x04\xe2\x41\x01\x01\"\xd6\x03\n\x0cStreamConfig\x12\x1f\n\x11source_identifier\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12:\n\x0c\x65vent_source\x18\x02 \x01(\x0b\x32\x1e.beamwire.request.v1.ComponentB\x04\xe2\x41\x01\x02\x12N\n\x0c\x64\x61ta_sources\x18\x03 \x03(\x0b\x32\x32.beamwire.request.v1.StreamConfig.DataSourcesEntryB\x04\xe2\x41\x01\x02\x12\x41\n\x13processing_pipeline\x18\x04 \x03(\x0b\x32\x1e.beamwire.request.v1.ComponentB\x04\xe2\x41\x01\x01\x12=\n\x0f\x64\x61ta_serializer\x18\x05 \x01(\x0b\x32\x1e.beamwire.request.v1.ComponentB\x04\xe2\x41\x01\x01\x12$\n\x16skip_incomplete_events\x18\x06 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x1d\n\x0fmax_event_count\x18\x07 \x01(\x03\x42\x04\xe2\x41\x01\x01\x1aR\n\x10\x44\x61taSourcesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.beamwire.request.v1.Component:\x02\x38\x01\"\x9e\x02\n\x10TransferCounters\x12\x1c\n\x14\x65xpected_event_count\x18\x01 \x01(\x03\x12\x1c\n\x14received_event_count\x18\x02 \x01(\x03\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x03\x12\x18\n\x10sent_event_count\x18\x04 \x01(\x03\x12\x12\n\nsent_bytes\x18\x05 \x01(\x03\x12\x12\n\nheld_bytes\x18\x06 \x01(\x03\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x07 \x01(\x03\x12 \n\x18\x63onnected_producer_count\x18\x08 \x01(\x05\x12 \n\x18\x63onnected_consumer_count\x18\t \x01(\x05\x12\x18\n\x10lost_event_count\x18\n \x01(\x03\"\xeb\x03\n\x07Receipt\x12\x1c\n\x14selected_event_count\x18\x01 \x01(\x03\x12\x1d\n\x15\x64\x65livered_event_count\x18\x02 \x01(\x03\x12(\n\x06losses\x18\x03 \x03(\x0b\x32\x18.beamwire.common.v1.Loss\x12\x13\n\x0b\x66rame_count\x18\x04 \x01(\x03\x12\x12\n\nsent_bytes\x18\x05 \x01(\x03\x12\x10\n\x08\x62\x61lanced\x18\x06 \x01(\x08\x12/\n\tend_cause\x18\x07 \x01(\x0e\x32\x1c.beamwire.common.v1.EndCause\x12\x35\n\x12streaming_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\tproducers\x18\t \x03(\x0b\x32$.beamwire.buffer.v1.ProducerCounters\x12\x37\n\tconsumers\x18\n \x03(\x0b\x32$.beamwire.buffer.v1.ConsumerCounters\x12\x31\n\x06groups\x18\x0b \x03(\x0b\x32!.beamwire.buffer.v1.GroupCounters\x12\x31\n\x06stages\x18\x0c \x03(\x0b\x32!.beamwire.request.v1.StageAccount\"~\n\x0cStageAccount\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x1b\n\x13\x65ntered_event_count\x18\x02 \x01(\x03\x12\x18\n\x10left_event_count\x18\x03 \x01(\x03\x12(\n\x06losses\x18\x04 \x03(\x0b\x32\x18.beamwire.common.v1.Loss\"\x94\n\n\x08Transfer\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x37\n\x06\x63onfig\x18\x02 \x01(\x0b\x32!.beamwire.request.v1.StreamConfigB\x04\xe2\x41\x01\x02\x12\x39\n\x0b\x62uffer_spec\x18\x03 \x01(\x0b\x32\x1e.beamwire.buffer.v1.BufferSpecB\x04\xe2\x41\x01\x01\x12\x1b\n\rprocess_count\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12.\n\x05lease\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x01\x12?\n\x06labels\x18\x06 \x03(\x0b\x32).beamwire.request.v1.Transfer.LabelsEntryB\x04\xe2\x41\x01\x01\x12\x13\n\x05owner\x18\x07 \x01(\tB\x04\xe2\x41\x01\x03\x12\x38\n\x05state\x18\x08 \x01(\x0e\x32#.beamwire.request.v1.Transfer.StateB\x04\xe2\x41\x01\x03\x12,\n\x06\x62uffer\x18\t \x01(\tB\x1c\xe2\x41\x01\x03\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12&\n\x03job\x18\n \x01(\tB\x19\xe2\x41\x01\x03\xfa\x41\x12\n\x10\x62\x65\x61mwire.org/Job\x12\x1c\n\x0e\x63onnect_string\x18\x0b \x01(\tB\x04\xe2\x41\x01\x03\x12=\n\x08\x63ounters\x18\x0c \x01(\x0b\x32%.beamwire.request.v1.TransferCountersB\x04\xe2\x41\x01\x03\x12\'\n\x05\x65rror\x18\r \x01(\x0b\x32\x12.google.rpc.StatusB\x04\xe2\x41\x01\x03\x12\x33\n\x07receipt\x18\x0e \x01(\x0b\x32\x1c.beamwire.request.v1.ReceiptB\x04\xe2\x41\x01\x03\x12\x16\n\x08trace_id\x18\x0f \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08\x65nd_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x65xpire_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x12\n\x04\x65tag\x18\x14 \x01(\tB\x04\xe2\x41\x01\x03\x12=\n\rconsumer_jobs\x18\x15 \x03(\x0b\x32 .beamwire.request.v1.ConsumerJobB\x04\xe2\x41\x01\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd7\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_PENDING\x10\x01\x12\x16\n\x12STATE_PROVISIONING\x10\x02\x12\x13\n\x0fSTATE_STREAMING\x10\x03\x12\x12\n\x0eSTATE_DRAINING\x10\x04\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x05\x12\x14\n\x10STATE_CANCELLING\x10\x06\x12\x13\n\x0fSTATE_CANCELLED\x10\x07\x12\x10\n\x0cSTATE_FAILED\x10\x08\x12\x11\n\rSTATE_EXPIRED\x10\t:E\xea\x41\x42\n\x15\x62\x65\x61mwire.org/Transfer\x12\x14transfers/{transfer}*\ttransfers2\x08transfer\"\x97\x01\n\x0b\x43onsumerJob\x12\x1a\n\x0ctrust_domain\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x18.beamwire.job.v1.JobSpecB\x04\xe2\x41\x01\x02\x12&\n\x03job\x18\x03 \x01(\tB\x19\xe2\x41\x01\x03\xfa\x41\x12\n\x10\x62\x65\x61mwire.org/Job\x12\x16\n\x08identity\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\"\xa0\x01\n\x15\x43reateTransferRequest\x12\x35\n\x08transfer\x18\x01 \x01(\x0b\x32\x1d.beamwire.request.v1.TransferB\x04\xe2\x41\x01\x02\x12\x19\n\x0btransfer_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x18\n\nrequest_id\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\x1b\n\rvalidate_only\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x01\"B\n\x12GetTransferRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xfa\x41\x17\n\x15\x62\x65\x61mwire.org/Transfer\"_\n\x14ListTransfersRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x14\n\x06\x66ilter\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"b\n\x15ListTransfersResponse\x12\x30\n\ttransfers\x18\x01 \x03(\x0b\x32\x1d.beamwire.request.v1.Transfer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"X\n\x14WatchTransferRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xfa\x41\x17\n\x15\x62\x65\x61mwire.org/Transfer\x12\x12\n\x04\x65tag\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"H\n\x15WatchTransferResponse\x12/\n\x08transfer\x18\x01 \x01(\x0b\x32\x1d.beamwire.request.v1.Transfer\"_\n\x15\x43\x61ncelTransferRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xfa\x41\x17\n\x15\x62\x65\x61mwire.org/Transfer\x12\x18\n\nrequest_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x32\xdf\x04\n\x0eRequestService\x12~\n\x0e\x43reateTransfer\x12*.beamwire.request.v1.CreateTransferRequest\x1a\x1d.beamwire.request.v1.Transfer\"!\xda\x41\x14transfer,transfer_id\xaa\xcf\x18\x06\n\x02\x01\x05\x10\x01\x12i\n\x0bGetTransfer\x12\'.beamwire.request.v1.GetTransferRequest\x1a\x1d.beamwire.request.v1.Transfer\"\x12\xda\x41\x04name\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12s\n\rListTransfers\x12).beamwire.request.v1.ListTransfersRequest\x1a*.beamwire.request.v1.ListTransfersResponse\"\x0b\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12|\n\rWatchTransfer\x12).beamwire.request.v1.WatchTransferRequest\x1a*.beamwire.request.v1.WatchTransferResponse\"\x12\xda\x41\x04name\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x30\x01\x12o\n\x0e\x43\x61ncelTransfer\x12*.beamwire.request.v1.CancelTransferRequest\x1a\x1d.beamwire.request.v1.Transfer\"\x12\xda\x41\x04name\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x42^\n\x17org.beamwire.request.v1P\x01ZAgithub.com/beamwire/beamwire/gen/go/beamwire/request/v1;requestv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n)beamwire/request/v1/request_service.proto\x12\x13\x62\x65\x61mwire.request.v1\x1a\'beamwire/buffer/v1/buffer_service.proto\x1a\x1f\x62\x65\x61mwire/common/v1/access.proto\x1a beamwire/common/v1/account.proto\x1a\x1f\x62\x65\x61mwire/common/v1/health.proto\x1a!beamwire/job/v1/job_service.proto\x1a\x17google/api/client.proto\x1a\x1fgoogle/api/field_behavior.proto\x1a\x19google/api/resource.proto\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"R\n\tComponent\x12\x12\n\x04type\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x31\n\nparameters\x18\x02 \x01(\x0b\x32\x17.google.protobuf.StructB\x04\xe2\x41\x01\x01\"\xd6\x03\n\x0cStreamConfig\x12\x1f\n\x11source_identifier\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12:\n\x0c\x65vent_source\x18\x02 \x01(\x0b\x32\x1e.beamwire.request.v1.ComponentB\x04\xe2\x41\x01\x02\x12N\n\x0c\x64\x61ta_sources\x18\x03 \x03(\x0b\x32\x32.beamwire.request.v1.StreamConfig.DataSourcesEntryB\x04\xe2\x41\x01\x02\x12\x41\n\x13processing_pipeline\x18\x04 \x03(\x0b\x32\x1e.beamwire.request.v1.ComponentB\x04\xe2\x41\x01\x01\x12=\n\x0f\x64\x61ta_serializer\x18\x05 \x01(\x0b\x32\x1e.beamwire.request.v1.ComponentB\x04\xe2\x41\x01\x01\x12$\n\x16skip_incomplete_events\x18\x06 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x1d\n\x0fmax_event_count\x18\x07 \x01(\x03\x42\x04\xe2\x41\x01\x01\x1aR\n\x10\x44\x61taSourcesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12-\n\x05value\x18\x02 \x01(\x0b\x32\x1e.beamwire.request.v1.Component:\x02\x38\x01\"\x9e\x02\n\x10TransferCounters\x12\x1c\n\x14\x65xpected_event_count\x18\x01 \x01(\x03\x12\x1c\n\x14received_event_count\x18\x02 \x01(\x03\x12\x16\n\x0ereceived_bytes\x18\x03 \x01(\x03\x12\x18\n\x10sent_event_count\x18\x04 \x01(\x03\x12\x12\n\nsent_bytes\x18\x05 \x01(\x03\x12\x12\n\nheld_bytes\x18\x06 \x01(\x03\x12\x16\n\x0e\x63\x61pacity_bytes\x18\x07 \x01(\x03\x12 \n\x18\x63onnected_producer_count\x18\x08 \x01(\x05\x12 \n\x18\x63onnected_consumer_count\x18\t \x01(\x05\x12\x18\n\x10lost_event_count\x18\n \x01(\x03\"\xeb\x03\n\x07Receipt\x12\x1c\n\x14selected_event_count\x18\x01 \x01(\x03\x12\x1d\n\x15\x64\x65livered_event_count\x18\x02 \x01(\x03\x12(\n\x06losses\x18\x03 \x03(\x0b\x32\x18.beamwire.common.v1.Loss\x12\x13\n\x0b\x66rame_count\x18\x04 \x01(\x03\x12\x12\n\nsent_bytes\x18\x05 \x01(\x03\x12\x10\n\x08\x62\x61lanced\x18\x06 \x01(\x08\x12/\n\tend_cause\x18\x07 \x01(\x0e\x32\x1c.beamwire.common.v1.EndCause\x12\x35\n\x12streaming_duration\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x37\n\tproducers\x18\t \x03(\x0b\x32$.beamwire.buffer.v1.ProducerCounters\x12\x37\n\tconsumers\x18\n \x03(\x0b\x32$.beamwire.buffer.v1.ConsumerCounters\x12\x31\n\x06groups\x18\x0b \x03(\x0b\x32!.beamwire.buffer.v1.GroupCounters\x12\x31\n\x06stages\x18\x0c \x03(\x0b\x32!.beamwire.request.v1.StageAccount\"~\n\x0cStageAccount\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x1b\n\x13\x65ntered_event_count\x18\x02 \x01(\x03\x12\x18\n\x10left_event_count\x18\x03 \x01(\x03\x12(\n\x06losses\x18\x04 \x03(\x0b\x32\x18.beamwire.common.v1.Loss\"\xb0\x0f\n\x08Transfer\x12\x12\n\x04name\x18\x01 \x01(\tB\x04\xe2\x41\x01\x08\x12\x37\n\x06\x63onfig\x18\x02 \x01(\x0b\x32!.beamwire.request.v1.StreamConfigB\x04\xe2\x41\x01\x02\x12\x39\n\x0b\x62uffer_spec\x18\x03 \x01(\x0b\x32\x1e.beamwire.buffer.v1.BufferSpecB\x04\xe2\x41\x01\x01\x12\x1b\n\rprocess_count\x18\x04 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12.\n\x05lease\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x01\x12?\n\x06labels\x18\x06 \x03(\x0b\x32).beamwire.request.v1.Transfer.LabelsEntryB\x04\xe2\x41\x01\x01\x12\x13\n\x05owner\x18\x07 \x01(\tB\x04\xe2\x41\x01\x03\x12\x38\n\x05state\x18\x08 \x01(\x0e\x32#.beamwire.request.v1.Transfer.StateB\x04\xe2\x41\x01\x03\x12,\n\x06\x62uffer\x18\t \x01(\tB\x1c\xe2\x41\x01\x03\xfa\x41\x15\n\x13\x62\x65\x61mwire.org/Buffer\x12&\n\x03job\x18\n \x01(\tB\x19\xe2\x41\x01\x03\xfa\x41\x12\n\x10\x62\x65\x61mwire.org/Job\x12\x1c\n\x0e\x63onnect_string\x18\x0b \x01(\tB\x04\xe2\x41\x01\x03\x12=\n\x08\x63ounters\x18\x0c \x01(\x0b\x32%.beamwire.request.v1.TransferCountersB\x04\xe2\x41\x01\x03\x12\'\n\x05\x65rror\x18\r \x01(\x0b\x32\x12.google.rpc.StatusB\x04\xe2\x41\x01\x03\x12\x33\n\x07receipt\x18\x0e \x01(\x0b\x32\x1c.beamwire.request.v1.ReceiptB\x04\xe2\x41\x01\x03\x12\x16\n\x08trace_id\x18\x0f \x01(\tB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x63reate_time\x18\x10 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0bupdate_time\x18\x11 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x32\n\x08\x65nd_time\x18\x12 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x35\n\x0b\x65xpire_time\x18\x13 \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x12\n\x04\x65tag\x18\x14 \x01(\tB\x04\xe2\x41\x01\x03\x12=\n\rconsumer_jobs\x18\x15 \x03(\x0b\x32 .beamwire.request.v1.ConsumerJobB\x04\xe2\x41\x01\x01\x12<\n\x12streamer_placement\x18\x16 \x01(\x0b\x32\x1a.beamwire.job.v1.PlacementB\x04\xe2\x41\x01\x01\x12<\n\x12streamer_resources\x18\x17 \x01(\x0b\x32\x1a.beamwire.job.v1.ResourcesB\x04\xe2\x41\x01\x01\x12=\n\x08\x63ontract\x18\x18 \x01(\x0b\x32%.beamwire.request.v1.ConsumerContractB\x04\xe2\x41\x01\x01\x12\x13\n\x05reuse\x18\x19 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12-\n\x04keep\x18\x1a \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x01\x12\x33\n\x0bserved_from\x18\x1b \x01(\tB\x1e\xe2\x41\x01\x03\xfa\x41\x17\n\x15\x62\x65\x61mwire.org/Transfer\x12\x1c\n\x0e\x63ontent_sha256\x18\x1c \x01(\tB\x04\xe2\x41\x01\x03\x12\x43\n\x0btransitions\x18\x1d \x03(\x0b\x32(.beamwire.request.v1.Transfer.TransitionB\x04\xe2\x41\x01\x03\x12<\n\rhealth_issues\x18\x1e \x03(\x0b\x32\x1f.beamwire.common.v1.HealthIssueB\x04\xe2\x41\x01\x03\x12\x34\n\npurge_time\x18\x1f \x01(\x0b\x32\x1a.google.protobuf.TimestampB\x04\xe2\x41\x01\x03\x12\x13\n\x05group\x18  \x01(\tB\x04\xe2\x41\x01\x03\x1az\n\nTransition\x12\x32\n\x05state\x18\x01 \x01(\x0e\x32#.beamwire.request.v1.Transfer.State\x12(\n\x04time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06reason\x18\x03 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xd7\x01\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_PENDING\x10\x01\x12\x16\n\x12STATE_PROVISIONING\x10\x02\x12\x13\n\x0fSTATE_STREAMING\x10\x03\x12\x12\n\x0eSTATE_DRAINING\x10\x04\x12\x13\n\x0fSTATE_SUCCEEDED\x10\x05\x12\x14\n\x10STATE_CANCELLING\x10\x06\x12\x13\n\x0fSTATE_CANCELLED\x10\x07\x12\x10\n\x0cSTATE_FAILED\x10\x08\x12\x11\n\rSTATE_EXPIRED\x10\t:E\xea\x41\x42\n\x15\x62\x65\x61mwire.org/Transfer\x12\x14transfers/{transfer}*\ttransfers2\x08transfer\"\xfb\x01\n\x10\x43onsumerContract\x12\x14\n\x06\x62ridge\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12\x41\n\x06\x61rrays\x18\x02 \x03(\x0b\x32+.beamwire.request.v1.ConsumerContract.ArrayB\x04\xe2\x41\x01\x01\x12\x18\n\nbatch_size\x18\x03 \x01(\x05\x42\x04\xe2\x41\x01\x01\x1at\n\x05\x41rray\x12\x13\n\x05\x66ield\x18\x01 \x01(\tB\x04\xe2\x41\x01\x02\x12\x13\n\x05\x64type\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x13\n\x05shape\x18\x03 \x03(\x03\x42\x04\xe2\x41\x01\x01\x12\x14\n\x06scalar\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x01\x12\x16\n\x08optional\x18\x05 \x01(\x08\x42\x04\xe2\x41\x01\x01\"P\n\x17\x45stimateTransferRequest\x12\x35\n\x08transfer\x18\x01 \x01(\x0b\x32\x1d.beamwire.request.v1.TransferB\x04\xe2\x41\x01\x02\"\xd1\x03\n\x18\x45stimateTransferResponse\x12\x13\n\x0b\x65vent_count\x18\x01 \x01(\x03\x12\x13\n\x0b\x65vent_bytes\x18\x02 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x03\x12\x19\n\x11\x65vents_per_second\x18\x04 \x01(\x01\x12\x35\n\x12streaming_duration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x31\n\x0equeue_duration\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10lease_sufficient\x18\x07 \x01(\x08\x12\x43\n\x06\x61rrays\x18\x08 \x03(\x0b\x32\x33.beamwire.request.v1.EstimateTransferResponse.Array\x12\x19\n\x11\x63ontract_problems\x18\t \x03(\t\x12\x10\n\x08warnings\x18\n \x03(\t\x12/\n\x0bserved_from\x18\x0b \x01(\tB\x1a\xfa\x41\x17\n\x15\x62\x65\x61mwire.org/Transfer\x1a\x34\n\x05\x41rray\x12\r\n\x05\x66ield\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\"\x8f\x01\n\x15\x45xtendTransferRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xfa\x41\x17\n\x15\x62\x65\x61mwire.org/Transfer\x12.\n\x05lease\x18\x02 \x01(\x0b\x32\x19.google.protobuf.DurationB\x04\xe2\x41\x01\x02\x12\x18\n\nrequest_id\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"\x97\x01\n\x0b\x43onsumerJob\x12\x1a\n\x0ctrust_domain\x18\x01 \x01(\tB\x04\xe2\x41\x01\x01\x12,\n\x04spec\x18\x02 \x01(\x0b\x32\x18.beamwire.job.v1.JobSpecB\x04\xe2\x41\x01\x02\x12&\n\x03job\x18\x03 \x01(\tB\x19\xe2\x41\x01\x03\xfa\x41\x12\n\x10\x62\x65\x61mwire.org/Job\x12\x16\n\x08identity\x18\x04 \x01(\tB\x04\xe2\x41\x01\x03\"\xa0\x01\n\x15\x43reateTransferRequest\x12\x35\n\x08transfer\x18\x01 \x01(\x0b\x32\x1d.beamwire.request.v1.TransferB\x04\xe2\x41\x01\x02\x12\x19\n\x0btransfer_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x18\n\nrequest_id\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\x12\x1b\n\rvalidate_only\x18\x04 \x01(\x08\x42\x04\xe2\x41\x01\x01\"B\n\x12GetTransferRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xfa\x41\x17\n\x15\x62\x65\x61mwire.org/Transfer\"_\n\x14ListTransfersRequest\x12\x17\n\tpage_size\x18\x01 \x01(\x05\x42\x04\xe2\x41\x01\x01\x12\x18\n\npage_token\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x12\x14\n\x06\x66ilter\x18\x03 \x01(\tB\x04\xe2\x41\x01\x01\"b\n\x15ListTransfersResponse\x12\x30\n\ttransfers\x18\x01 \x03(\x0b\x32\x1d.beamwire.request.v1.Transfer\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"X\n\x14WatchTransferRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xfa\x41\x17\n\x15\x62\x65\x61mwire.org/Transfer\x12\x12\n\x04\x65tag\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\"H\n\x15WatchTransferResponse\x12/\n\x08transfer\x18\x01 \x01(\x0b\x32\x1d.beamwire.request.v1.Transfer\"_\n\x15\x43\x61ncelTransferRequest\x12,\n\x04name\x18\x01 \x01(\tB\x1e\xe2\x41\x01\x02\xfa\x41\x17\n\x15\x62\x65\x61mwire.org/Transfer\x12\x18\n\nrequest_id\x18\x02 \x01(\tB\x04\xe2\x41\x01\x01\x32\xdf\x06\n\x0eRequestService\x12~\n\x0e\x43reateTransfer\x12*.beamwire.request.v1.CreateTransferRequest\x1a\x1d.beamwire.request.v1.Transfer\"!\xda\x41\x14transfer,transfer_id\xaa\xcf\x18\x06\n\x02\x01\x05\x10\x01\x12\x86\x01\n\x10\x45stimateTransfer\x12,.beamwire.request.v1.EstimateTransferRequest\x1a-.beamwire.request.v1.EstimateTransferResponse\"\x15\xda\x41\x08transfer\xaa\xcf\x18\x06\n\x02\x01\x05\x10\x01\x12u\n\x0e\x45xtendTransfer\x12*.beamwire.request.v1.ExtendTransferRequest\x1a\x1d.beamwire.request.v1.Transfer\"\x18\xda\x41\nname,lease\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12i\n\x0bGetTransfer\x12\'.beamwire.request.v1.GetTransferRequest\x1a\x1d.beamwire.request.v1.Transfer\"\x12\xda\x41\x04name\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12s\n\rListTransfers\x12).beamwire.request.v1.ListTransfersRequest\x1a*.beamwire.request.v1.ListTransfersResponse\"\x0b\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x12|\n\rWatchTransfer\x12).beamwire.request.v1.WatchTransferRequest\x1a*.beamwire.request.v1.WatchTransferResponse\"\x12\xda\x41\x04name\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x30\x01\x12o\n\x0e\x43\x61ncelTransfer\x12*.beamwire.request.v1.CancelTransferRequest\x1a\x1d.beamwire.request.v1.Transfer\"\x12\xda\x41\x04name\xaa\xcf\x18\x07\n\x03\x01\x02\x05\x10\x01\x42^\n\x17org.beamwire.request.v1P\x01ZAgithub.com/beamwire/beamwire/gen/go/beamwire/request/v1;requestv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -107,8 +108,56 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TRANSFER'].fields_by_name['etag']._serialized_options = b'\342A\001\003'
   _globals['_TRANSFER'].fields_by_name['consumer_jobs']._loaded_options = None
   _globals['_TRANSFER'].fields_by_name['consumer_jobs']._serialized_options = b'\342A\001\001'
+  _globals['_TRANSFER'].fields_by_name['streamer_placement']._loaded_options = None
+  _globals['_TRANSFER'].fields_by_name['streamer_placement']._serialized_options = b'\342A\001\001'
+  _globals['_TRANSFER'].fields_by_name['streamer_resources']._loaded_options = None
+  _globals['_TRANSFER'].fields_by_name['streamer_resources']._serialized_options = b'\342A\001\001'
+  _globals['_TRANSFER'].fields_by_name['contract']._loaded_options = None
+  _globals['_TRANSFER'].fields_by_name['contract']._serialized_options = b'\342A\001\001'
+  _globals['_TRANSFER'].fields_by_name['reuse']._loaded_options = None
+  _globals['_TRANSFER'].fields_by_name['reuse']._serialized_options = b'\342A\001\001'
+  _globals['_TRANSFER'].fields_by_name['keep']._loaded_options = None
+  _globals['_TRANSFER'].fields_by_name['keep']._serialized_options = b'\342A\001\001'
+  _globals['_TRANSFER'].fields_by_name['served_from']._loaded_options = None
+  _globals['_TRANSFER'].fields_by_name['served_from']._serialized_options = b'\342A\001\003\372A\027\n\025beamwire.org/Transfer'
+  _globals['_TRANSFER'].fields_by_name['content_sha256']._loaded_options = None
+  _globals['_TRANSFER'].fields_by_name['content_sha256']._serialized_options = b'\342A\001\003'
+  _globals['_TRANSFER'].fields_by_name['transitions']._loaded_options = None
+  _globals['_TRANSFER'].fields_by_name['transitions']._serialized_options = b'\342A\001\003'
+  _globals['_TRANSFER'].fields_by_name['health_issues']._loaded_options = None
+  _globals['_TRANSFER'].fields_by_name['health_issues']._serialized_options = b'\342A\001\003'
+  _globals['_TRANSFER'].fields_by_name['purge_time']._loaded_options = None
+  _globals['_TRANSFER'].fields_by_name['purge_time']._serialized_options = b'\342A\001\003'
+  _globals['_TRANSFER'].fields_by_name['group']._loaded_options = None
+  _globals['_TRANSFER'].fields_by_name['group']._serialized_options = b'\342A\001\003'
   _globals['_TRANSFER']._loaded_options = None
   _globals['_TRANSFER']._serialized_options = b'\352AB\n\025beamwire.org/Transfer\022\024transfers/{transfer}*\ttransfers2\010transfer'
+  _globals['_CONSUMERCONTRACT_ARRAY'].fields_by_name['field']._loaded_options = None
+  _globals['_CONSUMERCONTRACT_ARRAY'].fields_by_name['field']._serialized_options = b'\342A\001\002'
+  _globals['_CONSUMERCONTRACT_ARRAY'].fields_by_name['dtype']._loaded_options = None
+  _globals['_CONSUMERCONTRACT_ARRAY'].fields_by_name['dtype']._serialized_options = b'\342A\001\001'
+  _globals['_CONSUMERCONTRACT_ARRAY'].fields_by_name['shape']._loaded_options = None
+  _globals['_CONSUMERCONTRACT_ARRAY'].fields_by_name['shape']._serialized_options = b'\342A\001\001'
+  _globals['_CONSUMERCONTRACT_ARRAY'].fields_by_name['scalar']._loaded_options = None
+  _globals['_CONSUMERCONTRACT_ARRAY'].fields_by_name['scalar']._serialized_options = b'\342A\001\001'
+  _globals['_CONSUMERCONTRACT_ARRAY'].fields_by_name['optional']._loaded_options = None
+  _globals['_CONSUMERCONTRACT_ARRAY'].fields_by_name['optional']._serialized_options = b'\342A\001\001'
+  _globals['_CONSUMERCONTRACT'].fields_by_name['bridge']._loaded_options = None
+  _globals['_CONSUMERCONTRACT'].fields_by_name['bridge']._serialized_options = b'\342A\001\001'
+  _globals['_CONSUMERCONTRACT'].fields_by_name['arrays']._loaded_options = None
+  _globals['_CONSUMERCONTRACT'].fields_by_name['arrays']._serialized_options = b'\342A\001\001'
+  _globals['_CONSUMERCONTRACT'].fields_by_name['batch_size']._loaded_options = None
+  _globals['_CONSUMERCONTRACT'].fields_by_name['batch_size']._serialized_options = b'\342A\001\001'
+  _globals['_ESTIMATETRANSFERREQUEST'].fields_by_name['transfer']._loaded_options = None
+  _globals['_ESTIMATETRANSFERREQUEST'].fields_by_name['transfer']._serialized_options = b'\342A\001\002'
+  _globals['_ESTIMATETRANSFERRESPONSE'].fields_by_name['served_from']._loaded_options = None
+  _globals['_ESTIMATETRANSFERRESPONSE'].fields_by_name['served_from']._serialized_options = b'\372A\027\n\025beamwire.org/Transfer'
+  _globals['_EXTENDTRANSFERREQUEST'].fields_by_name['name']._loaded_options = None
+  _globals['_EXTENDTRANSFERREQUEST'].fields_by_name['name']._serialized_options = b'\342A\001\002\372A\027\n\025beamwire.org/Transfer'
+  _globals['_EXTENDTRANSFERREQUEST'].fields_by_name['lease']._loaded_options = None
+  _globals['_EXTENDTRANSFERREQUEST'].fields_by_name['lease']._serialized_options = b'\342A\001\002'
+  _globals['_EXTENDTRANSFERREQUEST'].fields_by_name['request_id']._loaded_options = None
+  _globals['_EXTENDTRANSFERREQUEST'].fields_by_name['request_id']._serialized_options = b'\342A\001\001'
   _globals['_CONSUMERJOB'].fields_by_name['trust_domain']._loaded_options = None
   _globals['_CONSUMERJOB'].fields_by_name['trust_domain']._serialized_options = b'\342A\001\001'
   _globals['_CONSUMERJOB'].fields_by_name['spec']._loaded_options = None
@@ -143,6 +192,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANCELTRANSFERREQUEST'].fields_by_name['request_id']._serialized_options = b'\342A\001\001'
   _globals['_REQUESTSERVICE'].methods_by_name['CreateTransfer']._loaded_options = None
   _globals['_REQUESTSERVICE'].methods_by_name['CreateTransfer']._serialized_options = b'\332A\024transfer,transfer_id\252\317\030\006\n\002\001\005\020\001'
+  _globals['_REQUESTSERVICE'].methods_by_name['EstimateTransfer']._loaded_options = None
+  _globals['_REQUESTSERVICE'].methods_by_name['EstimateTransfer']._serialized_options = b'\332A\010transfer\252\317\030\006\n\002\001\005\020\001'
+  _globals['_REQUESTSERVICE'].methods_by_name['ExtendTransfer']._loaded_options = None
+  _globals['_REQUESTSERVICE'].methods_by_name['ExtendTransfer']._serialized_options = b'\332A\nname,lease\252\317\030\007\n\003\001\002\005\020\001'
   _globals['_REQUESTSERVICE'].methods_by_name['GetTransfer']._loaded_options = None
   _globals['_REQUESTSERVICE'].methods_by_name['GetTransfer']._serialized_options = b'\332A\004name\252\317\030\007\n\003\001\002\005\020\001'
   _globals['_REQUESTSERVICE'].methods_by_name['ListTransfers']._loaded_options = None
@@ -151,40 +204,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_REQUESTSERVICE'].methods_by_name['WatchTransfer']._serialized_options = b'\332A\004name\252\317\030\007\n\003\001\002\005\020\001'
   _globals['_REQUESTSERVICE'].methods_by_name['CancelTransfer']._loaded_options = None
   _globals['_REQUESTSERVICE'].methods_by_name['CancelTransfer']._serialized_options = b'\332A\004name\252\317\030\007\n\003\001\002\005\020\001'
-  _globals['_COMPONENT']._serialized_start=414
-  _globals['_COMPONENT']._serialized_end=496
-  _globals['_STREAMCONFIG']._serialized_start=499
-  _globals['_STREAMCONFIG']._serialized_end=969
-  _globals['_STREAMCONFIG_DATASOURCESENTRY']._serialized_start=887
-  _globals['_STREAMCONFIG_DATASOURCESENTRY']._serialized_end=969
-  _globals['_TRANSFERCOUNTERS']._serialized_start=972
-  _globals['_TRANSFERCOUNTERS']._serialized_end=1258
-  _globals['_RECEIPT']._serialized_start=1261
-  _globals['_RECEIPT']._serialized_end=1752
-  _globals['_STAGEACCOUNT']._serialized_start=1754
-  _globals['_STAGEACCOUNT']._serialized_end=1880
-  _globals['_TRANSFER']._serialized_start=1883
-  _globals['_TRANSFER']._serialized_end=3183
-  _globals['_TRANSFER_LABELSENTRY']._serialized_start=2849
-  _globals['_TRANSFER_LABELSENTRY']._serialized_end=2894
-  _globals['_TRANSFER_STATE']._serialized_start=2897
-  _globals['_TRANSFER_STATE']._serialized_end=3112
-  _globals['_CONSUMERJOB']._serialized_start=3186
-  _globals['_CONSUMERJOB']._serialized_end=3337
-  _globals['_CREATETRANSFERREQUEST']._serialized_start=3340
-  _globals['_CREATETRANSFERREQUEST']._serialized_end=3500
-  _globals['_GETTRANSFERREQUEST']._serialized_start=3502
-  _globals['_GETTRANSFERREQUEST']._serialized_end=3568
-  _globals['_LISTTRANSFERSREQUEST']._serialized_start=3570
-  _globals['_LISTTRANSFERSREQUEST']._serialized_end=3665
-  _globals['_LISTTRANSFERSRESPONSE']._serialized_start=3667
-  _globals['_LISTTRANSFERSRESPONSE']._serialized_end=3765
-  _globals['_WATCHTRANSFERREQUEST']._serialized_start=3767
-  _globals['_WATCHTRANSFERREQUEST']._serialized_end=3855
-  _globals['_WATCHTRANSFERRESPONSE']._serialized_start=3857
-  _globals['_WATCHTRANSFERRESPONSE']._serialized_end=3929
-  _globals['_CANCELTRANSFERREQUEST']._serialized_start=3931
-  _globals['_CANCELTRANSFERREQUEST']._serialized_end=4026
-  _globals['_REQUESTSERVICE']._serialized_start=4029
-  _globals['_REQUESTSERVICE']._serialized_end=4636
+  _globals['_COMPONENT']._serialized_start=447
+  _globals['_COMPONENT']._serialized_end=529
+  _globals['_STREAMCONFIG']._serialized_start=532
+  _globals['_STREAMCONFIG']._serialized_end=1002
+  _globals['_STREAMCONFIG_DATASOURCESENTRY']._serialized_start=920
+  _globals['_STREAMCONFIG_DATASOURCESENTRY']._serialized_end=1002
+  _globals['_TRANSFERCOUNTERS']._serialized_start=1005
+  _globals['_TRANSFERCOUNTERS']._serialized_end=1291
+  _globals['_RECEIPT']._serialized_start=1294
+  _globals['_RECEIPT']._serialized_end=1785
+  _globals['_STAGEACCOUNT']._serialized_start=1787
+  _globals['_STAGEACCOUNT']._serialized_end=1913
+  _globals['_TRANSFER']._serialized_start=1916
+  _globals['_TRANSFER']._serialized_end=3884
+  _globals['_TRANSFER_TRANSITION']._serialized_start=3426
+  _globals['_TRANSFER_TRANSITION']._serialized_end=3548
+  _globals['_TRANSFER_LABELSENTRY']._serialized_start=3550
+  _globals['_TRANSFER_LABELSENTRY']._serialized_end=3595
+  _globals['_TRANSFER_STATE']._serialized_start=3598
+  _globals['_TRANSFER_STATE']._serialized_end=3813
+  _globals['_CONSUMERCONTRACT']._serialized_start=3887
+  _globals['_CONSUMERCONTRACT']._serialized_end=4138
+  _globals['_CONSUMERCONTRACT_ARRAY']._serialized_start=4022
+  _globals['_CONSUMERCONTRACT_ARRAY']._serialized_end=4138
+  _globals['_ESTIMATETRANSFERREQUEST']._serialized_start=4140
+  _globals['_ESTIMATETRANSFERREQUEST']._serialized_end=4220
+  _globals['_ESTIMATETRANSFERRESPONSE']._serialized_start=4223
+  _globals['_ESTIMATETRANSFERRESPONSE']._serialized_end=4688
+  _globals['_ESTIMATETRANSFERRESPONSE_ARRAY']._serialized_start=4636
+  _globals['_ESTIMATETRANSFERRESPONSE_ARRAY']._serialized_end=4688
+  _globals['_EXTENDTRANSFERREQUEST']._serialized_start=4691
+  _globals['_EXTENDTRANSFERREQUEST']._serialized_end=4834
+  _globals['_CONSUMERJOB']._serialized_start=4837
+  _globals['_CONSUMERJOB']._serialized_end=4988
+  _globals['_CREATETRANSFERREQUEST']._serialized_start=4991
+  _globals['_CREATETRANSFERREQUEST']._serialized_end=5151
+  _globals['_GETTRANSFERREQUEST']._serialized_start=5153
+  _globals['_GETTRANSFERREQUEST']._serialized_end=5219
+  _globals['_LISTTRANSFERSREQUEST']._serialized_start=5221
+  _globals['_LISTTRANSFERSREQUEST']._serialized_end=5316
+  _globals['_LISTTRANSFERSRESPONSE']._serialized_start=5318
+  _globals['_LISTTRANSFERSRESPONSE']._serialized_end=5416
+  _globals['_WATCHTRANSFERREQUEST']._serialized_start=5418
+  _globals['_WATCHTRANSFERREQUEST']._serialized_end=5506
+  _globals['_WATCHTRANSFERRESPONSE']._serialized_start=5508
+  _globals['_WATCHTRANSFERRESPONSE']._serialized_end=5580
+  _globals['_CANCELTRANSFERREQUEST']._serialized_start=5582
+  _globals['_CANCELTRANSFERREQUEST']._serialized_end=5677
+  _globals['_REQUESTSERVICE']._serialized_start=5680
+  _globals['_REQUESTSERVICE']._serialized_end=6543
 # @@protoc_insertion_point(module_scope)

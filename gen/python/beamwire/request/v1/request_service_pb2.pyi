@@ -5,6 +5,7 @@ Transfers: data requests, and what became of them."""
 
 from beamwire.buffer.v1 import buffer_service_pb2 as _buffer_service_pb2
 from beamwire.common.v1 import account_pb2 as _account_pb2
+from beamwire.common.v1 import health_pb2 as _health_pb2
 from beamwire.job.v1 import job_service_pb2 as _job_service_pb2
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
@@ -371,6 +372,36 @@ class Transfer(_message.Message):
     """Terminal: the lease ended first."""
 
     @_typing.final
+    class Transition(_message.Message):
+        """One step of its life."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        STATE_FIELD_NUMBER: _builtins.int
+        TIME_FIELD_NUMBER: _builtins.int
+        REASON_FIELD_NUMBER: _builtins.int
+        state: Global___Transfer.State.ValueType
+        """The state it entered."""
+        reason: _builtins.str
+        """Why."""
+        @_builtins.property
+        def time(self) -> _timestamp_pb2.Timestamp:
+            """When."""
+
+        def __init__(
+            self,
+            *,
+            state: Global___Transfer.State.ValueType = ...,
+            time: _timestamp_pb2.Timestamp | None = ...,
+            reason: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "state", b"state", "time", b"time"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class LabelsEntry(_message.Message):
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -411,6 +442,17 @@ class Transfer(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     CONSUMER_JOBS_FIELD_NUMBER: _builtins.int
+    STREAMER_PLACEMENT_FIELD_NUMBER: _builtins.int
+    STREAMER_RESOURCES_FIELD_NUMBER: _builtins.int
+    CONTRACT_FIELD_NUMBER: _builtins.int
+    REUSE_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    SERVED_FROM_FIELD_NUMBER: _builtins.int
+    CONTENT_SHA256_FIELD_NUMBER: _builtins.int
+    TRANSITIONS_FIELD_NUMBER: _builtins.int
+    HEALTH_ISSUES_FIELD_NUMBER: _builtins.int
+    PURGE_TIME_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`transfers/{transfer}`."""
     process_count: _builtins.int
@@ -429,6 +471,16 @@ class Transfer(_message.Message):
     """The W3C trace id of the call that created it: every span of the transfer has it."""
     etag: _builtins.str
     """Changes with every change."""
+    reuse: _builtins.bool
+    """If true, and a buffer still holds every event of an earlier transfer of the owner that asked for the same, the
+    events come from there: no streamer runs. The earlier one must have been created with `keep`.
+    """
+    served_from: _builtins.str
+    """The transfer whose buffer serves this one, if it is not its own."""
+    content_sha256: _builtins.str
+    """The SHA-256 of what is asked for, without names, labels and times: the same request has the same."""
+    group: _builtins.str
+    """The group that the consumers of this transfer name, if its events come from the buffer of another."""
     @_builtins.property
     def config(self) -> Global___StreamConfig:
         """What to read and what to do with it."""
@@ -479,6 +531,36 @@ class Transfer(_message.Message):
         group's consumer of its own, under the identity that its facility gives to the job.
         """
 
+    @_builtins.property
+    def streamer_placement(self) -> _job_service_pb2.Placement:
+        """Where the streamer runs. Default: on the host of the Job service."""
+
+    @_builtins.property
+    def streamer_resources(self) -> _job_service_pb2.Resources:
+        """What the streamer needs besides `process_count` processes."""
+
+    @_builtins.property
+    def contract(self) -> Global___ConsumerContract:
+        """What the consumers need of each event: refused before it begins if the streamer would send something else."""
+
+    @_builtins.property
+    def keep(self) -> _duration_pb2.Duration:
+        """How long the buffer is kept with all events after this one has ended, for transfers that ask for the same with
+        `reuse`. Its ring must have room for all of them. Default: not at all.
+        """
+
+    @_builtins.property
+    def transitions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Transfer.Transition]:
+        """Its life so far."""
+
+    @_builtins.property
+    def health_issues(self) -> _containers.RepeatedCompositeFieldContainer[_health_pb2.HealthIssue]:
+        """What keeps it from doing well now."""
+
+    @_builtins.property
+    def purge_time(self) -> _timestamp_pb2.Timestamp:
+        """When it will be forgotten, once it ended."""
+
     def __init__(
         self,
         *,
@@ -503,14 +585,253 @@ class Transfer(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         etag: _builtins.str = ...,
         consumer_jobs: _abc.Iterable[Global___ConsumerJob] | None = ...,
+        streamer_placement: _job_service_pb2.Placement | None = ...,
+        streamer_resources: _job_service_pb2.Resources | None = ...,
+        contract: Global___ConsumerContract | None = ...,
+        reuse: _builtins.bool = ...,
+        keep: _duration_pb2.Duration | None = ...,
+        served_from: _builtins.str = ...,
+        content_sha256: _builtins.str = ...,
+        transitions: _abc.Iterable[Global___Transfer.Transition] | None = ...,
+        health_issues: _abc.Iterable[_health_pb2.HealthIssue] | None = ...,
+        purge_time: _timestamp_pb2.Timestamp | None = ...,
+        group: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["buffer_spec", b"buffer_spec", "config", b"config", "counters", b"counters", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "expire_time", b"expire_time", "lease", b"lease", "receipt", b"receipt", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["buffer_spec", b"buffer_spec", "config", b"config", "contract", b"contract", "counters", b"counters", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "expire_time", b"expire_time", "keep", b"keep", "lease", b"lease", "purge_time", b"purge_time", "receipt", b"receipt", "streamer_placement", b"streamer_placement", "streamer_resources", b"streamer_resources", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "buffer_spec", b"buffer_spec", "config", b"config", "connect_string", b"connect_string", "consumer_jobs", b"consumer_jobs", "counters", b"counters", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "etag", b"etag", "expire_time", b"expire_time", "job", b"job", "labels", b"labels", "lease", b"lease", "name", b"name", "owner", b"owner", "process_count", b"process_count", "receipt", b"receipt", "state", b"state", "trace_id", b"trace_id", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer", b"buffer", "buffer_spec", b"buffer_spec", "config", b"config", "connect_string", b"connect_string", "consumer_jobs", b"consumer_jobs", "content_sha256", b"content_sha256", "contract", b"contract", "counters", b"counters", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "etag", b"etag", "expire_time", b"expire_time", "group", b"group", "health_issues", b"health_issues", "job", b"job", "keep", b"keep", "labels", b"labels", "lease", b"lease", "name", b"name", "owner", b"owner", "process_count", b"process_count", "purge_time", b"purge_time", "receipt", b"receipt", "reuse", b"reuse", "served_from", b"served_from", "state", b"state", "streamer_placement", b"streamer_placement", "streamer_resources", b"streamer_resources", "trace_id", b"trace_id", "transitions", b"transitions", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Transfer: _TypeAlias = Transfer  # noqa: Y015
+
+@_typing.final
+class ConsumerContract(_message.Message):
+    """What consumers need of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Array(_message.Message):
+        """One array of each event."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        FIELD_FIELD_NUMBER: _builtins.int
+        DTYPE_FIELD_NUMBER: _builtins.int
+        SHAPE_FIELD_NUMBER: _builtins.int
+        SCALAR_FIELD_NUMBER: _builtins.int
+        OPTIONAL_FIELD_NUMBER: _builtins.int
+        field: _builtins.str
+        """Its name in the batch."""
+        dtype: _builtins.str
+        """The type of its elements as numpy writes it, `uint16`; any if empty."""
+        scalar: _builtins.bool
+        """If true, it is one number for each event."""
+        optional: _builtins.bool
+        """If true, it may be missing."""
+        @_builtins.property
+        def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """Its shape for one event; -1 is any length. Any shape if empty and not `scalar`."""
+
+        def __init__(
+            self,
+            *,
+            field: _builtins.str = ...,
+            dtype: _builtins.str = ...,
+            shape: _abc.Iterable[_builtins.int] | None = ...,
+            scalar: _builtins.bool = ...,
+            optional: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "field", b"field", "optional", b"optional", "scalar", b"scalar", "shape", b"shape"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    BRIDGE_FIELD_NUMBER: _builtins.int
+    ARRAYS_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    bridge: _builtins.str
+    """The contract of a bridge that it must fit: `crystfel`, `peaknet`, `maxie`, `tmo`, `dectris`."""
+    batch_size: _builtins.int
+    """The events of each batch; any number if 0."""
+    @_builtins.property
+    def arrays(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConsumerContract.Array]:
+        """The arrays that it must have."""
+
+    def __init__(
+        self,
+        *,
+        bridge: _builtins.str = ...,
+        arrays: _abc.Iterable[Global___ConsumerContract.Array] | None = ...,
+        batch_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "batch_size", b"batch_size", "bridge", b"bridge"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConsumerContract: _TypeAlias = ConsumerContract  # noqa: Y015
+
+@_typing.final
+class EstimateTransferRequest(_message.Message):
+    """Asks what a transfer would give."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def transfer(self) -> Global___Transfer:
+        """The transfer as it would be created."""
+
+    def __init__(
+        self,
+        *,
+        transfer: Global___Transfer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateTransferRequest: _TypeAlias = EstimateTransferRequest  # noqa: Y015
+
+@_typing.final
+class EstimateTransferResponse(_message.Message):
+    """What a transfer would give, as far as can be told before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Array(_message.Message):
+        """One array of each event."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        FIELD_FIELD_NUMBER: _builtins.int
+        DTYPE_FIELD_NUMBER: _builtins.int
+        SHAPE_FIELD_NUMBER: _builtins.int
+        field: _builtins.str
+        """Its name in the batch."""
+        dtype: _builtins.str
+        """The type of its elements as numpy writes it."""
+        @_builtins.property
+        def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """Its shape for one event; -1 is a length that differs from event to event."""
+
+        def __init__(
+            self,
+            *,
+            field: _builtins.str = ...,
+            dtype: _builtins.str = ...,
+            shape: _abc.Iterable[_builtins.int] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "field", b"field", "shape", b"shape"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    EVENT_COUNT_FIELD_NUMBER: _builtins.int
+    EVENT_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    EVENTS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    STREAMING_DURATION_FIELD_NUMBER: _builtins.int
+    QUEUE_DURATION_FIELD_NUMBER: _builtins.int
+    LEASE_SUFFICIENT_FIELD_NUMBER: _builtins.int
+    ARRAYS_FIELD_NUMBER: _builtins.int
+    CONTRACT_PROBLEMS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    SERVED_FROM_FIELD_NUMBER: _builtins.int
+    event_count: _builtins.int
+    """Events that would be selected; 0 if nobody can know before."""
+    event_bytes: _builtins.int
+    """Bytes of one event on the way, by the first one."""
+    total_bytes: _builtins.int
+    """Bytes altogether; 0 if nobody can know before."""
+    events_per_second: _builtins.float
+    """Events per second that one process of the streamer makes, by the first events and what such transfers did before."""
+    lease_sufficient: _builtins.bool
+    """Whether the lease covers both."""
+    served_from: _builtins.str
+    """The transfer that would serve it with `reuse`."""
+    @_builtins.property
+    def streaming_duration(self) -> _duration_pb2.Duration:
+        """How long the streaming would take; unset if nobody can know before."""
+
+    @_builtins.property
+    def queue_duration(self) -> _duration_pb2.Duration:
+        """How long the streamer would wait to be started; unset if its backend does not tell."""
+
+    @_builtins.property
+    def arrays(self) -> _containers.RepeatedCompositeFieldContainer[Global___EstimateTransferResponse.Array]:
+        """What the consumers would get of each event."""
+
+    @_builtins.property
+    def contract_problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What does not fit `contract`: a sentence each, with what to do."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What else somebody should know before: a limit that would refuse it now, a buffer that is small for its events."""
+
+    def __init__(
+        self,
+        *,
+        event_count: _builtins.int = ...,
+        event_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        events_per_second: _builtins.float = ...,
+        streaming_duration: _duration_pb2.Duration | None = ...,
+        queue_duration: _duration_pb2.Duration | None = ...,
+        lease_sufficient: _builtins.bool = ...,
+        arrays: _abc.Iterable[Global___EstimateTransferResponse.Array] | None = ...,
+        contract_problems: _abc.Iterable[_builtins.str] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        served_from: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["queue_duration", b"queue_duration", "streaming_duration", b"streaming_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "contract_problems", b"contract_problems", "event_bytes", b"event_bytes", "event_count", b"event_count", "events_per_second", b"events_per_second", "lease_sufficient", b"lease_sufficient", "queue_duration", b"queue_duration", "served_from", b"served_from", "streaming_duration", b"streaming_duration", "total_bytes", b"total_bytes", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateTransferResponse: _TypeAlias = EstimateTransferResponse  # noqa: Y015
+
+@_typing.final
+class ExtendTransferRequest(_message.Message):
+    """Asks for more time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """`transfers/{transfer}`."""
+    request_id: _builtins.str
+    """A UUID4 that makes repeating the call harmless."""
+    @_builtins.property
+    def lease(self) -> _duration_pb2.Duration:
+        """How long it may take from now on; a shorter time than it has left changes nothing."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        lease: _duration_pb2.Duration | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendTransferRequest: _TypeAlias = ExtendTransferRequest  # noqa: Y015
 
 @_typing.final
 class ConsumerJob(_message.Message):

@@ -40,6 +40,16 @@ class RequestServiceStub:
                 request_serializer=beamwire_dot_request_dot_v1_dot_request__service__pb2.CreateTransferRequest.SerializeToString,
                 response_deserializer=beamwire_dot_request_dot_v1_dot_request__service__pb2.Transfer.FromString,
                 _registered_method=True)
+        self.EstimateTransfer = channel.unary_unary(
+                '/beamwire.request.v1.RequestService/EstimateTransfer',
+                request_serializer=beamwire_dot_request_dot_v1_dot_request__service__pb2.EstimateTransferRequest.SerializeToString,
+                response_deserializer=beamwire_dot_request_dot_v1_dot_request__service__pb2.EstimateTransferResponse.FromString,
+                _registered_method=True)
+        self.ExtendTransfer = channel.unary_unary(
+                '/beamwire.request.v1.RequestService/ExtendTransfer',
+                request_serializer=beamwire_dot_request_dot_v1_dot_request__service__pb2.ExtendTransferRequest.SerializeToString,
+                response_deserializer=beamwire_dot_request_dot_v1_dot_request__service__pb2.Transfer.FromString,
+                _registered_method=True)
         self.GetTransfer = channel.unary_unary(
                 '/beamwire.request.v1.RequestService/GetTransfer',
                 request_serializer=beamwire_dot_request_dot_v1_dot_request__service__pb2.GetTransferRequest.SerializeToString,
@@ -70,6 +80,22 @@ class RequestServiceServicer:
         """Checks the request against the dataset, stores the transfer and begins. The answer comes as soon
         as it is stored, in state PENDING. INVALID_ARGUMENT and NOT_FOUND name the field at fault.
         Users, for themselves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateTransfer(self, request, context):
+        """Says what a transfer would give, how long it would take and what stands in its way, without creating it. Reads
+        the first event of the dataset. Users, for themselves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExtendTransfer(self, request, context):
+        """Gives a transfer more time. ILLEGAL_STATE if it has ended, INVALID_FIELD beyond what the facility
+        allows. Owner, services, operators.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,6 +138,16 @@ def add_RequestServiceServicer_to_server(servicer, server):
             'CreateTransfer': grpc.unary_unary_rpc_method_handler(
                     servicer.CreateTransfer,
                     request_deserializer=beamwire_dot_request_dot_v1_dot_request__service__pb2.CreateTransferRequest.FromString,
+                    response_serializer=beamwire_dot_request_dot_v1_dot_request__service__pb2.Transfer.SerializeToString,
+            ),
+            'EstimateTransfer': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateTransfer,
+                    request_deserializer=beamwire_dot_request_dot_v1_dot_request__service__pb2.EstimateTransferRequest.FromString,
+                    response_serializer=beamwire_dot_request_dot_v1_dot_request__service__pb2.EstimateTransferResponse.SerializeToString,
+            ),
+            'ExtendTransfer': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExtendTransfer,
+                    request_deserializer=beamwire_dot_request_dot_v1_dot_request__service__pb2.ExtendTransferRequest.FromString,
                     response_serializer=beamwire_dot_request_dot_v1_dot_request__service__pb2.Transfer.SerializeToString,
             ),
             'GetTransfer': grpc.unary_unary_rpc_method_handler(
@@ -162,6 +198,60 @@ class RequestService:
             target,
             '/beamwire.request.v1.RequestService/CreateTransfer',
             beamwire_dot_request_dot_v1_dot_request__service__pb2.CreateTransferRequest.SerializeToString,
+            beamwire_dot_request_dot_v1_dot_request__service__pb2.Transfer.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateTransfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.request.v1.RequestService/EstimateTransfer',
+            beamwire_dot_request_dot_v1_dot_request__service__pb2.EstimateTransferRequest.SerializeToString,
+            beamwire_dot_request_dot_v1_dot_request__service__pb2.EstimateTransferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtendTransfer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.request.v1.RequestService/ExtendTransfer',
+            beamwire_dot_request_dot_v1_dot_request__service__pb2.ExtendTransferRequest.SerializeToString,
             beamwire_dot_request_dot_v1_dot_request__service__pb2.Transfer.FromString,
             options,
             channel_credentials,

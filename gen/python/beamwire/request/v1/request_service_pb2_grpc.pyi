@@ -38,6 +38,14 @@ class RequestServiceStub:
     as it is stored, in state PENDING. INVALID_ARGUMENT and NOT_FOUND name the field at fault.
     Users, for themselves.
     """
+    EstimateTransfer: _grpc.UnaryUnaryMultiCallable[_request_service_pb2.EstimateTransferRequest, _request_service_pb2.EstimateTransferResponse]
+    """Says what a transfer would give, how long it would take and what stands in its way, without creating it. Reads
+    the first event of the dataset. Users, for themselves.
+    """
+    ExtendTransfer: _grpc.UnaryUnaryMultiCallable[_request_service_pb2.ExtendTransferRequest, _request_service_pb2.Transfer]
+    """Gives a transfer more time. ILLEGAL_STATE if it has ended, INVALID_FIELD beyond what the facility
+    allows. Owner, services, operators.
+    """
     GetTransfer: _grpc.UnaryUnaryMultiCallable[_request_service_pb2.GetTransferRequest, _request_service_pb2.Transfer]
     """Reads one transfer; finished ones too, with their receipts, for the retention time.
     Owner, services, operators.
@@ -62,6 +70,14 @@ class RequestServiceAsyncStub(RequestServiceStub):
     """Checks the request against the dataset, stores the transfer and begins. The answer comes as soon
     as it is stored, in state PENDING. INVALID_ARGUMENT and NOT_FOUND name the field at fault.
     Users, for themselves.
+    """
+    EstimateTransfer: _aio.UnaryUnaryMultiCallable[_request_service_pb2.EstimateTransferRequest, _request_service_pb2.EstimateTransferResponse]  # type: ignore[assignment]
+    """Says what a transfer would give, how long it would take and what stands in its way, without creating it. Reads
+    the first event of the dataset. Users, for themselves.
+    """
+    ExtendTransfer: _aio.UnaryUnaryMultiCallable[_request_service_pb2.ExtendTransferRequest, _request_service_pb2.Transfer]  # type: ignore[assignment]
+    """Gives a transfer more time. ILLEGAL_STATE if it has ended, INVALID_FIELD beyond what the facility
+    allows. Owner, services, operators.
     """
     GetTransfer: _aio.UnaryUnaryMultiCallable[_request_service_pb2.GetTransferRequest, _request_service_pb2.Transfer]  # type: ignore[assignment]
     """Reads one transfer; finished ones too, with their receipts, for the retention time.
@@ -90,6 +106,26 @@ class RequestServiceServicer(metaclass=_abc_1.ABCMeta):
         """Checks the request against the dataset, stores the transfer and begins. The answer comes as soon
         as it is stored, in state PENDING. INVALID_ARGUMENT and NOT_FOUND name the field at fault.
         Users, for themselves.
+        """
+
+    @_abc_1.abstractmethod
+    def EstimateTransfer(
+        self,
+        request: _request_service_pb2.EstimateTransferRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_request_service_pb2.EstimateTransferResponse, _abc.Awaitable[_request_service_pb2.EstimateTransferResponse]]:
+        """Says what a transfer would give, how long it would take and what stands in its way, without creating it. Reads
+        the first event of the dataset. Users, for themselves.
+        """
+
+    @_abc_1.abstractmethod
+    def ExtendTransfer(
+        self,
+        request: _request_service_pb2.ExtendTransferRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_request_service_pb2.Transfer, _abc.Awaitable[_request_service_pb2.Transfer]]:
+        """Gives a transfer more time. ILLEGAL_STATE if it has ended, INVALID_FIELD beyond what the facility
+        allows. Owner, services, operators.
         """
 
     @_abc_1.abstractmethod

@@ -7,6 +7,7 @@
 import type { GenEnum, GenFile, GenMessage, GenService } from "@bufbuild/protobuf/codegenv2";
 import type { Message } from "@bufbuild/protobuf";
 import type { Duration, Timestamp } from "@bufbuild/protobuf/wkt";
+import type { Placement } from "../../job/v1/job_service_pb.js";
 import type { EndCause, Loss } from "../../common/v1/account_pb.js";
 import type { Status } from "../../../google/rpc/status_pb.js";
 import type { LinkRole, Signal } from "../../stream/v1/link_pb.js";
@@ -116,6 +117,22 @@ export declare type BufferSpec = Message<"beamwire.buffer.v1.BufferSpec"> & {
    * @generated from field: int32 shard_count = 13;
    */
   shardCount: number;
+
+  /**
+   * Where the caches run. Default: on the host of the Buffer service.
+   *
+   * @generated from field: beamwire.job.v1.Placement placement = 14;
+   */
+  placement?: Placement | undefined;
+
+  /**
+   * How long everything stays there for groups that come later (`AddGroup`), after the groups above have it.
+   * What is delivered is kept as long as nothing newer needs the room; a stream that did not fit, or did not end
+   * as DONE, is not kept. ACKED only. Default: not at all.
+   *
+   * @generated from field: google.protobuf.Duration keep = 15;
+   */
+  keep?: Duration | undefined;
 };
 
 /**
@@ -289,6 +306,20 @@ export declare type GroupCounters = Message<"beamwire.buffer.v1.GroupCounters"> 
    * @generated from field: repeated beamwire.common.v1.Loss losses = 10;
    */
   losses: Loss[];
+
+  /**
+   * True once one of its consumers has acknowledged END: it wants nothing more.
+   *
+   * @generated from field: bool ended = 11;
+   */
+  ended: boolean;
+
+  /**
+   * True if it was added later, by `AddGroup`: it gets every event too, or the loss is counted here.
+   *
+   * @generated from field: bool added = 12;
+   */
+  added: boolean;
 };
 
 /**
@@ -645,6 +676,27 @@ export declare type Buffer = Message<"beamwire.buffer.v1.Buffer"> & {
    * @generated from field: int32 restart_count = 14;
    */
   restartCount: number;
+
+  /**
+   * Until when it is KEPT at least, once it is.
+   *
+   * @generated from field: google.protobuf.Timestamp keep_expire_time = 15;
+   */
+  keepExpireTime?: Timestamp | undefined;
+
+  /**
+   * When it will be forgotten, once it has ended.
+   *
+   * @generated from field: google.protobuf.Timestamp purge_time = 16;
+   */
+  purgeTime?: Timestamp | undefined;
+
+  /**
+   * The jobs that its caches run in, in the order of its shards, unless they run on the host of the service.
+   *
+   * @generated from field: repeated string jobs = 17;
+   */
+  jobs: string[];
 };
 
 /**
@@ -654,7 +706,8 @@ export declare type Buffer = Message<"beamwire.buffer.v1.Buffer"> & {
 export declare const BufferSchema: GenMessage<Buffer>;
 
 /**
- * `STARTING -> READY -> DRAINING -> ENDED`, or from each of them `-> FAILED`.
+ * `STARTING -> READY -> DRAINING -> ENDED`, or from each of them `-> FAILED`; with `keep`,
+ * `DRAINING -> KEPT -> ENDED`.
  *
  * @generated from enum beamwire.buffer.v1.Buffer.State
  */
@@ -700,6 +753,15 @@ export enum Buffer_State {
    * @generated from enum value: STATE_FAILED = 5;
    */
   FAILED = 5,
+
+  /**
+   * Every consumer that the buffer was made for got END, and the account of the stream is closed; all frames stay
+   * there for groups that are added, until `keep_expire_time` or for as long as those take. What becomes of it then
+   * is no loss of the stream.
+   *
+   * @generated from enum value: STATE_KEPT = 6;
+   */
+  KEPT = 6,
 }
 
 /**
@@ -909,6 +971,14 @@ export declare type SealBufferRequest = Message<"beamwire.buffer.v1.SealBufferRe
    * @generated from field: string request_id = 4;
    */
   requestId: string;
+
+  /**
+   * Only for this group, one that was added: nothing more is delivered to it, what it did not get is counted on its
+   * account, and its consumers get END with the cause, which is not DONE. The others go on.
+   *
+   * @generated from field: string group = 5;
+   */
+  group: string;
 };
 
 /**
@@ -916,6 +986,88 @@ export declare type SealBufferRequest = Message<"beamwire.buffer.v1.SealBufferRe
  * Use `create(SealBufferRequestSchema)` to create a new message.
  */
 export declare const SealBufferRequestSchema: GenMessage<SealBufferRequest>;
+
+/**
+ * Says how much longer a buffer may live.
+ *
+ * @generated from message beamwire.buffer.v1.ExtendBufferRequest
+ */
+export declare type ExtendBufferRequest = Message<"beamwire.buffer.v1.ExtendBufferRequest"> & {
+  /**
+   * `buffers/{buffer}`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * How long, from now on.
+   *
+   * @generated from field: google.protobuf.Duration lease = 2;
+   */
+  lease?: Duration | undefined;
+
+  /**
+   * A UUID4 that makes repeating the call harmless.
+   *
+   * @generated from field: string request_id = 3;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message beamwire.buffer.v1.ExtendBufferRequest.
+ * Use `create(ExtendBufferRequestSchema)` to create a new message.
+ */
+export declare const ExtendBufferRequestSchema: GenMessage<ExtendBufferRequest>;
+
+/**
+ * Asks for one more group on a buffer that is kept.
+ *
+ * @generated from message beamwire.buffer.v1.AddGroupRequest
+ */
+export declare type AddGroupRequest = Message<"beamwire.buffer.v1.AddGroupRequest"> & {
+  /**
+   * `buffers/{buffer}`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * Its name: 1 to 31 of a-z, 0-9 and `-`, beginning with a letter; none of another group.
+   *
+   * @generated from field: string group = 2;
+   */
+  group: string;
+
+  /**
+   * The SPIFFE ids that may consume in this group, and in no other.
+   *
+   * @generated from field: repeated string consumers = 3;
+   */
+  consumers: string[];
+
+  /**
+   * How long it may take; then it is sealed as EXPIRED.
+   *
+   * @generated from field: google.protobuf.Duration lease = 4;
+   */
+  lease?: Duration | undefined;
+
+  /**
+   * A UUID4 that makes repeating the call harmless.
+   *
+   * @generated from field: string request_id = 5;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message beamwire.buffer.v1.AddGroupRequest.
+ * Use `create(AddGroupRequestSchema)` to create a new message.
+ */
+export declare const AddGroupRequestSchema: GenMessage<AddGroupRequest>;
 
 /**
  * Asks for a ticket.
@@ -1401,6 +1553,30 @@ export declare const BufferService: GenService<{
     output: typeof BufferSchema;
   },
   /**
+   * Lets the buffer live longer, from now on; never shorter than it would have. At most as long as one may be
+   * asked for. Services.
+   *
+   * @generated from rpc beamwire.buffer.v1.BufferService.ExtendBuffer
+   */
+  extendBuffer: {
+    methodKind: "unary";
+    input: typeof ExtendBufferRequestSchema;
+    output: typeof BufferSchema;
+  },
+  /**
+   * Adds a group to a buffer that keeps what it delivered: it gets every event from the first on, and END,
+   * on an account of its own; what the groups before it got is not changed by it. The buffer stays KEPT until the
+   * group has END, too. ILLEGAL_STATE unless the buffer was made to `keep`, no more frames come, and all of them are
+   * still there (DRAINING or KEPT). Adding the same group again changes nothing. Services.
+   *
+   * @generated from rpc beamwire.buffer.v1.BufferService.AddGroup
+   */
+  addGroup: {
+    methodKind: "unary";
+    input: typeof AddGroupRequestSchema;
+    output: typeof BufferSchema;
+  },
+  /**
    * Gives the caller the right to produce or to consume for some minutes, bound to the certificate
    * of this call. Members that the buffer's specification names for that role.
    *
@@ -1436,8 +1612,9 @@ export declare const BufferService: GenService<{
     output: typeof ConsumeResponseSchema;
   },
   /**
-   * Stops the cache if it runs, and forgets the buffer. Frames still in it are lost.
-   * Owner, services, operators.
+   * Stops the cache if it runs, and forgets the buffer. Frames still in it are lost. ILLEGAL_STATE for a
+   * buffer that a transfer uses and that has not ended: cancel the transfer. Owner, operators; services, which may
+   * delete any.
    *
    * @generated from rpc beamwire.buffer.v1.BufferService.DeleteBuffer
    */

@@ -214,6 +214,13 @@ export enum ErrorReason {
   TIMED_OUT = 45,
 
   /**
+   * RESOURCE_EXHAUSTED: the service has more calls to answer than it can; RetryInfo says when to call again.
+   *
+   * @generated from enum value: ERROR_REASON_OVERLOADED = 46;
+   */
+  OVERLOADED = 46,
+
+  /**
    * In a resource: the streamer ended with an error.
    *
    * @generated from enum value: ERROR_REASON_PRODUCER_FAILED = 60;
@@ -275,6 +282,34 @@ export enum ErrorReason {
    * @generated from enum value: ERROR_REASON_FRAME_CORRUPT = 68;
    */
   FRAME_CORRUPT = 68,
+
+  /**
+   * In a resource: a program ended with an exit code other than 0, or by a signal.
+   *
+   * @generated from enum value: ERROR_REASON_JOB_FAILED = 69;
+   */
+  JOB_FAILED = 69,
+
+  /**
+   * In a resource: a program needed more memory than it may have.
+   *
+   * @generated from enum value: ERROR_REASON_OUT_OF_MEMORY = 70;
+   */
+  OUT_OF_MEMORY = 70,
+
+  /**
+   * In a resource: the node that ran a program failed, or was taken away from it.
+   *
+   * @generated from enum value: ERROR_REASON_NODE_FAILED = 71;
+   */
+  NODE_FAILED = 71,
+
+  /**
+   * In a resource: a job that had to come first did not end as it had to.
+   *
+   * @generated from enum value: ERROR_REASON_DEPENDENCY_FAILED = 72;
+   */
+  DEPENDENCY_FAILED = 72,
 }
 
 /**

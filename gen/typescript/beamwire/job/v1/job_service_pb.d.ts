@@ -28,11 +28,53 @@ export declare type Resources = Message<"beamwire.job.v1.Resources"> & {
   processCount: number;
 
   /**
-   * The time it may run; no limit if unset.
+   * The time it may run; no limit, or the queue's, if unset.
    *
    * @generated from field: google.protobuf.Duration duration = 2;
    */
   duration?: Duration | undefined;
+
+  /**
+   * How many nodes. Default: as many as the processes need.
+   *
+   * @generated from field: int32 node_count = 3;
+   */
+  nodeCount: number;
+
+  /**
+   * How many processes on each node. Default: as the backend spreads them.
+   *
+   * @generated from field: int32 processes_per_node = 4;
+   */
+  processesPerNode: number;
+
+  /**
+   * Cores of each process. Default 1.
+   *
+   * @generated from field: int32 cores_per_process = 5;
+   */
+  coresPerProcess: number;
+
+  /**
+   * GPUs of each process. Default 0.
+   *
+   * @generated from field: int32 gpus_per_process = 6;
+   */
+  gpusPerProcess: number;
+
+  /**
+   * Memory on each node; no limit, or the queue's, if 0.
+   *
+   * @generated from field: int64 memory_bytes = 7;
+   */
+  memoryBytes: bigint;
+
+  /**
+   * No other job on its nodes.
+   *
+   * @generated from field: bool exclusive = 8;
+   */
+  exclusive: boolean;
 };
 
 /**
@@ -40,6 +82,175 @@ export declare type Resources = Message<"beamwire.job.v1.Resources"> & {
  * Use `create(ResourcesSchema)` to create a new message.
  */
 export declare const ResourcesSchema: GenMessage<Resources>;
+
+/**
+ * Where a job runs.
+ *
+ * @generated from message beamwire.job.v1.Placement
+ */
+export declare type Placement = Message<"beamwire.job.v1.Placement"> & {
+  /**
+   * One of `ListBackends`. Default `local`.
+   *
+   * @generated from field: string backend = 1;
+   */
+  backend: string;
+
+  /**
+   * The queue, or partition. Default: the backend's.
+   *
+   * @generated from field: string queue = 2;
+   */
+  queue: string;
+
+  /**
+   * The account that pays. Default: the backend's.
+   *
+   * @generated from field: string account = 3;
+   */
+  account: string;
+
+  /**
+   * A reservation to run in.
+   *
+   * @generated from field: string reservation = 4;
+   */
+  reservation: string;
+
+  /**
+   * What else the backend shall know, by its own names: for Slurm long options of sbatch, `constraint`, `qos`.
+   *
+   * @generated from field: map<string, string> attributes = 5;
+   */
+  attributes: { [key: string]: string };
+};
+
+/**
+ * Describes the message beamwire.job.v1.Placement.
+ * Use `create(PlacementSchema)` to create a new message.
+ */
+export declare const PlacementSchema: GenMessage<Placement>;
+
+/**
+ * A file that a job needs before it starts.
+ *
+ * @generated from message beamwire.job.v1.InputFile
+ */
+export declare type InputFile = Message<"beamwire.job.v1.InputFile"> & {
+  /**
+   * Where, relative to the job's directory.
+   *
+   * @generated from field: string path = 1;
+   */
+  path: string;
+
+  /**
+   * The SHA-256 it must have, 64 hexadecimal digits; any if empty.
+   *
+   * @generated from field: string sha256 = 2;
+   */
+  sha256: string;
+};
+
+/**
+ * Describes the message beamwire.job.v1.InputFile.
+ * Use `create(InputFileSchema)` to create a new message.
+ */
+export declare const InputFileSchema: GenMessage<InputFile>;
+
+/**
+ * A job that must come first.
+ *
+ * @generated from message beamwire.job.v1.Dependency
+ */
+export declare type Dependency = Message<"beamwire.job.v1.Dependency"> & {
+  /**
+   * `jobs/{job}`: a job of the same owner.
+   *
+   * @generated from field: string job = 1;
+   */
+  job: string;
+
+  /**
+   * What it must have come to. If it never can any more, the waiting job is cancelled.
+   *
+   * @generated from field: beamwire.job.v1.Dependency.Condition condition = 2;
+   */
+  condition: Dependency_Condition;
+};
+
+/**
+ * Describes the message beamwire.job.v1.Dependency.
+ * Use `create(DependencySchema)` to create a new message.
+ */
+export declare const DependencySchema: GenMessage<Dependency>;
+
+/**
+ * What the other job must have come to.
+ *
+ * @generated from enum beamwire.job.v1.Dependency.Condition
+ */
+export enum Dependency_Condition {
+  /**
+   * The default, COMPLETED.
+   *
+   * @generated from enum value: CONDITION_UNSPECIFIED = 0;
+   */
+  UNSPECIFIED = 0,
+
+  /**
+   * Its state is COMPLETED.
+   *
+   * @generated from enum value: CONDITION_COMPLETED = 1;
+   */
+  COMPLETED = 1,
+
+  /**
+   * It has ended, however.
+   *
+   * @generated from enum value: CONDITION_ENDED = 2;
+   */
+  ENDED = 2,
+
+  /**
+   * It has begun to run.
+   *
+   * @generated from enum value: CONDITION_ACTIVE = 3;
+   */
+  ACTIVE = 3,
+}
+
+/**
+ * Describes the enum beamwire.job.v1.Dependency.Condition.
+ */
+export declare const Dependency_ConditionSchema: GenEnum<Dependency_Condition>;
+
+/**
+ * Whom to tell of each state that a job enters.
+ *
+ * @generated from message beamwire.job.v1.Callback
+ */
+export declare type Callback = Message<"beamwire.job.v1.Callback"> & {
+  /**
+   * An https URL, or http on a loopback address. Each event is POSTed as JSON; docs/webhooks.md has its form.
+   *
+   * @generated from field: string url = 1;
+   */
+  url: string;
+
+  /**
+   * What events are signed with (HMAC-SHA256), at least 16 bytes. Kept, never shown.
+   *
+   * @generated from field: bytes secret = 2;
+   */
+  secret: Uint8Array;
+};
+
+/**
+ * Describes the message beamwire.job.v1.Callback.
+ * Use `create(CallbackSchema)` to create a new message.
+ */
+export declare const CallbackSchema: GenMessage<Callback>;
 
 /**
  * What to run.
@@ -55,7 +266,7 @@ export declare type JobSpec = Message<"beamwire.job.v1.JobSpec"> & {
   displayName: string;
 
   /**
-   * The program. With `mpi`, it must be a Python module's name and is run under mpi4py.
+   * The program; this or `script`. With `mpi`, it must be a Python module's name and is run under mpi4py.
    *
    * @generated from field: string executable = 2;
    */
@@ -90,13 +301,6 @@ export declare type JobSpec = Message<"beamwire.job.v1.JobSpec"> & {
   resources?: Resources | undefined;
 
   /**
-   * The backend to run on. Default `local`.
-   *
-   * @generated from field: string backend = 7;
-   */
-  backend: string;
-
-  /**
    * Run under `mpiexec`, with `resources.process_count` ranks; one rank is run without it.
    *
    * @generated from field: bool mpi = 8;
@@ -124,6 +328,77 @@ export declare type JobSpec = Message<"beamwire.job.v1.JobSpec"> & {
    * @generated from field: google.protobuf.Duration grace = 11;
    */
   grace?: Duration | undefined;
+
+  /**
+   * Where it runs.
+   *
+   * @generated from field: beamwire.job.v1.Placement placement = 12;
+   */
+  placement?: Placement | undefined;
+
+  /**
+   * The text of a script, run by the interpreter that its first line names, by /bin/sh without one.
+   *
+   * @generated from field: string script = 13;
+   */
+  script: string;
+
+  /**
+   * If true, the job gets the environment of the Job service too, but for what could be a secret.
+   *
+   * @generated from field: bool inherit_environment = 14;
+   */
+  inheritEnvironment: boolean;
+
+  /**
+   * Files that must have been uploaded before it starts.
+   *
+   * @generated from field: repeated beamwire.job.v1.InputFile input_files = 15;
+   */
+  inputFiles: InputFile[];
+
+  /**
+   * An input file, a tar archive (compressed with gzip or not), that is unpacked to `env/` in the job's directory on
+   * the node, and whose `env/bin` comes first in PATH: the job brings its programs to a node that has none.
+   *
+   * @generated from field: string bundle = 16;
+   */
+  bundle: string;
+
+  /**
+   * Jobs that must come first.
+   *
+   * @generated from field: repeated beamwire.job.v1.Dependency dependencies = 17;
+   */
+  dependencies: Dependency[];
+
+  /**
+   * If true, it is HELD until `StartJob`.
+   *
+   * @generated from field: bool hold = 18;
+   */
+  hold: boolean;
+
+  /**
+   * Whom to tell of each state that it enters.
+   *
+   * @generated from field: beamwire.job.v1.Callback callback = 19;
+   */
+  callback?: Callback | undefined;
+
+  /**
+   * Who the job enrols as instead of `job/<id>`, for services only: `cache/<id>`.
+   *
+   * @generated from field: string identity_path = 20;
+   */
+  identityPath: string;
+
+  /**
+   * Names that its certificate may serve under, for services only.
+   *
+   * @generated from field: repeated string server_names = 21;
+   */
+  serverNames: string[];
 };
 
 /**
@@ -221,6 +496,55 @@ export declare type Job = Message<"beamwire.job.v1.Job"> & {
    * @generated from field: string etag = 12;
    */
   etag: string;
+
+  /**
+   * Words for people and filters.
+   *
+   * @generated from field: map<string, string> labels = 13;
+   */
+  labels: { [key: string]: string };
+
+  /**
+   * Its runs so far.
+   *
+   * @generated from field: repeated beamwire.job.v1.Job.Step steps = 14;
+   */
+  steps: Job_Step[];
+
+  /**
+   * What it waits for, or why it is as it is, in the scheduler's words.
+   *
+   * @generated from field: string state_reason = 15;
+   */
+  stateReason: string;
+
+  /**
+   * What the job's newest step wants others to know, by name.
+   *
+   * @generated from field: map<string, string> outputs = 16;
+   */
+  outputs: { [key: string]: string };
+
+  /**
+   * How the events of its callback came through.
+   *
+   * @generated from field: beamwire.job.v1.Job.CallbackStatus callback_status = 17;
+   */
+  callbackStatus?: Job_CallbackStatus | undefined;
+
+  /**
+   * When it ended.
+   *
+   * @generated from field: google.protobuf.Timestamp end_time = 18;
+   */
+  endTime?: Timestamp | undefined;
+
+  /**
+   * When it will be forgotten, once it ended.
+   *
+   * @generated from field: google.protobuf.Timestamp purge_time = 19;
+   */
+  purgeTime?: Timestamp | undefined;
 };
 
 /**
@@ -255,6 +579,13 @@ export declare type Job_Transition = Message<"beamwire.job.v1.Job.Transition"> &
    * @generated from field: string reason = 3;
    */
   reason: string;
+
+  /**
+   * The step it belongs to.
+   *
+   * @generated from field: int32 step = 4;
+   */
+  step: number;
 };
 
 /**
@@ -264,7 +595,104 @@ export declare type Job_Transition = Message<"beamwire.job.v1.Job.Transition"> &
 export declare const Job_TransitionSchema: GenMessage<Job_Transition>;
 
 /**
- * `NEW -> QUEUED -> ACTIVE -> COMPLETED | FAILED | CANCELED`; an observer never sees it go back.
+ * One run of the job.
+ *
+ * @generated from message beamwire.job.v1.Job.Step
+ */
+export declare type Job_Step = Message<"beamwire.job.v1.Job.Step"> & {
+  /**
+   * Counts from 1.
+   *
+   * @generated from field: int32 number = 1;
+   */
+  number: number;
+
+  /**
+   * The backend's own id: a process or a Slurm job.
+   *
+   * @generated from field: string native_id = 2;
+   */
+  nativeId: string;
+
+  /**
+   * The nodes that it ran on.
+   *
+   * @generated from field: repeated string nodes = 3;
+   */
+  nodes: string[];
+
+  /**
+   * The exit code, once it ended; 128 + n if signal n ended it.
+   *
+   * @generated from field: optional int32 exit_code = 4;
+   */
+  exitCode?: number | undefined;
+
+  /**
+   * When it began to run.
+   *
+   * @generated from field: google.protobuf.Timestamp start_time = 5;
+   */
+  startTime?: Timestamp | undefined;
+
+  /**
+   * When it ended.
+   *
+   * @generated from field: google.protobuf.Timestamp end_time = 6;
+   */
+  endTime?: Timestamp | undefined;
+};
+
+/**
+ * Describes the message beamwire.job.v1.Job.Step.
+ * Use `create(Job_StepSchema)` to create a new message.
+ */
+export declare const Job_StepSchema: GenMessage<Job_Step>;
+
+/**
+ * How the events of a job's callback came through.
+ *
+ * @generated from message beamwire.job.v1.Job.CallbackStatus
+ */
+export declare type Job_CallbackStatus = Message<"beamwire.job.v1.Job.CallbackStatus"> & {
+  /**
+   * Events that were taken with a 2xx.
+   *
+   * @generated from field: int32 delivered_count = 1;
+   */
+  deliveredCount: number;
+
+  /**
+   * Events that wait for another attempt.
+   *
+   * @generated from field: int32 pending_count = 2;
+   */
+  pendingCount: number;
+
+  /**
+   * Events that were given up after a day.
+   *
+   * @generated from field: int32 abandoned_count = 3;
+   */
+  abandonedCount: number;
+
+  /**
+   * What the last attempt that failed met.
+   *
+   * @generated from field: string last_error = 4;
+   */
+  lastError: string;
+};
+
+/**
+ * Describes the message beamwire.job.v1.Job.CallbackStatus.
+ * Use `create(Job_CallbackStatusSchema)` to create a new message.
+ */
+export declare const Job_CallbackStatusSchema: GenMessage<Job_CallbackStatus>;
+
+/**
+ * `NEW -> HELD -> QUEUED -> ACTIVE -> COMPLETED | FAILED | CANCELED`, some of them left out; within one
+ * step an observer never sees it go back.
  *
  * @generated from enum beamwire.job.v1.Job.State
  */
@@ -317,6 +745,13 @@ export enum Job_State {
    * @generated from enum value: STATE_CANCELED = 6;
    */
   CANCELED = 6,
+
+  /**
+   * It waits to be started, or for files, or for other jobs: the reason says for what.
+   *
+   * @generated from enum value: STATE_HELD = 7;
+   */
+  HELD = 7,
 }
 
 /**
@@ -406,7 +841,7 @@ export declare type ListJobsRequest = Message<"beamwire.job.v1.ListJobsRequest">
   pageToken: string;
 
   /**
-   * `state=ACTIVE`, `owner="spiffe://…"`, joined by AND.
+   * `state=ACTIVE`, `owner="spiffe://…"`, `labels.sample="lysozyme"`, joined by AND.
    *
    * @generated from field: string filter = 3;
    */
@@ -494,6 +929,60 @@ export declare type WatchJobResponse = Message<"beamwire.job.v1.WatchJobResponse
 export declare const WatchJobResponseSchema: GenMessage<WatchJobResponse>;
 
 /**
+ * Names a job to let go.
+ *
+ * @generated from message beamwire.job.v1.StartJobRequest
+ */
+export declare type StartJobRequest = Message<"beamwire.job.v1.StartJobRequest"> & {
+  /**
+   * `jobs/{job}`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * A UUID4 that makes repeating the call harmless.
+   *
+   * @generated from field: string request_id = 2;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message beamwire.job.v1.StartJobRequest.
+ * Use `create(StartJobRequestSchema)` to create a new message.
+ */
+export declare const StartJobRequestSchema: GenMessage<StartJobRequest>;
+
+/**
+ * Names a job to run once more.
+ *
+ * @generated from message beamwire.job.v1.RestartJobRequest
+ */
+export declare type RestartJobRequest = Message<"beamwire.job.v1.RestartJobRequest"> & {
+  /**
+   * `jobs/{job}`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * A UUID4 that makes repeating the call harmless.
+   *
+   * @generated from field: string request_id = 2;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message beamwire.job.v1.RestartJobRequest.
+ * Use `create(RestartJobRequestSchema)` to create a new message.
+ */
+export declare const RestartJobRequestSchema: GenMessage<RestartJobRequest>;
+
+/**
  * Names a job to cancel.
  *
  * @generated from message beamwire.job.v1.CancelJobRequest
@@ -553,6 +1042,13 @@ export declare type TailLogsRequest = Message<"beamwire.job.v1.TailLogsRequest">
    * @generated from field: bool follow = 4;
    */
   follow: boolean;
+
+  /**
+   * Of which step. Default: the newest.
+   *
+   * @generated from field: int32 step = 5;
+   */
+  step: number;
 };
 
 /**
@@ -594,6 +1090,446 @@ export declare type TailLogsResponse = Message<"beamwire.job.v1.TailLogsResponse
  * Use `create(TailLogsResponseSchema)` to create a new message.
  */
 export declare const TailLogsResponseSchema: GenMessage<TailLogsResponse>;
+
+/**
+ * A file in the directory of a job.
+ *
+ * @generated from message beamwire.job.v1.JobFile
+ */
+export declare type JobFile = Message<"beamwire.job.v1.JobFile"> & {
+  /**
+   * Relative to the job's directory.
+   *
+   * @generated from field: string path = 1;
+   */
+  path: string;
+
+  /**
+   * Its size.
+   *
+   * @generated from field: int64 size_bytes = 2;
+   */
+  sizeBytes: bigint;
+
+  /**
+   * When it was written last.
+   *
+   * @generated from field: google.protobuf.Timestamp update_time = 3;
+   */
+  updateTime?: Timestamp | undefined;
+
+  /**
+   * Its SHA-256 in hexadecimal, where it was just read or written whole; empty in lists.
+   *
+   * @generated from field: string sha256 = 4;
+   */
+  sha256: string;
+
+  /**
+   * Whether it may be executed.
+   *
+   * @generated from field: bool executable = 5;
+   */
+  executable: boolean;
+};
+
+/**
+ * Describes the message beamwire.job.v1.JobFile.
+ * Use `create(JobFileSchema)` to create a new message.
+ */
+export declare const JobFileSchema: GenMessage<JobFile>;
+
+/**
+ * A piece of a file that goes to a job's directory.
+ *
+ * @generated from message beamwire.job.v1.UploadFileRequest
+ */
+export declare type UploadFileRequest = Message<"beamwire.job.v1.UploadFileRequest"> & {
+  /**
+   * The first request has the start, the others have data.
+   *
+   * @generated from oneof beamwire.job.v1.UploadFileRequest.content
+   */
+  content: {
+    /**
+     * What it will be.
+     *
+     * @generated from field: beamwire.job.v1.UploadFileRequest.Start start = 1;
+     */
+    value: UploadFileRequest_Start;
+    case: "start";
+  } | {
+    /**
+     * The next bytes, at most 1 MiB.
+     *
+     * @generated from field: bytes data = 2;
+     */
+    value: Uint8Array;
+    case: "data";
+  } | { case: undefined; value?: undefined };
+};
+
+/**
+ * Describes the message beamwire.job.v1.UploadFileRequest.
+ * Use `create(UploadFileRequestSchema)` to create a new message.
+ */
+export declare const UploadFileRequestSchema: GenMessage<UploadFileRequest>;
+
+/**
+ * What the pieces after this one make up.
+ *
+ * @generated from message beamwire.job.v1.UploadFileRequest.Start
+ */
+export declare type UploadFileRequest_Start = Message<"beamwire.job.v1.UploadFileRequest.Start"> & {
+  /**
+   * `jobs/{job}`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * Where, relative to the job's directory. Directories are made. Nothing outside of it can be named.
+   *
+   * @generated from field: string path = 2;
+   */
+  path: string;
+
+  /**
+   * The size it will have.
+   *
+   * @generated from field: int64 size_bytes = 3;
+   */
+  sizeBytes: bigint;
+
+  /**
+   * The SHA-256 it will have, 64 hexadecimal digits.
+   *
+   * @generated from field: string sha256 = 4;
+   */
+  sha256: string;
+
+  /**
+   * Whether it may be executed.
+   *
+   * @generated from field: bool executable = 5;
+   */
+  executable: boolean;
+};
+
+/**
+ * Describes the message beamwire.job.v1.UploadFileRequest.Start.
+ * Use `create(UploadFileRequest_StartSchema)` to create a new message.
+ */
+export declare const UploadFileRequest_StartSchema: GenMessage<UploadFileRequest_Start>;
+
+/**
+ * The file is there.
+ *
+ * @generated from message beamwire.job.v1.UploadFileResponse
+ */
+export declare type UploadFileResponse = Message<"beamwire.job.v1.UploadFileResponse"> & {
+  /**
+   * With its checksum.
+   *
+   * @generated from field: beamwire.job.v1.JobFile file = 1;
+   */
+  file?: JobFile | undefined;
+};
+
+/**
+ * Describes the message beamwire.job.v1.UploadFileResponse.
+ * Use `create(UploadFileResponseSchema)` to create a new message.
+ */
+export declare const UploadFileResponseSchema: GenMessage<UploadFileResponse>;
+
+/**
+ * Asks for a file of a job's directory.
+ *
+ * @generated from message beamwire.job.v1.DownloadFileRequest
+ */
+export declare type DownloadFileRequest = Message<"beamwire.job.v1.DownloadFileRequest"> & {
+  /**
+   * `jobs/{job}`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * Which, relative to the job's directory.
+   *
+   * @generated from field: string path = 2;
+   */
+  path: string;
+
+  /**
+   * Begin here.
+   *
+   * @generated from field: int64 offset_bytes = 3;
+   */
+  offsetBytes: bigint;
+};
+
+/**
+ * Describes the message beamwire.job.v1.DownloadFileRequest.
+ * Use `create(DownloadFileRequestSchema)` to create a new message.
+ */
+export declare const DownloadFileRequestSchema: GenMessage<DownloadFileRequest>;
+
+/**
+ * A piece of a file.
+ *
+ * @generated from message beamwire.job.v1.DownloadFileResponse
+ */
+export declare type DownloadFileResponse = Message<"beamwire.job.v1.DownloadFileResponse"> & {
+  /**
+   * The file; in the first answer without its checksum, in the last one, which has no data, with that of all
+   * bytes from the beginning of the file.
+   *
+   * @generated from field: beamwire.job.v1.JobFile file = 1;
+   */
+  file?: JobFile | undefined;
+
+  /**
+   * Where the piece begins in the file.
+   *
+   * @generated from field: int64 offset_bytes = 2;
+   */
+  offsetBytes: bigint;
+
+  /**
+   * The piece.
+   *
+   * @generated from field: bytes data = 3;
+   */
+  data: Uint8Array;
+};
+
+/**
+ * Describes the message beamwire.job.v1.DownloadFileResponse.
+ * Use `create(DownloadFileResponseSchema)` to create a new message.
+ */
+export declare const DownloadFileResponseSchema: GenMessage<DownloadFileResponse>;
+
+/**
+ * Asks for a page of a job's files.
+ *
+ * @generated from message beamwire.job.v1.ListJobFilesRequest
+ */
+export declare type ListJobFilesRequest = Message<"beamwire.job.v1.ListJobFilesRequest"> & {
+  /**
+   * `jobs/{job}`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * The most to return; default 50, at most 1000.
+   *
+   * @generated from field: int32 page_size = 2;
+   */
+  pageSize: number;
+
+  /**
+   * `next_page_token` of the page before.
+   *
+   * @generated from field: string page_token = 3;
+   */
+  pageToken: string;
+};
+
+/**
+ * Describes the message beamwire.job.v1.ListJobFilesRequest.
+ * Use `create(ListJobFilesRequestSchema)` to create a new message.
+ */
+export declare const ListJobFilesRequestSchema: GenMessage<ListJobFilesRequest>;
+
+/**
+ * A page of a job's files.
+ *
+ * @generated from message beamwire.job.v1.ListJobFilesResponse
+ */
+export declare type ListJobFilesResponse = Message<"beamwire.job.v1.ListJobFilesResponse"> & {
+  /**
+   * In the order of their paths.
+   *
+   * @generated from field: repeated beamwire.job.v1.JobFile files = 1;
+   */
+  files: JobFile[];
+
+  /**
+   * Empty on the last page.
+   *
+   * @generated from field: string next_page_token = 2;
+   */
+  nextPageToken: string;
+};
+
+/**
+ * Describes the message beamwire.job.v1.ListJobFilesResponse.
+ * Use `create(ListJobFilesResponseSchema)` to create a new message.
+ */
+export declare const ListJobFilesResponseSchema: GenMessage<ListJobFilesResponse>;
+
+/**
+ * What a job tells of itself.
+ *
+ * @generated from message beamwire.job.v1.ReportJobRequest
+ */
+export declare type ReportJobRequest = Message<"beamwire.job.v1.ReportJobRequest"> & {
+  /**
+   * `jobs/{job}`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * Its step.
+   *
+   * @generated from field: int32 step = 2;
+   */
+  step: number;
+
+  /**
+   * ACTIVE once it runs; COMPLETED or FAILED when it ended. Unset if that has not changed.
+   *
+   * @generated from field: beamwire.job.v1.Job.State state = 3;
+   */
+  state: Job_State;
+
+  /**
+   * The node that it runs on.
+   *
+   * @generated from field: string node = 4;
+   */
+  node: string;
+
+  /**
+   * The exit code, with a terminal state.
+   *
+   * @generated from field: optional int32 exit_code = 5;
+   */
+  exitCode?: number | undefined;
+
+  /**
+   * What others should know, by name; added to what was told before. At most 16, of 1024 bytes each.
+   *
+   * @generated from field: map<string, string> outputs = 6;
+   */
+  outputs: { [key: string]: string };
+};
+
+/**
+ * Describes the message beamwire.job.v1.ReportJobRequest.
+ * Use `create(ReportJobRequestSchema)` to create a new message.
+ */
+export declare const ReportJobRequestSchema: GenMessage<ReportJobRequest>;
+
+/**
+ * It is known.
+ *
+ * @generated from message beamwire.job.v1.ReportJobResponse
+ */
+export declare type ReportJobResponse = Message<"beamwire.job.v1.ReportJobResponse"> & {
+};
+
+/**
+ * Describes the message beamwire.job.v1.ReportJobResponse.
+ * Use `create(ReportJobResponseSchema)` to create a new message.
+ */
+export declare const ReportJobResponseSchema: GenMessage<ReportJobResponse>;
+
+/**
+ * Asks where jobs can run.
+ *
+ * @generated from message beamwire.job.v1.ListBackendsRequest
+ */
+export declare type ListBackendsRequest = Message<"beamwire.job.v1.ListBackendsRequest"> & {
+};
+
+/**
+ * Describes the message beamwire.job.v1.ListBackendsRequest.
+ * Use `create(ListBackendsRequestSchema)` to create a new message.
+ */
+export declare const ListBackendsRequestSchema: GenMessage<ListBackendsRequest>;
+
+/**
+ * Where jobs can run.
+ *
+ * @generated from message beamwire.job.v1.ListBackendsResponse
+ */
+export declare type ListBackendsResponse = Message<"beamwire.job.v1.ListBackendsResponse"> & {
+  /**
+   * In the order of their names.
+   *
+   * @generated from field: repeated beamwire.job.v1.Backend backends = 1;
+   */
+  backends: Backend[];
+};
+
+/**
+ * Describes the message beamwire.job.v1.ListBackendsResponse.
+ * Use `create(ListBackendsResponseSchema)` to create a new message.
+ */
+export declare const ListBackendsResponseSchema: GenMessage<ListBackendsResponse>;
+
+/**
+ * A place where jobs run.
+ *
+ * @generated from message beamwire.job.v1.Backend
+ */
+export declare type Backend = Message<"beamwire.job.v1.Backend"> & {
+  /**
+   * `local`, `slurm`, or the name that the facility's file gives it.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * What it is: `local`, `slurm`, `psij`.
+   *
+   * @generated from field: string kind = 2;
+   */
+  kind: string;
+
+  /**
+   * Whether it answers now.
+   *
+   * @generated from field: bool available = 3;
+   */
+  available: boolean;
+
+  /**
+   * Why not, or what version answers.
+   *
+   * @generated from field: string detail = 4;
+   */
+  detail: string;
+
+  /**
+   * Its queues, if it has several.
+   *
+   * @generated from field: repeated string queues = 5;
+   */
+  queues: string[];
+
+  /**
+   * Jobs of ours that it has, by state.
+   *
+   * @generated from field: map<string, int32> job_counts = 6;
+   */
+  jobCounts: { [key: string]: number };
+};
+
+/**
+ * Describes the message beamwire.job.v1.Backend.
+ * Use `create(BackendSchema)` to create a new message.
+ */
+export declare const BackendSchema: GenMessage<Backend>;
 
 /**
  * Names a job to delete.
@@ -670,23 +1606,45 @@ export enum LogStream {
 export declare const LogStreamSchema: GenEnum<LogStream>;
 
 /**
- * Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
- * job is an arbitrary program under the facility's account, only services and operators create them,
- * and services of other facilities as far as the policy names the programs; a user sees and cancels the
- * jobs that were created for them.
+ * Runs programs, with or without MPI, on this host or through a batch system, and tells how they fare.
+ * The words are those of PSI/J. Because a job is an arbitrary program under the facility's account,
+ * users and services of other facilities have only those programs run that the policy names.
  *
  * @generated from service beamwire.job.v1.JobService
  */
 export declare const JobService: GenService<{
   /**
-   * Stores a job and starts it. The answer comes at once, in state NEW or later. Services, operators,
-   * and partners, for whom the policy names the executables they may run.
+   * Stores a job and starts it, unless it is to be held or waits for files or other jobs. The answer
+   * comes at once, in state NEW or later. Services and operators; users and partners, for whom the
+   * policy names the executables they may run.
    *
    * @generated from rpc beamwire.job.v1.JobService.CreateJob
    */
   createJob: {
     methodKind: "unary";
     input: typeof CreateJobRequestSchema;
+    output: typeof JobSchema;
+  },
+  /**
+   * Lets a job go that was held. One that still waits for files or other jobs starts when those are
+   * there; one that is not held stays as it is. Owner, services, operators.
+   *
+   * @generated from rpc beamwire.job.v1.JobService.StartJob
+   */
+  startJob: {
+    methodKind: "unary";
+    input: typeof StartJobRequestSchema;
+    output: typeof JobSchema;
+  },
+  /**
+   * Runs a job that has ended once more, as its next step, in the directory that the steps before have
+   * left. ILLEGAL_STATE if it has not ended. Owner, services, operators.
+   *
+   * @generated from rpc beamwire.job.v1.JobService.RestartJob
+   */
+  restartJob: {
+    methodKind: "unary";
+    input: typeof RestartJobRequestSchema;
     output: typeof JobSchema;
   },
   /**
@@ -743,7 +1701,60 @@ export declare const JobService: GenService<{
     output: typeof TailLogsResponseSchema;
   },
   /**
-   * Cancels the job if it runs, and forgets it with its directory. Owner if it is a partner, services, operators.
+   * Puts a file into the directory of a job: the first request says which, the others bring its bytes.
+   * The file is there whole, with the checksum that was said, or not at all. Owner, services, operators.
+   *
+   * @generated from rpc beamwire.job.v1.JobService.UploadFile
+   */
+  uploadFile: {
+    methodKind: "client_streaming";
+    input: typeof UploadFileRequestSchema;
+    output: typeof UploadFileResponseSchema;
+  },
+  /**
+   * Sends a file of a job's directory, from an offset on; the last answer has its checksum.
+   * Owner, services, operators.
+   *
+   * @generated from rpc beamwire.job.v1.JobService.DownloadFile
+   */
+  downloadFile: {
+    methodKind: "server_streaming";
+    input: typeof DownloadFileRequestSchema;
+    output: typeof DownloadFileResponseSchema;
+  },
+  /**
+   * Lists the files of a job's directory, in the order of their paths. Owner, services, operators.
+   *
+   * @generated from rpc beamwire.job.v1.JobService.ListJobFiles
+   */
+  listJobFiles: {
+    methodKind: "unary";
+    input: typeof ListJobFilesRequestSchema;
+    output: typeof ListJobFilesResponseSchema;
+  },
+  /**
+   * Tells of a job's own step: that it runs and where, what it wants others to know, how it ended. The
+   * job itself, under the identity that it was given.
+   *
+   * @generated from rpc beamwire.job.v1.JobService.ReportJob
+   */
+  reportJob: {
+    methodKind: "unary";
+    input: typeof ReportJobRequestSchema;
+    output: typeof ReportJobResponseSchema;
+  },
+  /**
+   * Lists where jobs can run here. Everybody who may have jobs run.
+   *
+   * @generated from rpc beamwire.job.v1.JobService.ListBackends
+   */
+  listBackends: {
+    methodKind: "unary";
+    input: typeof ListBackendsRequestSchema;
+    output: typeof ListBackendsResponseSchema;
+  },
+  /**
+   * Cancels the job if it runs, and forgets it with its directory. Owner, services, operators.
    *
    * @generated from rpc beamwire.job.v1.JobService.DeleteJob
    */

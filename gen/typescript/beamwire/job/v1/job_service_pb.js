@@ -16,7 +16,7 @@ import { file_google_rpc_status } from "../../../google/rpc/status_pb.js";
  * Describes the file beamwire/job/v1/job_service.proto.
  */
 export const file_beamwire_job_v1_job_service = /*@__PURE__*/
-  fileDesc("CiFiZWFtd2lyZS9qb2IvdjEvam9iX3NlcnZpY2UucHJvdG8SD2JlYW13aXJlLmpvYi52MSJbCglSZXNvdXJjZXMSGwoNcHJvY2Vzc19jb3VudBgBIAEoBUIE4kEBARIxCghkdXJhdGlvbhgCIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkIE4kEBASKlAwoHSm9iU3BlYxIaCgxkaXNwbGF5X25hbWUYASABKAlCBOJBAQESGAoKZXhlY3V0YWJsZRgCIAEoCUIE4kEBAhIXCglhcmd1bWVudHMYAyADKAlCBOJBAQESFwoJZGlyZWN0b3J5GAQgASgJQgTiQQEBEkQKC2Vudmlyb25tZW50GAUgAygLMikuYmVhbXdpcmUuam9iLnYxLkpvYlNwZWMuRW52aXJvbm1lbnRFbnRyeUIE4kEBARIzCglyZXNvdXJjZXMYBiABKAsyGi5iZWFtd2lyZS5qb2IudjEuUmVzb3VyY2VzQgTiQQEBEhUKB2JhY2tlbmQYByABKAlCBOJBAQESEQoDbXBpGAggASgIQgTiQQEBEhMKBXN0ZGluGAkgASgMQgTiQQEBEhQKBmVucm9sbBgKIAEoCEIE4kEBARIuCgVncmFjZRgLIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkIE4kEBARoyChBFbnZpcm9ubWVudEVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEigQYKA0pvYhISCgRuYW1lGAEgASgJQgTiQQEIEiwKBHNwZWMYAiABKAsyGC5iZWFtd2lyZS5qb2IudjEuSm9iU3BlY0IE4kEBAhITCgVvd25lchgDIAEoCUIE4kEBARIvCgVzdGF0ZRgEIAEoDjIaLmJlYW13aXJlLmpvYi52MS5Kb2IuU3RhdGVCBOJBAQMSOgoLdHJhbnNpdGlvbnMYBSADKAsyHy5iZWFtd2lyZS5qb2IudjEuSm9iLlRyYW5zaXRpb25CBOJBAQMSHAoJZXhpdF9jb2RlGAYgASgFQgTiQQEDSACIAQESJwoFZXJyb3IYByABKAsyEi5nb29nbGUucnBjLlN0YXR1c0IE4kEBAxIXCgluYXRpdmVfaWQYCCABKAlCBOJBAQMSFgoIaWRlbnRpdHkYCSABKAlCBOJBAQMSNQoLY3JlYXRlX3RpbWUYCiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wQgTiQQEDEjUKC3VwZGF0ZV90aW1lGAsgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcEIE4kEBAxISCgRldGFnGAwgASgJQgTiQQEDGnEKClRyYW5zaXRpb24SKQoFc3RhdGUYASABKA4yGi5iZWFtd2lyZS5qb2IudjEuSm9iLlN0YXRlEigKBHRpbWUYAiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEg4KBnJlYXNvbhgDIAEoCSKMAQoFU3RhdGUSFQoRU1RBVEVfVU5TUEVDSUZJRUQQABINCglTVEFURV9ORVcQARIQCgxTVEFURV9RVUVVRUQQAhIQCgxTVEFURV9BQ1RJVkUQAxITCg9TVEFURV9DT01QTEVURUQQBBIQCgxTVEFURV9GQUlMRUQQBRISCg5TVEFURV9DQU5DRUxFRBAGOizqQSkKEGJlYW13aXJlLm9yZy9Kb2ISCmpvYnMve2pvYn0qBGpvYnMyA2pvYkIMCgpfZXhpdF9jb2RlIogBChBDcmVhdGVKb2JSZXF1ZXN0EicKA2pvYhgBIAEoCzIULmJlYW13aXJlLmpvYi52MS5Kb2JCBOJBAQISFAoGam9iX2lkGAIgASgJQgTiQQEBEhgKCnJlcXVlc3RfaWQYAyABKAlCBOJBAQESGwoNdmFsaWRhdGVfb25seRgEIAEoCEIE4kEBASI4Cg1HZXRKb2JSZXF1ZXN0EicKBG5hbWUYASABKAlCGeJBAQL6QRIKEGJlYW13aXJlLm9yZy9Kb2IiWgoPTGlzdEpvYnNSZXF1ZXN0EhcKCXBhZ2Vfc2l6ZRgBIAEoBUIE4kEBARIYCgpwYWdlX3Rva2VuGAIgASgJQgTiQQEBEhQKBmZpbHRlchgDIAEoCUIE4kEBASJPChBMaXN0Sm9ic1Jlc3BvbnNlEiIKBGpvYnMYASADKAsyFC5iZWFtd2lyZS5qb2IudjEuSm9iEhcKD25leHRfcGFnZV90b2tlbhgCIAEoCSJOCg9XYXRjaEpvYlJlcXVlc3QSJwoEbmFtZRgBIAEoCUIZ4kEBAvpBEgoQYmVhbXdpcmUub3JnL0pvYhISCgRldGFnGAIgASgJQgTiQQEBIjUKEFdhdGNoSm9iUmVzcG9uc2USIQoDam9iGAEgASgLMhQuYmVhbXdpcmUuam9iLnYxLkpvYiJVChBDYW5jZWxKb2JSZXF1ZXN0EicKBG5hbWUYASABKAlCGeJBAQL6QRIKEGJlYW13aXJlLm9yZy9Kb2ISGAoKcmVxdWVzdF9pZBgCIAEoCUIE4kEBASKcAQoPVGFpbExvZ3NSZXF1ZXN0EicKBG5hbWUYASABKAlCGeJBAQL6QRIKEGJlYW13aXJlLm9yZy9Kb2ISMAoGc3RyZWFtGAIgASgOMhouYmVhbXdpcmUuam9iLnYxLkxvZ1N0cmVhbUIE4kEBARIYCgpsYXN0X2J5dGVzGAMgASgDQgTiQQEBEhQKBmZvbGxvdxgEIAEoCEIE4kEBASJiChBUYWlsTG9nc1Jlc3BvbnNlEioKBnN0cmVhbRgBIAEoDjIaLmJlYW13aXJlLmpvYi52MS5Mb2dTdHJlYW0SFAoMb2Zmc2V0X2J5dGVzGAIgASgDEgwKBGRhdGEYAyABKAwiVQoQRGVsZXRlSm9iUmVxdWVzdBInCgRuYW1lGAEgASgJQhniQQEC+kESChBiZWFtd2lyZS5vcmcvSm9iEhgKCnJlcXVlc3RfaWQYAiABKAlCBOJBAQEiEwoRRGVsZXRlSm9iUmVzcG9uc2UqVQoJTG9nU3RyZWFtEhoKFkxPR19TVFJFQU1fVU5TUEVDSUZJRUQQABIVChFMT0dfU1RSRUFNX1NURE9VVBABEhUKEUxPR19TVFJFQU1fU1RERVJSEAIyswUKCkpvYlNlcnZpY2USXgoJQ3JlYXRlSm9iEiEuYmVhbXdpcmUuam9iLnYxLkNyZWF0ZUpvYlJlcXVlc3QaFC5iZWFtd2lyZS5qb2IudjEuSm9iIhjaQQpqb2Isam9iX2lkqs8YBwoDAgUGEAESUwoGR2V0Sm9iEh4uYmVhbXdpcmUuam9iLnYxLkdldEpvYlJlcXVlc3QaFC5iZWFtd2lyZS5qb2IudjEuSm9iIhPaQQRuYW1lqs8YCAoEAQIFBhABEl0KCExpc3RKb2JzEiAuYmVhbXdpcmUuam9iLnYxLkxpc3RKb2JzUmVxdWVzdBohLmJlYW13aXJlLmpvYi52MS5MaXN0Sm9ic1Jlc3BvbnNlIgyqzxgICgQBAgUGEAESZgoIV2F0Y2hKb2ISIC5iZWFtd2lyZS5qb2IudjEuV2F0Y2hKb2JSZXF1ZXN0GiEuYmVhbXdpcmUuam9iLnYxLldhdGNoSm9iUmVzcG9uc2UiE9pBBG5hbWWqzxgICgQBAgUGEAEwARJZCglDYW5jZWxKb2ISIS5iZWFtd2lyZS5qb2IudjEuQ2FuY2VsSm9iUmVxdWVzdBoULmJlYW13aXJlLmpvYi52MS5Kb2IiE9pBBG5hbWWqzxgICgQBAgUGEAESZgoIVGFpbExvZ3MSIC5iZWFtd2lyZS5qb2IudjEuVGFpbExvZ3NSZXF1ZXN0GiEuYmVhbXdpcmUuam9iLnYxLlRhaWxMb2dzUmVzcG9uc2UiE9pBBG5hbWWqzxgICgQBAgUGEAEwARJmCglEZWxldGVKb2ISIS5iZWFtd2lyZS5qb2IudjEuRGVsZXRlSm9iUmVxdWVzdBoiLmJlYW13aXJlLmpvYi52MS5EZWxldGVKb2JSZXNwb25zZSIS2kEEbmFtZarPGAcKAwIFBhABQlIKE29yZy5iZWFtd2lyZS5qb2IudjFQAVo5Z2l0aHViLmNvbS9iZWFtd2lyZS9iZWFtd2lyZS9nZW4vZ28vYmVhbXdpcmUvam9iL3YxO2pvYnYxYgZwcm90bzM", [file_beamwire_common_v1_access, file_google_api_client, file_google_api_field_behavior, file_google_api_resource, file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
+  fileDesc("CiFiZWFtd2lyZS9qb2IvdjEvam9iX3NlcnZpY2UucHJvdG8SD2JlYW13aXJlLmpvYi52MSKNAgoJUmVzb3VyY2VzEhsKDXByb2Nlc3NfY291bnQYASABKAVCBOJBAQESMQoIZHVyYXRpb24YAiABKAsyGS5nb29nbGUucHJvdG9idWYuRHVyYXRpb25CBOJBAQESGAoKbm9kZV9jb3VudBgDIAEoBUIE4kEBARIgChJwcm9jZXNzZXNfcGVyX25vZGUYBCABKAVCBOJBAQESHwoRY29yZXNfcGVyX3Byb2Nlc3MYBSABKAVCBOJBAQESHgoQZ3B1c19wZXJfcHJvY2VzcxgGIAEoBUIE4kEBARIaCgxtZW1vcnlfYnl0ZXMYByABKANCBOJBAQESFwoJZXhjbHVzaXZlGAggASgIQgTiQQEBIuIBCglQbGFjZW1lbnQSFQoHYmFja2VuZBgBIAEoCUIE4kEBARITCgVxdWV1ZRgCIAEoCUIE4kEBARIVCgdhY2NvdW50GAMgASgJQgTiQQEBEhkKC3Jlc2VydmF0aW9uGAQgASgJQgTiQQEBEkQKCmF0dHJpYnV0ZXMYBSADKAsyKi5iZWFtd2lyZS5qb2IudjEuUGxhY2VtZW50LkF0dHJpYnV0ZXNFbnRyeUIE4kEBARoxCg9BdHRyaWJ1dGVzRW50cnkSCwoDa2V5GAEgASgJEg0KBXZhbHVlGAIgASgJOgI4ASI1CglJbnB1dEZpbGUSEgoEcGF0aBgBIAEoCUIE4kEBAhIUCgZzaGEyNTYYAiABKAlCBOJBAQEi4AEKCkRlcGVuZGVuY3kSJgoDam9iGAEgASgJQhniQQEC+kESChBiZWFtd2lyZS5vcmcvSm9iEj4KCWNvbmRpdGlvbhgCIAEoDjIlLmJlYW13aXJlLmpvYi52MS5EZXBlbmRlbmN5LkNvbmRpdGlvbkIE4kEBASJqCglDb25kaXRpb24SGQoVQ09ORElUSU9OX1VOU1BFQ0lGSUVEEAASFwoTQ09ORElUSU9OX0NPTVBMRVRFRBABEhMKD0NPTkRJVElPTl9FTkRFRBACEhQKEENPTkRJVElPTl9BQ1RJVkUQAyIzCghDYWxsYmFjaxIRCgN1cmwYASABKAlCBOJBAQISFAoGc2VjcmV0GAIgASgMQgTiQQEEIogGCgdKb2JTcGVjEhoKDGRpc3BsYXlfbmFtZRgBIAEoCUIE4kEBARIYCgpleGVjdXRhYmxlGAIgASgJQgTiQQEBEhcKCWFyZ3VtZW50cxgDIAMoCUIE4kEBARIXCglkaXJlY3RvcnkYBCABKAlCBOJBAQESRAoLZW52aXJvbm1lbnQYBSADKAsyKS5iZWFtd2lyZS5qb2IudjEuSm9iU3BlYy5FbnZpcm9ubWVudEVudHJ5QgTiQQEBEjMKCXJlc291cmNlcxgGIAEoCzIaLmJlYW13aXJlLmpvYi52MS5SZXNvdXJjZXNCBOJBAQESEQoDbXBpGAggASgIQgTiQQEBEhMKBXN0ZGluGAkgASgMQgTiQQEBEhQKBmVucm9sbBgKIAEoCEIE4kEBARIuCgVncmFjZRgLIAEoCzIZLmdvb2dsZS5wcm90b2J1Zi5EdXJhdGlvbkIE4kEBARIzCglwbGFjZW1lbnQYDCABKAsyGi5iZWFtd2lyZS5qb2IudjEuUGxhY2VtZW50QgTiQQEBEhQKBnNjcmlwdBgNIAEoCUIE4kEBARIhChNpbmhlcml0X2Vudmlyb25tZW50GA4gASgIQgTiQQEBEjUKC2lucHV0X2ZpbGVzGA8gAygLMhouYmVhbXdpcmUuam9iLnYxLklucHV0RmlsZUIE4kEBARIUCgZidW5kbGUYECABKAlCBOJBAQESNwoMZGVwZW5kZW5jaWVzGBEgAygLMhsuYmVhbXdpcmUuam9iLnYxLkRlcGVuZGVuY3lCBOJBAQESEgoEaG9sZBgSIAEoCEIE4kEBARIxCghjYWxsYmFjaxgTIAEoCzIZLmJlYW13aXJlLmpvYi52MS5DYWxsYmFja0IE4kEBARIbCg1pZGVudGl0eV9wYXRoGBQgASgJQgTiQQEBEhoKDHNlcnZlcl9uYW1lcxgVIAMoCUIE4kEBARoyChBFbnZpcm9ubWVudEVudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAFKBAgHEAgimAwKA0pvYhISCgRuYW1lGAEgASgJQgTiQQEIEiwKBHNwZWMYAiABKAsyGC5iZWFtd2lyZS5qb2IudjEuSm9iU3BlY0IE4kEBAhITCgVvd25lchgDIAEoCUIE4kEBARIvCgVzdGF0ZRgEIAEoDjIaLmJlYW13aXJlLmpvYi52MS5Kb2IuU3RhdGVCBOJBAQMSOgoLdHJhbnNpdGlvbnMYBSADKAsyHy5iZWFtd2lyZS5qb2IudjEuSm9iLlRyYW5zaXRpb25CBOJBAQMSHAoJZXhpdF9jb2RlGAYgASgFQgTiQQEDSACIAQESJwoFZXJyb3IYByABKAsyEi5nb29nbGUucnBjLlN0YXR1c0IE4kEBAxIXCgluYXRpdmVfaWQYCCABKAlCBOJBAQMSFgoIaWRlbnRpdHkYCSABKAlCBOJBAQMSNQoLY3JlYXRlX3RpbWUYCiABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wQgTiQQEDEjUKC3VwZGF0ZV90aW1lGAsgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcEIE4kEBAxISCgRldGFnGAwgASgJQgTiQQEDEjYKBmxhYmVscxgNIAMoCzIgLmJlYW13aXJlLmpvYi52MS5Kb2IuTGFiZWxzRW50cnlCBOJBAQESLgoFc3RlcHMYDiADKAsyGS5iZWFtd2lyZS5qb2IudjEuSm9iLlN0ZXBCBOJBAQMSGgoMc3RhdGVfcmVhc29uGA8gASgJQgTiQQEDEjgKB291dHB1dHMYECADKAsyIS5iZWFtd2lyZS5qb2IudjEuSm9iLk91dHB1dHNFbnRyeUIE4kEBAxJCCg9jYWxsYmFja19zdGF0dXMYESABKAsyIy5iZWFtd2lyZS5qb2IudjEuSm9iLkNhbGxiYWNrU3RhdHVzQgTiQQEDEjIKCGVuZF90aW1lGBIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcEIE4kEBAxI0CgpwdXJnZV90aW1lGBMgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcEIE4kEBAxp/CgpUcmFuc2l0aW9uEikKBXN0YXRlGAEgASgOMhouYmVhbXdpcmUuam9iLnYxLkpvYi5TdGF0ZRIoCgR0aW1lGAIgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcBIOCgZyZWFzb24YAyABKAkSDAoEc3RlcBgEIAEoBRq8AQoEU3RlcBIOCgZudW1iZXIYASABKAUSEQoJbmF0aXZlX2lkGAIgASgJEg0KBW5vZGVzGAMgAygJEhYKCWV4aXRfY29kZRgEIAEoBUgAiAEBEi4KCnN0YXJ0X3RpbWUYBSABKAsyGi5nb29nbGUucHJvdG9idWYuVGltZXN0YW1wEiwKCGVuZF90aW1lGAYgASgLMhouZ29vZ2xlLnByb3RvYnVmLlRpbWVzdGFtcEIMCgpfZXhpdF9jb2RlGm0KDkNhbGxiYWNrU3RhdHVzEhcKD2RlbGl2ZXJlZF9jb3VudBgBIAEoBRIVCg1wZW5kaW5nX2NvdW50GAIgASgFEhcKD2FiYW5kb25lZF9jb3VudBgDIAEoBRISCgpsYXN0X2Vycm9yGAQgASgJGi0KC0xhYmVsc0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEaLgoMT3V0cHV0c0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAEinAEKBVN0YXRlEhUKEVNUQVRFX1VOU1BFQ0lGSUVEEAASDQoJU1RBVEVfTkVXEAESEAoMU1RBVEVfUVVFVUVEEAISEAoMU1RBVEVfQUNUSVZFEAMSEwoPU1RBVEVfQ09NUExFVEVEEAQSEAoMU1RBVEVfRkFJTEVEEAUSEgoOU1RBVEVfQ0FOQ0VMRUQQBhIOCgpTVEFURV9IRUxEEAc6LOpBKQoQYmVhbXdpcmUub3JnL0pvYhIKam9icy97am9ifSoEam9iczIDam9iQgwKCl9leGl0X2NvZGUiiAEKEENyZWF0ZUpvYlJlcXVlc3QSJwoDam9iGAEgASgLMhQuYmVhbXdpcmUuam9iLnYxLkpvYkIE4kEBAhIUCgZqb2JfaWQYAiABKAlCBOJBAQESGAoKcmVxdWVzdF9pZBgDIAEoCUIE4kEBARIbCg12YWxpZGF0ZV9vbmx5GAQgASgIQgTiQQEBIjgKDUdldEpvYlJlcXVlc3QSJwoEbmFtZRgBIAEoCUIZ4kEBAvpBEgoQYmVhbXdpcmUub3JnL0pvYiJaCg9MaXN0Sm9ic1JlcXVlc3QSFwoJcGFnZV9zaXplGAEgASgFQgTiQQEBEhgKCnBhZ2VfdG9rZW4YAiABKAlCBOJBAQESFAoGZmlsdGVyGAMgASgJQgTiQQEBIk8KEExpc3RKb2JzUmVzcG9uc2USIgoEam9icxgBIAMoCzIULmJlYW13aXJlLmpvYi52MS5Kb2ISFwoPbmV4dF9wYWdlX3Rva2VuGAIgASgJIk4KD1dhdGNoSm9iUmVxdWVzdBInCgRuYW1lGAEgASgJQhniQQEC+kESChBiZWFtd2lyZS5vcmcvSm9iEhIKBGV0YWcYAiABKAlCBOJBAQEiNQoQV2F0Y2hKb2JSZXNwb25zZRIhCgNqb2IYASABKAsyFC5iZWFtd2lyZS5qb2IudjEuSm9iIlQKD1N0YXJ0Sm9iUmVxdWVzdBInCgRuYW1lGAEgASgJQhniQQEC+kESChBiZWFtd2lyZS5vcmcvSm9iEhgKCnJlcXVlc3RfaWQYAiABKAlCBOJBAQEiVgoRUmVzdGFydEpvYlJlcXVlc3QSJwoEbmFtZRgBIAEoCUIZ4kEBAvpBEgoQYmVhbXdpcmUub3JnL0pvYhIYCgpyZXF1ZXN0X2lkGAIgASgJQgTiQQEBIlUKEENhbmNlbEpvYlJlcXVlc3QSJwoEbmFtZRgBIAEoCUIZ4kEBAvpBEgoQYmVhbXdpcmUub3JnL0pvYhIYCgpyZXF1ZXN0X2lkGAIgASgJQgTiQQEBIrABCg9UYWlsTG9nc1JlcXVlc3QSJwoEbmFtZRgBIAEoCUIZ4kEBAvpBEgoQYmVhbXdpcmUub3JnL0pvYhIwCgZzdHJlYW0YAiABKA4yGi5iZWFtd2lyZS5qb2IudjEuTG9nU3RyZWFtQgTiQQEBEhgKCmxhc3RfYnl0ZXMYAyABKANCBOJBAQESFAoGZm9sbG93GAQgASgIQgTiQQEBEhIKBHN0ZXAYBSABKAVCBOJBAQEiYgoQVGFpbExvZ3NSZXNwb25zZRIqCgZzdHJlYW0YASABKA4yGi5iZWFtd2lyZS5qb2IudjEuTG9nU3RyZWFtEhQKDG9mZnNldF9ieXRlcxgCIAEoAxIMCgRkYXRhGAMgASgMIoABCgdKb2JGaWxlEgwKBHBhdGgYASABKAkSEgoKc2l6ZV9ieXRlcxgCIAEoAxIvCgt1cGRhdGVfdGltZRgDIAEoCzIaLmdvb2dsZS5wcm90b2J1Zi5UaW1lc3RhbXASDgoGc2hhMjU2GAQgASgJEhIKCmV4ZWN1dGFibGUYBSABKAgihgIKEVVwbG9hZEZpbGVSZXF1ZXN0Ej8KBXN0YXJ0GAEgASgLMiguYmVhbXdpcmUuam9iLnYxLlVwbG9hZEZpbGVSZXF1ZXN0LlN0YXJ0QgTiQQEBSAASFAoEZGF0YRgCIAEoDEIE4kEBAUgAGo4BCgVTdGFydBInCgRuYW1lGAEgASgJQhniQQEC+kESChBiZWFtd2lyZS5vcmcvSm9iEhIKBHBhdGgYAiABKAlCBOJBAQISGAoKc2l6ZV9ieXRlcxgDIAEoA0IE4kEBARIUCgZzaGEyNTYYBCABKAlCBOJBAQISGAoKZXhlY3V0YWJsZRgFIAEoCEIE4kEBAUIJCgdjb250ZW50IjwKElVwbG9hZEZpbGVSZXNwb25zZRImCgRmaWxlGAEgASgLMhguYmVhbXdpcmUuam9iLnYxLkpvYkZpbGUibgoTRG93bmxvYWRGaWxlUmVxdWVzdBInCgRuYW1lGAEgASgJQhniQQEC+kESChBiZWFtd2lyZS5vcmcvSm9iEhIKBHBhdGgYAiABKAlCBOJBAQISGgoMb2Zmc2V0X2J5dGVzGAMgASgDQgTiQQEBImIKFERvd25sb2FkRmlsZVJlc3BvbnNlEiYKBGZpbGUYASABKAsyGC5iZWFtd2lyZS5qb2IudjEuSm9iRmlsZRIUCgxvZmZzZXRfYnl0ZXMYAiABKAMSDAoEZGF0YRgDIAEoDCJxChNMaXN0Sm9iRmlsZXNSZXF1ZXN0EicKBG5hbWUYASABKAlCGeJBAQL6QRIKEGJlYW13aXJlLm9yZy9Kb2ISFwoJcGFnZV9zaXplGAIgASgFQgTiQQEBEhgKCnBhZ2VfdG9rZW4YAyABKAlCBOJBAQEiWAoUTGlzdEpvYkZpbGVzUmVzcG9uc2USJwoFZmlsZXMYASADKAsyGC5iZWFtd2lyZS5qb2IudjEuSm9iRmlsZRIXCg9uZXh0X3BhZ2VfdG9rZW4YAiABKAkitwIKEFJlcG9ydEpvYlJlcXVlc3QSJwoEbmFtZRgBIAEoCUIZ4kEBAvpBEgoQYmVhbXdpcmUub3JnL0pvYhISCgRzdGVwGAIgASgFQgTiQQECEi8KBXN0YXRlGAMgASgOMhouYmVhbXdpcmUuam9iLnYxLkpvYi5TdGF0ZUIE4kEBARISCgRub2RlGAQgASgJQgTiQQEBEhwKCWV4aXRfY29kZRgFIAEoBUIE4kEBAUgAiAEBEkUKB291dHB1dHMYBiADKAsyLi5iZWFtd2lyZS5qb2IudjEuUmVwb3J0Sm9iUmVxdWVzdC5PdXRwdXRzRW50cnlCBOJBAQEaLgoMT3V0cHV0c0VudHJ5EgsKA2tleRgBIAEoCRINCgV2YWx1ZRgCIAEoCToCOAFCDAoKX2V4aXRfY29kZSITChFSZXBvcnRKb2JSZXNwb25zZSIVChNMaXN0QmFja2VuZHNSZXF1ZXN0IkIKFExpc3RCYWNrZW5kc1Jlc3BvbnNlEioKCGJhY2tlbmRzGAEgAygLMhguYmVhbXdpcmUuam9iLnYxLkJhY2tlbmQixwEKB0JhY2tlbmQSDAoEbmFtZRgBIAEoCRIMCgRraW5kGAIgASgJEhEKCWF2YWlsYWJsZRgDIAEoCBIOCgZkZXRhaWwYBCABKAkSDgoGcXVldWVzGAUgAygJEjsKCmpvYl9jb3VudHMYBiADKAsyJy5iZWFtd2lyZS5qb2IudjEuQmFja2VuZC5Kb2JDb3VudHNFbnRyeRowCg5Kb2JDb3VudHNFbnRyeRILCgNrZXkYASABKAkSDQoFdmFsdWUYAiABKAU6AjgBIlUKEERlbGV0ZUpvYlJlcXVlc3QSJwoEbmFtZRgBIAEoCUIZ4kEBAvpBEgoQYmVhbXdpcmUub3JnL0pvYhIYCgpyZXF1ZXN0X2lkGAIgASgJQgTiQQEBIhMKEURlbGV0ZUpvYlJlc3BvbnNlKlUKCUxvZ1N0cmVhbRIaChZMT0dfU1RSRUFNX1VOU1BFQ0lGSUVEEAASFQoRTE9HX1NUUkVBTV9TVERPVVQQARIVChFMT0dfU1RSRUFNX1NUREVSUhACMosLCgpKb2JTZXJ2aWNlEl8KCUNyZWF0ZUpvYhIhLmJlYW13aXJlLmpvYi52MS5DcmVhdGVKb2JSZXF1ZXN0GhQuYmVhbXdpcmUuam9iLnYxLkpvYiIZ2kEKam9iLGpvYl9pZKrPGAgKBAECBQYQARJXCghTdGFydEpvYhIgLmJlYW13aXJlLmpvYi52MS5TdGFydEpvYlJlcXVlc3QaFC5iZWFtd2lyZS5qb2IudjEuSm9iIhPaQQRuYW1lqs8YCAoEAQIFBhABElsKClJlc3RhcnRKb2ISIi5iZWFtd2lyZS5qb2IudjEuUmVzdGFydEpvYlJlcXVlc3QaFC5iZWFtd2lyZS5qb2IudjEuSm9iIhPaQQRuYW1lqs8YCAoEAQIFBhABElMKBkdldEpvYhIeLmJlYW13aXJlLmpvYi52MS5HZXRKb2JSZXF1ZXN0GhQuYmVhbXdpcmUuam9iLnYxLkpvYiIT2kEEbmFtZarPGAgKBAECBQYQARJdCghMaXN0Sm9icxIgLmJlYW13aXJlLmpvYi52MS5MaXN0Sm9ic1JlcXVlc3QaIS5iZWFtd2lyZS5qb2IudjEuTGlzdEpvYnNSZXNwb25zZSIMqs8YCAoEAQIFBhABEmYKCFdhdGNoSm9iEiAuYmVhbXdpcmUuam9iLnYxLldhdGNoSm9iUmVxdWVzdBohLmJlYW13aXJlLmpvYi52MS5XYXRjaEpvYlJlc3BvbnNlIhPaQQRuYW1lqs8YCAoEAQIFBhABMAESWQoJQ2FuY2VsSm9iEiEuYmVhbXdpcmUuam9iLnYxLkNhbmNlbEpvYlJlcXVlc3QaFC5iZWFtd2lyZS5qb2IudjEuSm9iIhPaQQRuYW1lqs8YCAoEAQIFBhABEmYKCFRhaWxMb2dzEiAuYmVhbXdpcmUuam9iLnYxLlRhaWxMb2dzUmVxdWVzdBohLmJlYW13aXJlLmpvYi52MS5UYWlsTG9nc1Jlc3BvbnNlIhPaQQRuYW1lqs8YCAoEAQIFBhABMAESZQoKVXBsb2FkRmlsZRIiLmJlYW13aXJlLmpvYi52MS5VcGxvYWRGaWxlUmVxdWVzdBojLmJlYW13aXJlLmpvYi52MS5VcGxvYWRGaWxlUmVzcG9uc2UiDKrPGAgKBAECBQYQASgBEncKDERvd25sb2FkRmlsZRIkLmJlYW13aXJlLmpvYi52MS5Eb3dubG9hZEZpbGVSZXF1ZXN0GiUuYmVhbXdpcmUuam9iLnYxLkRvd25sb2FkRmlsZVJlc3BvbnNlIhjaQQluYW1lLHBhdGiqzxgICgQBAgUGEAEwARJwCgxMaXN0Sm9iRmlsZXMSJC5iZWFtd2lyZS5qb2IudjEuTGlzdEpvYkZpbGVzUmVxdWVzdBolLmJlYW13aXJlLmpvYi52MS5MaXN0Sm9iRmlsZXNSZXNwb25zZSIT2kEEbmFtZarPGAgKBAECBQYQARJjCglSZXBvcnRKb2ISIS5iZWFtd2lyZS5qb2IudjEuUmVwb3J0Sm9iUmVxdWVzdBoiLmJlYW13aXJlLmpvYi52MS5SZXBvcnRKb2JSZXNwb25zZSIP2kEEbmFtZarPGAQKAgMEEmcKDExpc3RCYWNrZW5kcxIkLmJlYW13aXJlLmpvYi52MS5MaXN0QmFja2VuZHNSZXF1ZXN0GiUuYmVhbXdpcmUuam9iLnYxLkxpc3RCYWNrZW5kc1Jlc3BvbnNlIgqqzxgGCgQBAgUGEmcKCURlbGV0ZUpvYhIhLmJlYW13aXJlLmpvYi52MS5EZWxldGVKb2JSZXF1ZXN0GiIuYmVhbXdpcmUuam9iLnYxLkRlbGV0ZUpvYlJlc3BvbnNlIhPaQQRuYW1lqs8YCAoEAQIFBhABQlIKE29yZy5iZWFtd2lyZS5qb2IudjFQAVo5Z2l0aHViLmNvbS9iZWFtd2lyZS9iZWFtd2lyZS9nZW4vZ28vYmVhbXdpcmUvam9iL3YxO2pvYnYxYgZwcm90bzM", [file_beamwire_common_v1_access, file_google_api_client, file_google_api_field_behavior, file_google_api_resource, file_google_protobuf_duration, file_google_protobuf_timestamp, file_google_rpc_status]);
 
 /**
  * Describes the message beamwire.job.v1.Resources.
@@ -26,34 +26,91 @@ export const ResourcesSchema = /*@__PURE__*/
   messageDesc(file_beamwire_job_v1_job_service, 0);
 
 /**
+ * Describes the message beamwire.job.v1.Placement.
+ * Use `create(PlacementSchema)` to create a new message.
+ */
+export const PlacementSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 1);
+
+/**
+ * Describes the message beamwire.job.v1.InputFile.
+ * Use `create(InputFileSchema)` to create a new message.
+ */
+export const InputFileSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 2);
+
+/**
+ * Describes the message beamwire.job.v1.Dependency.
+ * Use `create(DependencySchema)` to create a new message.
+ */
+export const DependencySchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 3);
+
+/**
+ * Describes the enum beamwire.job.v1.Dependency.Condition.
+ */
+export const Dependency_ConditionSchema = /*@__PURE__*/
+  enumDesc(file_beamwire_job_v1_job_service, 3, 0);
+
+/**
+ * What the other job must have come to.
+ *
+ * @generated from enum beamwire.job.v1.Dependency.Condition
+ */
+export const Dependency_Condition = /*@__PURE__*/
+  tsEnum(Dependency_ConditionSchema);
+
+/**
+ * Describes the message beamwire.job.v1.Callback.
+ * Use `create(CallbackSchema)` to create a new message.
+ */
+export const CallbackSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 4);
+
+/**
  * Describes the message beamwire.job.v1.JobSpec.
  * Use `create(JobSpecSchema)` to create a new message.
  */
 export const JobSpecSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 1);
+  messageDesc(file_beamwire_job_v1_job_service, 5);
 
 /**
  * Describes the message beamwire.job.v1.Job.
  * Use `create(JobSchema)` to create a new message.
  */
 export const JobSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 2);
+  messageDesc(file_beamwire_job_v1_job_service, 6);
 
 /**
  * Describes the message beamwire.job.v1.Job.Transition.
  * Use `create(Job_TransitionSchema)` to create a new message.
  */
 export const Job_TransitionSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 2, 0);
+  messageDesc(file_beamwire_job_v1_job_service, 6, 0);
+
+/**
+ * Describes the message beamwire.job.v1.Job.Step.
+ * Use `create(Job_StepSchema)` to create a new message.
+ */
+export const Job_StepSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 6, 1);
+
+/**
+ * Describes the message beamwire.job.v1.Job.CallbackStatus.
+ * Use `create(Job_CallbackStatusSchema)` to create a new message.
+ */
+export const Job_CallbackStatusSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 6, 2);
 
 /**
  * Describes the enum beamwire.job.v1.Job.State.
  */
 export const Job_StateSchema = /*@__PURE__*/
-  enumDesc(file_beamwire_job_v1_job_service, 2, 0);
+  enumDesc(file_beamwire_job_v1_job_service, 6, 0);
 
 /**
- * `NEW -> QUEUED -> ACTIVE -> COMPLETED | FAILED | CANCELED`; an observer never sees it go back.
+ * `NEW -> HELD -> QUEUED -> ACTIVE -> COMPLETED | FAILED | CANCELED`, some of them left out; within one
+ * step an observer never sees it go back.
  *
  * @generated from enum beamwire.job.v1.Job.State
  */
@@ -65,77 +122,182 @@ export const Job_State = /*@__PURE__*/
  * Use `create(CreateJobRequestSchema)` to create a new message.
  */
 export const CreateJobRequestSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 3);
+  messageDesc(file_beamwire_job_v1_job_service, 7);
 
 /**
  * Describes the message beamwire.job.v1.GetJobRequest.
  * Use `create(GetJobRequestSchema)` to create a new message.
  */
 export const GetJobRequestSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 4);
+  messageDesc(file_beamwire_job_v1_job_service, 8);
 
 /**
  * Describes the message beamwire.job.v1.ListJobsRequest.
  * Use `create(ListJobsRequestSchema)` to create a new message.
  */
 export const ListJobsRequestSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 5);
+  messageDesc(file_beamwire_job_v1_job_service, 9);
 
 /**
  * Describes the message beamwire.job.v1.ListJobsResponse.
  * Use `create(ListJobsResponseSchema)` to create a new message.
  */
 export const ListJobsResponseSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 6);
+  messageDesc(file_beamwire_job_v1_job_service, 10);
 
 /**
  * Describes the message beamwire.job.v1.WatchJobRequest.
  * Use `create(WatchJobRequestSchema)` to create a new message.
  */
 export const WatchJobRequestSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 7);
+  messageDesc(file_beamwire_job_v1_job_service, 11);
 
 /**
  * Describes the message beamwire.job.v1.WatchJobResponse.
  * Use `create(WatchJobResponseSchema)` to create a new message.
  */
 export const WatchJobResponseSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 8);
+  messageDesc(file_beamwire_job_v1_job_service, 12);
+
+/**
+ * Describes the message beamwire.job.v1.StartJobRequest.
+ * Use `create(StartJobRequestSchema)` to create a new message.
+ */
+export const StartJobRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 13);
+
+/**
+ * Describes the message beamwire.job.v1.RestartJobRequest.
+ * Use `create(RestartJobRequestSchema)` to create a new message.
+ */
+export const RestartJobRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 14);
 
 /**
  * Describes the message beamwire.job.v1.CancelJobRequest.
  * Use `create(CancelJobRequestSchema)` to create a new message.
  */
 export const CancelJobRequestSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 9);
+  messageDesc(file_beamwire_job_v1_job_service, 15);
 
 /**
  * Describes the message beamwire.job.v1.TailLogsRequest.
  * Use `create(TailLogsRequestSchema)` to create a new message.
  */
 export const TailLogsRequestSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 10);
+  messageDesc(file_beamwire_job_v1_job_service, 16);
 
 /**
  * Describes the message beamwire.job.v1.TailLogsResponse.
  * Use `create(TailLogsResponseSchema)` to create a new message.
  */
 export const TailLogsResponseSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 11);
+  messageDesc(file_beamwire_job_v1_job_service, 17);
+
+/**
+ * Describes the message beamwire.job.v1.JobFile.
+ * Use `create(JobFileSchema)` to create a new message.
+ */
+export const JobFileSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 18);
+
+/**
+ * Describes the message beamwire.job.v1.UploadFileRequest.
+ * Use `create(UploadFileRequestSchema)` to create a new message.
+ */
+export const UploadFileRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 19);
+
+/**
+ * Describes the message beamwire.job.v1.UploadFileRequest.Start.
+ * Use `create(UploadFileRequest_StartSchema)` to create a new message.
+ */
+export const UploadFileRequest_StartSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 19, 0);
+
+/**
+ * Describes the message beamwire.job.v1.UploadFileResponse.
+ * Use `create(UploadFileResponseSchema)` to create a new message.
+ */
+export const UploadFileResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 20);
+
+/**
+ * Describes the message beamwire.job.v1.DownloadFileRequest.
+ * Use `create(DownloadFileRequestSchema)` to create a new message.
+ */
+export const DownloadFileRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 21);
+
+/**
+ * Describes the message beamwire.job.v1.DownloadFileResponse.
+ * Use `create(DownloadFileResponseSchema)` to create a new message.
+ */
+export const DownloadFileResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 22);
+
+/**
+ * Describes the message beamwire.job.v1.ListJobFilesRequest.
+ * Use `create(ListJobFilesRequestSchema)` to create a new message.
+ */
+export const ListJobFilesRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 23);
+
+/**
+ * Describes the message beamwire.job.v1.ListJobFilesResponse.
+ * Use `create(ListJobFilesResponseSchema)` to create a new message.
+ */
+export const ListJobFilesResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 24);
+
+/**
+ * Describes the message beamwire.job.v1.ReportJobRequest.
+ * Use `create(ReportJobRequestSchema)` to create a new message.
+ */
+export const ReportJobRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 25);
+
+/**
+ * Describes the message beamwire.job.v1.ReportJobResponse.
+ * Use `create(ReportJobResponseSchema)` to create a new message.
+ */
+export const ReportJobResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 26);
+
+/**
+ * Describes the message beamwire.job.v1.ListBackendsRequest.
+ * Use `create(ListBackendsRequestSchema)` to create a new message.
+ */
+export const ListBackendsRequestSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 27);
+
+/**
+ * Describes the message beamwire.job.v1.ListBackendsResponse.
+ * Use `create(ListBackendsResponseSchema)` to create a new message.
+ */
+export const ListBackendsResponseSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 28);
+
+/**
+ * Describes the message beamwire.job.v1.Backend.
+ * Use `create(BackendSchema)` to create a new message.
+ */
+export const BackendSchema = /*@__PURE__*/
+  messageDesc(file_beamwire_job_v1_job_service, 29);
 
 /**
  * Describes the message beamwire.job.v1.DeleteJobRequest.
  * Use `create(DeleteJobRequestSchema)` to create a new message.
  */
 export const DeleteJobRequestSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 12);
+  messageDesc(file_beamwire_job_v1_job_service, 30);
 
 /**
  * Describes the message beamwire.job.v1.DeleteJobResponse.
  * Use `create(DeleteJobResponseSchema)` to create a new message.
  */
 export const DeleteJobResponseSchema = /*@__PURE__*/
-  messageDesc(file_beamwire_job_v1_job_service, 13);
+  messageDesc(file_beamwire_job_v1_job_service, 31);
 
 /**
  * Describes the enum beamwire.job.v1.LogStream.
@@ -152,10 +314,9 @@ export const LogStream = /*@__PURE__*/
   tsEnum(LogStreamSchema);
 
 /**
- * Runs programs, with or without MPI, and tells how they fare. The words are those of PSI/J. Because a
- * job is an arbitrary program under the facility's account, only services and operators create them,
- * and services of other facilities as far as the policy names the programs; a user sees and cancels the
- * jobs that were created for them.
+ * Runs programs, with or without MPI, on this host or through a batch system, and tells how they fare.
+ * The words are those of PSI/J. Because a job is an arbitrary program under the facility's account,
+ * users and services of other facilities have only those programs run that the policy names.
  *
  * @generated from service beamwire.job.v1.JobService
  */

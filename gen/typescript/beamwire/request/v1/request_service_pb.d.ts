@@ -10,7 +10,8 @@ import type { EndCause, Loss } from "../../common/v1/account_pb.js";
 import type { Duration, Timestamp } from "@bufbuild/protobuf/wkt";
 import type { BufferSpec, ConsumerCounters, GroupCounters, ProducerCounters } from "../../buffer/v1/buffer_service_pb.js";
 import type { Status } from "../../../google/rpc/status_pb.js";
-import type { JobSpec } from "../../job/v1/job_service_pb.js";
+import type { JobSpec, Placement, Resources } from "../../job/v1/job_service_pb.js";
+import type { HealthIssue } from "../../common/v1/health_pb.js";
 
 /**
  * Describes the file beamwire/request/v1/request_service.proto.
@@ -485,6 +486,85 @@ export declare type Transfer = Message<"beamwire.request.v1.Transfer"> & {
    * @generated from field: repeated beamwire.request.v1.ConsumerJob consumer_jobs = 21;
    */
   consumerJobs: ConsumerJob[];
+
+  /**
+   * Where the streamer runs. Default: on the host of the Job service.
+   *
+   * @generated from field: beamwire.job.v1.Placement streamer_placement = 22;
+   */
+  streamerPlacement?: Placement | undefined;
+
+  /**
+   * What the streamer needs besides `process_count` processes.
+   *
+   * @generated from field: beamwire.job.v1.Resources streamer_resources = 23;
+   */
+  streamerResources?: Resources | undefined;
+
+  /**
+   * What the consumers need of each event: refused before it begins if the streamer would send something else.
+   *
+   * @generated from field: beamwire.request.v1.ConsumerContract contract = 24;
+   */
+  contract?: ConsumerContract | undefined;
+
+  /**
+   * If true, and a buffer still holds every event of an earlier transfer of the owner that asked for the same, the
+   * events come from there: no streamer runs. The earlier one must have been created with `keep`.
+   *
+   * @generated from field: bool reuse = 25;
+   */
+  reuse: boolean;
+
+  /**
+   * How long the buffer is kept with all events after this one has ended, for transfers that ask for the same with
+   * `reuse`. Its ring must have room for all of them. Default: not at all.
+   *
+   * @generated from field: google.protobuf.Duration keep = 26;
+   */
+  keep?: Duration | undefined;
+
+  /**
+   * The transfer whose buffer serves this one, if it is not its own.
+   *
+   * @generated from field: string served_from = 27;
+   */
+  servedFrom: string;
+
+  /**
+   * The SHA-256 of what is asked for, without names, labels and times: the same request has the same.
+   *
+   * @generated from field: string content_sha256 = 28;
+   */
+  contentSha256: string;
+
+  /**
+   * Its life so far.
+   *
+   * @generated from field: repeated beamwire.request.v1.Transfer.Transition transitions = 29;
+   */
+  transitions: Transfer_Transition[];
+
+  /**
+   * What keeps it from doing well now.
+   *
+   * @generated from field: repeated beamwire.common.v1.HealthIssue health_issues = 30;
+   */
+  healthIssues: HealthIssue[];
+
+  /**
+   * When it will be forgotten, once it ended.
+   *
+   * @generated from field: google.protobuf.Timestamp purge_time = 31;
+   */
+  purgeTime?: Timestamp | undefined;
+
+  /**
+   * The group that the consumers of this transfer name, if its events come from the buffer of another.
+   *
+   * @generated from field: string group = 32;
+   */
+  group: string;
 };
 
 /**
@@ -492,6 +572,40 @@ export declare type Transfer = Message<"beamwire.request.v1.Transfer"> & {
  * Use `create(TransferSchema)` to create a new message.
  */
 export declare const TransferSchema: GenMessage<Transfer>;
+
+/**
+ * One step of its life.
+ *
+ * @generated from message beamwire.request.v1.Transfer.Transition
+ */
+export declare type Transfer_Transition = Message<"beamwire.request.v1.Transfer.Transition"> & {
+  /**
+   * The state it entered.
+   *
+   * @generated from field: beamwire.request.v1.Transfer.State state = 1;
+   */
+  state: Transfer_State;
+
+  /**
+   * When.
+   *
+   * @generated from field: google.protobuf.Timestamp time = 2;
+   */
+  time?: Timestamp | undefined;
+
+  /**
+   * Why.
+   *
+   * @generated from field: string reason = 3;
+   */
+  reason: string;
+};
+
+/**
+ * Describes the message beamwire.request.v1.Transfer.Transition.
+ * Use `create(Transfer_TransitionSchema)` to create a new message.
+ */
+export declare const Transfer_TransitionSchema: GenMessage<Transfer_Transition>;
 
 /**
  * `PENDING -> PROVISIONING -> STREAMING -> DRAINING -> SUCCEEDED`; from any of them
@@ -575,6 +689,266 @@ export enum Transfer_State {
  * Describes the enum beamwire.request.v1.Transfer.State.
  */
 export declare const Transfer_StateSchema: GenEnum<Transfer_State>;
+
+/**
+ * What consumers need of a stream.
+ *
+ * @generated from message beamwire.request.v1.ConsumerContract
+ */
+export declare type ConsumerContract = Message<"beamwire.request.v1.ConsumerContract"> & {
+  /**
+   * The contract of a bridge that it must fit: `crystfel`, `peaknet`, `maxie`, `tmo`, `dectris`.
+   *
+   * @generated from field: string bridge = 1;
+   */
+  bridge: string;
+
+  /**
+   * The arrays that it must have.
+   *
+   * @generated from field: repeated beamwire.request.v1.ConsumerContract.Array arrays = 2;
+   */
+  arrays: ConsumerContract_Array[];
+
+  /**
+   * The events of each batch; any number if 0.
+   *
+   * @generated from field: int32 batch_size = 3;
+   */
+  batchSize: number;
+};
+
+/**
+ * Describes the message beamwire.request.v1.ConsumerContract.
+ * Use `create(ConsumerContractSchema)` to create a new message.
+ */
+export declare const ConsumerContractSchema: GenMessage<ConsumerContract>;
+
+/**
+ * One array of each event.
+ *
+ * @generated from message beamwire.request.v1.ConsumerContract.Array
+ */
+export declare type ConsumerContract_Array = Message<"beamwire.request.v1.ConsumerContract.Array"> & {
+  /**
+   * Its name in the batch.
+   *
+   * @generated from field: string field = 1;
+   */
+  field: string;
+
+  /**
+   * The type of its elements as numpy writes it, `uint16`; any if empty.
+   *
+   * @generated from field: string dtype = 2;
+   */
+  dtype: string;
+
+  /**
+   * Its shape for one event; -1 is any length. Any shape if empty and not `scalar`.
+   *
+   * @generated from field: repeated int64 shape = 3;
+   */
+  shape: bigint[];
+
+  /**
+   * If true, it is one number for each event.
+   *
+   * @generated from field: bool scalar = 4;
+   */
+  scalar: boolean;
+
+  /**
+   * If true, it may be missing.
+   *
+   * @generated from field: bool optional = 5;
+   */
+  optional: boolean;
+};
+
+/**
+ * Describes the message beamwire.request.v1.ConsumerContract.Array.
+ * Use `create(ConsumerContract_ArraySchema)` to create a new message.
+ */
+export declare const ConsumerContract_ArraySchema: GenMessage<ConsumerContract_Array>;
+
+/**
+ * Asks what a transfer would give.
+ *
+ * @generated from message beamwire.request.v1.EstimateTransferRequest
+ */
+export declare type EstimateTransferRequest = Message<"beamwire.request.v1.EstimateTransferRequest"> & {
+  /**
+   * The transfer as it would be created.
+   *
+   * @generated from field: beamwire.request.v1.Transfer transfer = 1;
+   */
+  transfer?: Transfer | undefined;
+};
+
+/**
+ * Describes the message beamwire.request.v1.EstimateTransferRequest.
+ * Use `create(EstimateTransferRequestSchema)` to create a new message.
+ */
+export declare const EstimateTransferRequestSchema: GenMessage<EstimateTransferRequest>;
+
+/**
+ * What a transfer would give, as far as can be told before.
+ *
+ * @generated from message beamwire.request.v1.EstimateTransferResponse
+ */
+export declare type EstimateTransferResponse = Message<"beamwire.request.v1.EstimateTransferResponse"> & {
+  /**
+   * Events that would be selected; 0 if nobody can know before.
+   *
+   * @generated from field: int64 event_count = 1;
+   */
+  eventCount: bigint;
+
+  /**
+   * Bytes of one event on the way, by the first one.
+   *
+   * @generated from field: int64 event_bytes = 2;
+   */
+  eventBytes: bigint;
+
+  /**
+   * Bytes altogether; 0 if nobody can know before.
+   *
+   * @generated from field: int64 total_bytes = 3;
+   */
+  totalBytes: bigint;
+
+  /**
+   * Events per second that one process of the streamer makes, by the first events and what such transfers did before.
+   *
+   * @generated from field: double events_per_second = 4;
+   */
+  eventsPerSecond: number;
+
+  /**
+   * How long the streaming would take; unset if nobody can know before.
+   *
+   * @generated from field: google.protobuf.Duration streaming_duration = 5;
+   */
+  streamingDuration?: Duration | undefined;
+
+  /**
+   * How long the streamer would wait to be started; unset if its backend does not tell.
+   *
+   * @generated from field: google.protobuf.Duration queue_duration = 6;
+   */
+  queueDuration?: Duration | undefined;
+
+  /**
+   * Whether the lease covers both.
+   *
+   * @generated from field: bool lease_sufficient = 7;
+   */
+  leaseSufficient: boolean;
+
+  /**
+   * What the consumers would get of each event.
+   *
+   * @generated from field: repeated beamwire.request.v1.EstimateTransferResponse.Array arrays = 8;
+   */
+  arrays: EstimateTransferResponse_Array[];
+
+  /**
+   * What does not fit `contract`: a sentence each, with what to do.
+   *
+   * @generated from field: repeated string contract_problems = 9;
+   */
+  contractProblems: string[];
+
+  /**
+   * What else somebody should know before: a limit that would refuse it now, a buffer that is small for its events.
+   *
+   * @generated from field: repeated string warnings = 10;
+   */
+  warnings: string[];
+
+  /**
+   * The transfer that would serve it with `reuse`.
+   *
+   * @generated from field: string served_from = 11;
+   */
+  servedFrom: string;
+};
+
+/**
+ * Describes the message beamwire.request.v1.EstimateTransferResponse.
+ * Use `create(EstimateTransferResponseSchema)` to create a new message.
+ */
+export declare const EstimateTransferResponseSchema: GenMessage<EstimateTransferResponse>;
+
+/**
+ * One array of each event.
+ *
+ * @generated from message beamwire.request.v1.EstimateTransferResponse.Array
+ */
+export declare type EstimateTransferResponse_Array = Message<"beamwire.request.v1.EstimateTransferResponse.Array"> & {
+  /**
+   * Its name in the batch.
+   *
+   * @generated from field: string field = 1;
+   */
+  field: string;
+
+  /**
+   * The type of its elements as numpy writes it.
+   *
+   * @generated from field: string dtype = 2;
+   */
+  dtype: string;
+
+  /**
+   * Its shape for one event; -1 is a length that differs from event to event.
+   *
+   * @generated from field: repeated int64 shape = 3;
+   */
+  shape: bigint[];
+};
+
+/**
+ * Describes the message beamwire.request.v1.EstimateTransferResponse.Array.
+ * Use `create(EstimateTransferResponse_ArraySchema)` to create a new message.
+ */
+export declare const EstimateTransferResponse_ArraySchema: GenMessage<EstimateTransferResponse_Array>;
+
+/**
+ * Asks for more time.
+ *
+ * @generated from message beamwire.request.v1.ExtendTransferRequest
+ */
+export declare type ExtendTransferRequest = Message<"beamwire.request.v1.ExtendTransferRequest"> & {
+  /**
+   * `transfers/{transfer}`.
+   *
+   * @generated from field: string name = 1;
+   */
+  name: string;
+
+  /**
+   * How long it may take from now on; a shorter time than it has left changes nothing.
+   *
+   * @generated from field: google.protobuf.Duration lease = 2;
+   */
+  lease?: Duration | undefined;
+
+  /**
+   * A UUID4 that makes repeating the call harmless.
+   *
+   * @generated from field: string request_id = 3;
+   */
+  requestId: string;
+};
+
+/**
+ * Describes the message beamwire.request.v1.ExtendTransferRequest.
+ * Use `create(ExtendTransferRequestSchema)` to create a new message.
+ */
+export declare const ExtendTransferRequestSchema: GenMessage<ExtendTransferRequest>;
 
 /**
  * A program that consumes a transfer where its facility runs it.
@@ -829,6 +1203,28 @@ export declare const RequestService: GenService<{
   createTransfer: {
     methodKind: "unary";
     input: typeof CreateTransferRequestSchema;
+    output: typeof TransferSchema;
+  },
+  /**
+   * Says what a transfer would give, how long it would take and what stands in its way, without creating it. Reads
+   * the first event of the dataset. Users, for themselves.
+   *
+   * @generated from rpc beamwire.request.v1.RequestService.EstimateTransfer
+   */
+  estimateTransfer: {
+    methodKind: "unary";
+    input: typeof EstimateTransferRequestSchema;
+    output: typeof EstimateTransferResponseSchema;
+  },
+  /**
+   * Gives a transfer more time. ILLEGAL_STATE if it has ended, INVALID_FIELD beyond what the facility
+   * allows. Owner, services, operators.
+   *
+   * @generated from rpc beamwire.request.v1.RequestService.ExtendTransfer
+   */
+  extendTransfer: {
+    methodKind: "unary";
+    input: typeof ExtendTransferRequestSchema;
     output: typeof TransferSchema;
   },
   /**

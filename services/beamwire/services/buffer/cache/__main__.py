@@ -7,12 +7,14 @@ import asyncio
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError
 from beamwire.mesh.identity.credentials import CHAIN_FILE, Credentials
 from beamwire.services.buffer.cache.config import CacheConfig
+from beamwire.services.buffer.cache.nodes import own_name
 from beamwire.services.buffer.cache.server import CacheServer
 
 
@@ -25,7 +27,7 @@ def main() -> int:
     telemetry.setup_logging("cache")
     _raise_file_limit()
     try:
-        config = CacheConfig.load(directory)
+        config = settle(CacheConfig.load(directory), directory, os.environ)
         credentials = _credentials(config, directory)
     except BeamwireError as error:
         print(f"the cache cannot begin: {error}", file=sys.stderr)
@@ -47,6 +49,24 @@ def _raise_file_limit() -> None:
     """Each peer is an open file, and the usual limit is lower than the number of peers that are let in."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def settle(config: CacheConfig, directory: Path, environment: Mapping[str, str]) -> CacheConfig:
+    """Return what a cache on another host is told, with what only that host knows; CACHE_FAILED if it is none of ours.
+
+    Any other is returned as it is.
+    """
+    if not config.distant:
+        return config
+    name = own_name(config.nodes)
+    places = {
+        "credentials": environment.get("BEAMWIRE_CREDENTIALS_DIR"),
+        "join_token_file": environment.get("BEAMWIRE_JOIN_TOKEN_FILE"),
+        "trace_dir": environment.get("BEAMWIRE_TRACE_DIR"),
+    }
+    found = {key: Path(text) for key, text in places.items() if text}
+    ring = directory / config.ring if config.ring is not None else None
+    return config.model_copy(update={"host": name, "advertise": name, "ring": ring, **found})
 
 
 def _credentials(config: CacheConfig, directory: Path) -> Credentials | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -102,6 +102,7 @@ class Admission:
         self._key = bytes.fromhex(config.ticket_key)
         self._lock = threading.Lock()
         self._revoked = set(config.revoked)
+        self._consumers = config.consumers.union(*(group.consumers for group in config.added))
         self._passes: set[Pass] = set()
 
     def admit(
@@ -151,6 +152,11 @@ class Admission:
             for granted in self._passes:
                 if identity in (granted.identity, granted.certificate.identity, granted.delegated_by):
                     granted.withdraw(_revoked())
+
+    def admit_consumers(self, identities: Collection[str]) -> None:
+        """Let these consume too."""
+        with self._lock:
+            self._consumers = self._consumers.union(identities)
 
     def reap(self) -> None:
         """Put out those whose certificate or ticket has ended or is believed no more, or whose token was revoked."""
@@ -212,7 +218,7 @@ class Admission:
 
     def _check_name(self, granted: Pass) -> None:
         produces = granted.role == LINK_ROLE_PRODUCE
-        allowed = self._config.producers if produces else self._config.consumers
+        allowed = self._config.producers if produces else self._consumers
         if not self._revoked.isdisjoint((granted.identity, granted.delegated_by)):
             raise _revoked()
         if not self._revoked_tokens().isdisjoint(granted.delegation_ids):

@@ -16,16 +16,30 @@ DATA_SOCKET: Final = "data.sock"
 DEFAULT_GROUP: Final = "default"
 
 
+class AddedGroup(BaseModel):
+    """A group that came later, to have what is kept: who may be in it, and its end if it was ended (`cause`)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    consumers: frozenset[str]
+    cause: str = ""
+    detail: str = ""
+
+
 class CacheConfig(BaseModel):
     """One buffer's cache, or one of its shards.
 
     `producers` and `consumers` are the SPIFFE ids that are let in, those in `revoked` are not any more. `credentials`
     is a directory; if it holds none yet, the cache enrols with the token in `join_token_file`. `producer_numbers` are
     the producers of this shard, by default all `producer_count`. `ring` is the file that holds the frames and
-    outlives the process; without it they are in memory of its own. Whoever speaks the acknowledged protocol needs a
+    outlives the process; without it they are in memory of its own. With `keep` all that was delivered stays there as
+    long as there is room, for groups that are `added`. Whoever speaks the acknowledged protocol needs a
     ticket made with `ticket_key` (hexadecimal), if there is one. `congestion` is the TCP congestion control of the
-    data connections, the kernel's default if empty. With the transport ipc it listens on the socket `data.sock` in its
-    directory, for processes of its own user, and `host`, `advertise` and `port` mean nothing. Times are in seconds.
+    data connections, the kernel's default if empty. With `nodes` it is a job on one of the hosts of these names: it
+    finds out which is its own, listens there for peers and for its service, and tells the Job service where. With the
+    transport ipc it listens on the socket `data.sock` in its directory, for processes of its own user, and `host`,
+    `advertise` and `port` mean nothing. Times are in seconds.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,6 +55,8 @@ class CacheConfig(BaseModel):
     capacity_bytes: int = Field(default=256 * 1024 * 1024, gt=0)
     capacity_frames: int = Field(default=1024, gt=0)
     retain_bytes: int = Field(default=0, ge=0)
+    keep: bool = False
+    added: tuple[AddedGroup, ...] = ()
     producer_count: int = Field(default=1, gt=0)
     producer_numbers: tuple[int, ...] = ()
     producers: frozenset[str] = frozenset()
@@ -48,6 +64,7 @@ class CacheConfig(BaseModel):
     revoked: frozenset[str] = frozenset()
     ticket_key: str = Field(default="", pattern="^([0-9a-f]{2})*$")
     ring: Path | None = None
+    nodes: tuple[str, ...] = ()
     heartbeat_interval: float = Field(default=2.0, gt=0)
     reconnect_grace: float = Field(default=2.0, ge=0)
     transport: Transport = "tls+tcp"
@@ -60,6 +77,11 @@ class CacheConfig(BaseModel):
     trace_dir: Path | None = None
     otlp_endpoint: str = ""
     traceparent: str = ""
+
+    @property
+    def distant(self) -> bool:
+        """Whether it runs on another host than its service."""
+        return bool(self.nodes)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

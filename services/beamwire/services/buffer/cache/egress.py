@@ -119,7 +119,7 @@ class PushEgress(_Egress):
             elif step is Step.HEADER:
                 self._tell(sink, self._relay.header)
             elif step is Step.END:
-                self._tell(sink, self._relay.end_message())
+                self._tell(sink, self._relay.end_message(sink))
                 return True
             else:
                 return False
@@ -141,7 +141,9 @@ class AckedEgress(_Egress):
 
     def run(self, hello: Hello, address: str) -> None:
         """Return when END was acknowledged or the consumer has left; RefusedError, OSError."""
-        peer = Peer(self._granted.identity, address, self._link.wake, self._link.interrupt)
+        granted = self._granted
+        whose = granted.delegated_by or granted.identity
+        peer = Peer(granted.identity, address, self._link.wake, self._link.interrupt, whose)
         sink, evicted = self._relay.join(peer, hello)
         try:
             config = self._relay.config
@@ -161,8 +163,9 @@ class AckedEgress(_Egress):
 
     def _share_ring(self, sink: Sink, hello: Hello, welcome: Welcome) -> None:
         ring = self._relay.shared_ring
-        # What others than the declared groups have not taken yet may be overwritten by what comes.
-        if self._local and hello.shared_memory and sink.group.declared and ring is not None:
+        # What other groups have not taken yet may be overwritten by what comes.
+        lasting = sink.group.declared or sink.group.members is not None
+        if self._local and hello.shared_memory and lasting and ring is not None:
             welcome.ring_path, welcome.ring_offset_bytes = str(ring[0]), ring[1]
             self._places = True
 
@@ -194,7 +197,7 @@ class AckedEgress(_Egress):
         elif step is Step.HEADER:
             self._tell(sink, self._relay.header)
         elif step is Step.END:
-            self._tell(sink, self._relay.end_message())
+            self._tell(sink, self._relay.end_message(sink))
         else:
             return False
         return True

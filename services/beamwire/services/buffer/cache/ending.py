@@ -74,6 +74,14 @@ def ending(
     return total
 
 
+def cut_short(end: StreamEnd, cause: account_pb2.EndCause.ValueType, detail: str) -> StreamEnd:
+    """The END for those who were not to get the whole stream."""
+    said = StreamEnd()
+    said.CopyFrom(end)
+    said.cause, said.detail = cause, detail
+    return said
+
+
 def end_message(epoch: int, end: StreamEnd) -> bytes:
     """The END frame of the stream as a message with its length in front."""
     return bytes(FrameWriter().encode(FrameHeader(epoch=epoch, kind=FRAME_KIND_END, end=end)))

@@ -36,6 +36,11 @@ class Groups:
         """The groups that are to get everything."""
         return (group for group in self if group.declared)
 
+    def added(self, name: str) -> Group | None:
+        """The group of this name that was added, if there is one."""
+        group = self._groups.get(name)
+        return group if group is not None and group.members is not None else None
+
     def restore(self) -> list[ConsumerStatus]:
         """Take up the groups of an earlier process, and wait for their consumers; what those had taken in all."""
         facts = self._vault.facts
@@ -48,26 +53,47 @@ class Groups:
         records = (self._taken(group) for group in self)
         return [record for record in records if record.sent_frame_count]
 
-    def find(self, hello: Hello | None) -> tuple[Group, int]:
+    def find(self, hello: Hello | None, who: str = "") -> tuple[Group, int]:
         """The group that a consumer asks for, and how many frames it asked for that are gone.
 
-        Made if it is new; RefusedError if there are too many.
+        Made if it is new; RefusedError if there are too many, or it is not for this SPIFFE id.
         """
         name = (hello.group if hello is not None else "") or next(iter(self._groups), DEFAULT_GROUP)
         group = self._groups.get(name)
+        self._check_member(name, group, who)
         if group is not None:
             return group, 0
+        return self._new(name, hello.start if hello is not None else Start())
+
+    def _new(self, name: str, start: Start) -> tuple[Group, int]:
         try:
             check_id("group", name)
         except BeamwireError as error:
             raise RefusedError(error.message, Reason.INVALID_FIELD) from error
         if len(self._groups) == at.MOST_GROUPS:
             self._remove_idle()
-        begin, first_sequence, evicted = self._begin(hello.start if hello is not None else Start())
+        begin, first_sequence, evicted = self._begin(start)
         taken = {group.index for group in self}
         index = next(index for index in range(at.MOST_GROUPS) if index not in taken)
         self._vault.journal.note(fact="group", name=name, index=index, begin=begin, first_sequence=first_sequence)
         return self._make(name, index, begin, first_sequence=first_sequence), evicted
+
+    def _check_member(self, name: str, group: Group | None, who: str) -> None:
+        if group is not None and group.members is not None:
+            allowed = not who or who in group.members
+        else:
+            # Those who were let in for a group of their own are no consumers of the stream.
+            allowed = not who or not self._config.consumers or who in self._config.consumers
+        if not allowed:
+            raise RefusedError(f"{who} may not consume in the group {name}", Reason.ROLE_NOT_ALLOWED)
+
+    def add(self, name: str, members: frozenset[str]) -> Group:
+        """Make a group that is to have all that is kept, or find it; RefusedError if there are too many."""
+        group = self._groups.get(name)
+        if group is None:
+            group, _ = self._new(name, Start())
+        group.members = members
+        return group
 
     def confirm(self, group: Group) -> None:
         """One of its consumers has confirmed END."""
@@ -84,7 +110,7 @@ class Groups:
 
     def _remove_idle(self) -> None:
         for group in self:
-            if not group.declared and not group.sinks and not group.flying:
+            if not group.declared and group.members is None and not group.sinks and not group.flying:
                 del self._groups[group.name]
                 self._holdings.remove_group(group)
                 return

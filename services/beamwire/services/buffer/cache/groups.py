@@ -9,6 +9,7 @@ from enum import Enum, auto
 from heapq import merge
 from typing import Final
 
+from beamwire.common.v1 import account_pb2
 from beamwire.services.buffer.cache.ring import Slot
 
 # The consumers of NNG's own, who have no credit of their own.
@@ -108,8 +109,9 @@ class Group:
     `bit` stands for it in the masks of slots. Frames from position `begin` on are for it, of each producer those from
     `first_sequence` on. `waiting` and `flying` count
     the slots that wait for it and those that are on their way; `pending` may still contain slots that are gone.
-    `awaited` are consumers that were connected when the process before died: until they are back or the time in
-    `awaited_until` has come, nobody can say what is in their hands, and nothing is delivered.
+    `members` are those who may be in a group that was added; None for any other. `end` is how it ended, if it was ended
+    before the stream. `awaited` are consumers that were connected when the process before died: until they are back or
+    the time in `awaited_until` has come, nobody can say what is in their hands, and nothing is delivered.
     """
 
     name: str
@@ -125,6 +127,8 @@ class Group:
     limbo: dict[str, Limbo] = field(default_factory=dict)
     awaited: set[str] = field(default_factory=set)
     awaited_until: float = 0.0
+    members: frozenset[str] | None = None
+    end: tuple[account_pb2.EndCause.ValueType, str] | None = None
 
     @property
     def bit(self) -> int:

@@ -15,6 +15,7 @@ from beamwire.common.v1 import account_pb2
 from beamwire.mesh.errors import BeamwireError
 from beamwire.mesh.stream.frame import decode
 from beamwire.services.buffer.cache import ledger as at
+from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.groups import Group
 from beamwire.services.buffer.cache.ring import Ring, Slot
 from beamwire.services.buffer.cache.vault import Vault
@@ -25,12 +26,14 @@ DELIVERED: Final = 0
 class Holdings:
     """The slots of one cache and its account. `freed` is called whenever there is room again."""
 
-    def __init__(self, vault: Vault, capacity_bytes: int, capacity_frames: int, retain_bytes: int) -> None:
+    def __init__(self, vault: Vault, config: CacheConfig) -> None:
         self.ledger = vault.ledger
-        self.ring = Ring(vault.memory, capacity_bytes, capacity_frames)
+        self.ring = Ring(vault.memory, config.capacity_bytes, config.capacity_frames)
         self.groups: list[Group] = []
         self.freed: Callable[[], None] = lambda: None
-        self._retain_bytes = retain_bytes
+        # All of it, until the first that was kept had to make room: a part is of no use to those who come later.
+        self._retain_bytes = config.capacity_bytes if config.keep else config.retain_bytes
+        self._retain_bytes_then = config.retain_bytes
         self._slots: dict[int, Slot] = {}
         self._retained: deque[Slot] = deque()
         self._retained_bytes = 0
@@ -72,6 +75,7 @@ class Holdings:
         """A place for a message, if need be that of something that is only kept for replay; None if there is none."""
         slot = self.ring.reserve(length)
         while slot is None and self._retained:
+            self._retain_bytes = self._retain_bytes_then
             self._free(self._unretain())
             slot = self.ring.reserve(length)
         return slot
@@ -184,6 +188,18 @@ class Holdings:
                 self._settle(slot, group, cause)
         if not slot.gone and not slot.flights:
             self._free(slot)
+
+    def give_up(self, group: Group, cause: int) -> None:
+        """A group that nobody waits for gets nothing more; what is on its way to it may still come through."""
+        for slot in self:
+            if group.wants(slot) and not slot.flights & group.bit:
+                group.waiting -= 1
+                self._settle(slot, group, cause)
+
+    def is_whole(self, received_frames: int) -> bool:
+        """Whether everything that ever came is still there."""
+        missing = self.ledger.words[at.NEVER_RECEIVED]
+        return not missing and sum(slot.frames for slot in self) == received_frames
 
     def unpin(self, slot: Slot) -> None:
         """Somebody does not read its memory any more."""

@@ -39,6 +39,8 @@ class Peer:
     address: str
     ring: Callable[[], None]
     cut: Callable[[], None]
+    # Whose right to consume it is.
+    acts_for: str = ""
 
 
 class Outlet:
@@ -80,6 +82,31 @@ class Outlet:
         """Events pushed to consumers that have neither confirmed nor left."""
         return sum(sink.sent_events for sink in self.sinks) if self._pushes else 0
 
+    # Groups that come later.
+
+    def add_group(self, name: str, members: frozenset[str]) -> None:
+        """One more group is to have all that is kept."""
+        self.groups.add(name, members)
+
+    def end_group(self, name: str, cause: account_pb2.EndCause.ValueType, detail: str) -> None:
+        """A group that was added gets nothing more, and then its END."""
+        group = self.groups.added(name)
+        if group is None or group.end is not None or self.groups.is_confirmed(group):
+            return
+        group.end = cause, detail
+        for limbo in group.limbo.values():
+            self._put_back(group, limbo.slots)
+        group.limbo.clear()
+        self._holdings.give_up(group, account_pb2.LOSS_CAUSE_UNDELIVERED)
+        group.wake_all()
+
+    def give_up_group(self, name: str) -> None:
+        """Cut off who is still in a group that was ended."""
+        group = self.groups.added(name)
+        for sink in group.sinks if group is not None else ():
+            sink.leaving = sink.given_up = True
+            sink.cut()
+
     # Coming and going.
 
     def join(self, peer: Peer, hello: Hello | None) -> tuple[Sink, int]:
@@ -87,7 +114,7 @@ class Outlet:
 
         Without a Hello it is one of NNG's own. RefusedError if there are too many groups.
         """
-        group, evicted = self.groups.find(hello)
+        group, evicted = self.groups.find(hello, peer.acts_for)
         self._joined += 1
         sink = Sink(self._joined, peer.identity, peer.address, group, peer.ring, peer.cut, acknowledges=False)
         if hello is not None:
@@ -339,6 +366,9 @@ class Outlet:
         for slot in slots:
             if slot.gone:
                 self._holdings.settle(slot, group, account_pb2.LOSS_CAUSE_EVICTED)
+                continue
+            if group.end is not None:
+                self._holdings.settle(slot, group, account_pb2.LOSS_CAUSE_UNDELIVERED)
                 continue
             group.take_back(slot)
             back.append(slot)

@@ -17,12 +17,12 @@ from beamwire.mesh.stream.writer import MESSAGE_LENGTH
 from beamwire.services.buffer.cache import ledger as at
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.durability import Durability
-from beamwire.services.buffer.cache.ending import Seal, end_message, ending
+from beamwire.services.buffer.cache.ending import Seal, cut_short, end_message, ending
 from beamwire.services.buffer.cache.groups import Sink, Step
 from beamwire.services.buffer.cache.holdings import Holdings
 from beamwire.services.buffer.cache.intake import Intake, Stored
 from beamwire.services.buffer.cache.outlet import Outlet, Peer
-from beamwire.services.buffer.cache.peers import Entrance
+from beamwire.services.buffer.cache.peers import Entrance, RefusedError
 from beamwire.services.buffer.cache.ring import Slot
 from beamwire.services.buffer.cache.status import balance, flow_of, received_by_producer, to_counters
 from beamwire.services.buffer.cache.vault import Vault
@@ -46,12 +46,13 @@ class Relay:
         self._vault = vault
         self._on_change = on_change
         self._lock = threading.Lock()
-        self._holdings = Holdings(vault, config.capacity_bytes, config.capacity_frames, config.retain_bytes)
+        self._holdings = Holdings(vault, config)
         self._outlet = Outlet(config, self._holdings, vault)
         self._intake = Intake(config, self._holdings, vault, self._lock)
         self._state: CacheState = "READY"
         self._seal: Seal | None = None
         self._keeps = False
+        self._released = False
         self._refused = (0, "")
         self._durability: Durability | None = None
         self._restore()
@@ -65,6 +66,10 @@ class Relay:
             self._holdings.restore(verify=self._vault.rebooted)
             self._outlet.restore()
         self._intake.restore()
+        for group in self.config.added:
+            self._outlet.add_group(group.name, group.consumers)
+            if group.cause:
+                self._outlet.end_group(group.name, account_pb2.EndCause.Value(f"END_CAUSE_{group.cause}"), group.detail)
         seal = self._vault.facts.seal
         if seal is not None:
             self._seal = Seal(seal["cause"], seal["detail"], forced=seal["cause"] != account_pb2.END_CAUSE_DONE)
@@ -183,10 +188,11 @@ class Relay:
         """The HEADER of the stream as a message with its length in front; empty before the first producer came."""
         return self._intake.header
 
-    def end_message(self) -> bytes:
-        """The END of the stream as a message with its length in front."""
+    def end_message(self, sink: Sink) -> bytes:
+        """The END of the stream for a consumer as a message with its length in front."""
         with self._lock:
-            return end_message(self.epoch, self._ending())
+            end, cut = self._ending(), sink.group.end
+            return end_message(self.epoch, end if cut is None else cut_short(end, *cut))
 
     def sent(self, sink: Sink, slots: list[Slot]) -> None:
         """Frames were written to a consumer."""
@@ -262,7 +268,7 @@ class Relay:
         done = cause == account_pb2.END_CAUSE_DONE
         with self._lock:
             superseded = self._seal is None or (self._seal.cause == account_pb2.END_CAUSE_DONE and not done)
-            if self._state == "ENDED" or not superseded:
+            if self._state in ("KEPT", "ENDED") or not superseded:
                 return
             self._seal = Seal(cause, detail, forced=not done)
             self._intake.seal()
@@ -273,6 +279,41 @@ class Relay:
                 # Last: a disk that is full must not keep the stream from ending.
                 self._vault.journal.note(fact="seal", cause=cause, detail=detail)
         self._on_change(changed)
+
+    # Groups that come later.
+
+    def add_group(self, name: str, members: frozenset[str]) -> None:
+        """One more group is to have all that is kept. RefusedError if that is not all, or there are too many groups."""
+        with self._lock:
+            if not self.is_whole:
+                raise RefusedError("what came first is gone")
+            self._outlet.add_group(name, members)
+        self._on_change(False)
+
+    def end_group(self, name: str, cause: account_pb2.EndCause.ValueType, detail: str) -> None:
+        """A group that was added gets nothing more, and then an END with this cause."""
+        with self._lock:
+            self._outlet.end_group(name, cause, detail)
+        self._on_change(False)
+
+    def give_up_group(self, name: str) -> None:
+        """Wait no more for who is in a group that was ended."""
+        with self._lock:
+            self._outlet.give_up_group(name)
+
+    def release(self) -> None:
+        """Keep nothing any longer for those who come later."""
+        with self._lock:
+            self._released = True
+            changed = self._settle()
+        self._on_change(changed)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every frame that ever came is there, and will be; with the lock held."""
+        if not self.config.keep or self._vault.afresh:
+            return False
+        return self._holdings.is_whole(sum(frames for frames, _ in self._received_by_producer().values()))
 
     def stop(self) -> None:
         """The process is to end: take no more, deliver to the consumers that are there.
@@ -310,7 +351,7 @@ class Relay:
     def balance(self) -> int:
         """Events received that nobody can account for: always 0."""
         with self._lock:
-            received = received_by_producer(self._intake, self._holdings.ledger)
+            received = self._received_by_producer()
             return balance(self._holdings, self._outlet, received.values())
 
     def status(self) -> CacheStatus:
@@ -325,6 +366,7 @@ class Relay:
                 epoch=self.epoch,
                 flow=flow_of(self._intake, self._outlet) if ready else "",
                 restarted=self._vault.restored,
+                whole=self.is_whole,
                 end_cause=account_pb2.EndCause.Name(end.cause).removeprefix("END_CAUSE_") if end.cause else "",
                 end_detail=end.detail,
                 counters=to_counters(self._holdings, self._intake, self._outlet, self._refused),
@@ -334,8 +376,11 @@ class Relay:
 
     def _ending(self) -> StreamEnd:
         ends = {number: source.end for number, source in self._intake.sources.items()}
-        received = received_by_producer(self._intake, self._holdings.ledger)
+        received = self._received_by_producer()
         return ending(ends, received, self._seal, len(self.config.expected_producers))
+
+    def _received_by_producer(self) -> dict[int, tuple[int, int]]:
+        return received_by_producer(self._intake, self._holdings.ledger)
 
     def _settle(self) -> bool:
         """Move on to the state that the facts allow; whether it changed."""
@@ -349,8 +394,13 @@ class Relay:
             if forced:
                 self._drop()
             if forced or self._outlet.is_done:
-                self._state = "ENDED"
+                self._state = "KEPT" if not forced and self._is_kept() else "ENDED"
+        if self._state == "KEPT" and (self._released or (self._seal is not None and self._seal.forced)):
+            self._state = "ENDED"
         return self._state != before
+
+    def _is_kept(self) -> bool:
+        return self.is_whole and self._ending().cause == account_pb2.END_CAUSE_DONE
 
     def _drop(self) -> None:
         if not self._keeps:

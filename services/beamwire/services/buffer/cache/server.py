@@ -20,21 +20,22 @@ from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.stream.local import listen_local
 from beamwire.services.buffer.cache.admission import Admission
 from beamwire.services.buffer.cache.config import CacheConfig
+from beamwire.services.buffer.cache.control_port import ControlPort
 from beamwire.services.buffer.cache.listener import Listener
+from beamwire.services.buffer.cache.peers import RefusedError
 from beamwire.services.buffer.cache.relay import Relay
 from beamwire.services.buffer.cache.renewals import keep_renewed
 from beamwire.services.buffer.cache.vault import open_vault
-from beamwire.services.buffer.control import CONTROL_SOCKET
+from beamwire.services.buffer.doors import CONTROL_SOCKET, LINE_LIMIT
 
 _log = logging.getLogger(__name__)
 
 _WATCH_PERIOD: Final = 0.1
 _SEAL_GRACE: Final = 10.0
 _STOP_GRACE: Final = 7.0
-# What is told of trust has a list of revoked certificates in it.
-_LINE_LIMIT: Final = 16 * 1024 * 1024
 # How often leases, tickets and certificates are looked at, in seconds.
 _REAP_PERIOD: Final = 0.25
+_WORDS: Final = {"trust": "believe", "group": "keep"}
 
 
 class _Question(BaseModel):
@@ -42,8 +43,10 @@ class _Question(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    op: Literal["status", "watch", "seal", "stop", "revoke", "trust"]
+    op: Literal["status", "watch", "seal", "stop", "revoke", "trust", "group", "release", "discard"]
     identity: str = ""
+    group: str = ""
+    consumers: frozenset[str] = frozenset()
     cause: Literal["DONE", "FAILED", "CANCELLED", "EXPIRED", "TRUNCATED"] = "DONE"
     detail: str = ""
     domains: tuple[str, ...] = ()
@@ -59,6 +62,8 @@ class CacheServer:
         self._watchers: set[_Watcher] = set()
         self._told = False
         self._stopping = False
+        self._discards = False
+        self._distant = config.distant
         self._relay = Relay(config, self._vault, self._changed_in_thread)
         self._credentials = credentials
         self._admission = Admission(config, credentials)
@@ -76,8 +81,8 @@ class CacheServer:
         self._listener.start()
         self._reap()
         renewal = asyncio.create_task(keep_renewed(self._credentials)) if self._credentials is not None else None
-        control = listen_local(self._directory / CONTROL_SOCKET)
-        server = await asyncio.start_unix_server(self._answer, sock=control, limit=_LINE_LIMIT)
+        server = await self._listen_for_service()
+        reporting = asyncio.create_task(self._report(server)) if self._distant else None
         try:
             await self._done.wait()
         finally:
@@ -86,12 +91,34 @@ class CacheServer:
                 await asyncio.wait([renewal])
             self._listener.close()
             server.close()
+            if reporting is not None:
+                reporting.cancel()
+                await asyncio.wait([reporting])
             for watcher in self._watchers:
                 watcher.close()
             with suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await asyncio.gather(*self._tasks)
             (self._directory / CONTROL_SOCKET).unlink(missing_ok=True)
+            if self._discards and self._vault.path is not None:
+                self._vault.path.unlink(missing_ok=True)
+
+    async def _listen_for_service(self) -> asyncio.Server | ControlPort:
+        if self._distant:
+            assert self._credentials is not None, "another host is reached by TLS alone"
+            return ControlPort(self._relay.config.host, self._credentials, self._answer, self._relay.refuse)
+        control = listen_local(self._directory / CONTROL_SOCKET)
+        return await asyncio.start_unix_server(self._answer, sock=control, limit=LINE_LIMIT)
+
+    async def _report(self, server: asyncio.Server | ControlPort) -> None:
+        """Tell the Job service where the cache listens, until it knows."""
+        assert isinstance(server, ControlPort)
+        assert self._credentials is not None
+        # Brings gRPC with it, which no other cache needs.
+        from beamwire.mesh.reporting import report
+
+        control = f"{self._relay.config.advertise}:{server.port}"
+        await report(self._credentials, {"control": control, "data": self._listener.address})
 
     def _reap(self) -> None:
         # Whatever fails here must not be the last time.
@@ -147,21 +174,33 @@ class CacheServer:
         if question.op == "watch":
             await self._watch(reader, writer)
             return
-        if question.op == "seal":
-            self._seal(question)
-        if question.op == "trust":
-            try:
-                self._believe(question.domains)
-            except (BeamwireError, OSError, ValueError) as error:
-                _write(writer, json.dumps({"error": f"the cache cannot believe that: {error}"}))
-                return
-        if question.op == "revoke":
-            self._admission.revoke(question.identity)
-            self._vault.journal.note(fact="revoked", identity=question.identity)
+        try:
+            self._do(question)
+        except (BeamwireError, RefusedError, OSError, ValueError) as error:
+            _write(writer, json.dumps({"error": f"the cache cannot {_WORDS.get(question.op, 'do')} that: {error}"}))
+            return
         _write(writer, self._relay.status().model_dump_json())
         await writer.drain()
-        if question.op == "stop":
+        if question.op in ("stop", "discard"):
+            self._discards = question.op == "discard"
             self._stop()
+
+    def _do(self, question: _Question) -> None:
+        match question.op:
+            case "seal" if question.group:
+                self._seal_group(question)
+            case "seal":
+                self._seal(question)
+            case "trust":
+                self._believe(question.domains)
+            case "revoke":
+                self._admission.revoke(question.identity)
+                self._vault.journal.note(fact="revoked", identity=question.identity)
+            case "group":
+                self._relay.add_group(question.group, question.consumers)
+                self._admission.admit_consumers(question.consumers)
+            case "release":
+                self._relay.release()
 
     def _believe(self, domains: Sequence[str]) -> None:
         """Take what is now believed of all trust domains; who is believed no more is put out at once."""
@@ -175,6 +214,12 @@ class CacheServer:
         self._relay.seal(cause, question.detail)
         if cause != account_pb2.END_CAUSE_DONE:
             self._loop.call_later(_SEAL_GRACE, self._relay.give_up)
+
+    def _seal_group(self, question: _Question) -> None:
+        self._relay.end_group(
+            question.group, account_pb2.EndCause.Value(f"END_CAUSE_{question.cause}"), question.detail
+        )
+        self._loop.call_later(_SEAL_GRACE, self._relay.give_up_group, question.group)
 
     async def _watch(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         watcher = _Watcher()

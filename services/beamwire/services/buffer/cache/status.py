@@ -109,4 +109,6 @@ def _group(group: Group, holdings: Holdings) -> GroupStatus:
         in_flight_frame_count=flying,
         redelivered_frame_count=words[record + at.GROUP_REDELIVERED],
         losses=holdings.ledger.losses(record + at.GROUP_LOSSES),
+        ended=bool(words[record + at.GROUP_CONFIRMATIONS]),
+        added=group.members is not None,
     )

@@ -1,0 +1,1 @@
+"""Looking at a facility from outside: what is wrong with it, and what it has left behind."""

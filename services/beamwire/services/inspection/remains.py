@@ -1,0 +1,216 @@
+"""What a facility has on this host: processes, rings and directories, held against its records. Removes on request."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+
+from beamwire.mesh import shim
+from beamwire.mesh.processes import Process
+from beamwire.mesh.replicas import this_host
+from beamwire.mesh.store import utcnow
+from beamwire.services.buffer.model import BUFFER_STATES
+from beamwire.services.buffer.placement import Rings
+from beamwire.services.config import Layout, ServiceName
+from beamwire.services.inspection.records import Kept, Row
+from beamwire.services.job.model import JOB_STATES
+from beamwire.services.request.model import TRANSFER_STATES
+
+SETTLING = timedelta(seconds=60)
+"""What has just ended or begun is still being put in order by its service."""
+LOCAL = "local"
+TERMINAL: Mapping[ServiceName, frozenset[str]] = {
+    "request": frozenset(TRANSFER_STATES.terminal),
+    "job": frozenset(JOB_STATES.terminal),
+    "buffer": frozenset(BUFFER_STATES.terminal),
+}
+
+
+class What(StrEnum):
+    """What was left."""
+
+    JOB = "job"
+    PROCESS = "process"
+    RING = "ring"
+    DIRECTORY = "directory"
+    RECORD = "record"
+
+
+@dataclass(frozen=True, slots=True)
+class Remain:
+    """Something that no record needs any more. `place` is a path or a name; `why` says how that is.
+
+    A JOB is one of a batch system. `pid` is that of a shim whose directory is gone.
+    """
+
+    what: What
+    place: str
+    why: str
+    size: int = 0
+    pid: int = 0
+
+    def __str__(self) -> str:
+        size = f", {self.size / 2**20:.1f} MiB" if self.size else ""
+        return f"{self.what.value} {self.place}: {self.why}{size}"
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What is there, looked at before the records are read: what has no record then has none any more."""
+
+    running: Mapping[Path, Process]
+    strays: Mapping[int, Path]
+    rings: Sequence[str]
+    jobs: Sequence[Path]
+    buffers: Sequence[Path]
+
+
+def look(layout: Layout) -> Host:
+    """What this host has of a facility."""
+    shims = {pid: directory for pid, directory in _shims() if _below(directory, layout.state)}
+    known = {directory: Process.attach(directory) for directory in {*layout.process_directories(), *shims.values()}}
+    return Host(
+        running={path: process for path, process in sorted(known.items()) if process is not None and process.alive()},
+        strays={pid: directory for pid, directory in shims.items() if known[directory] is None},
+        rings=tuple(Rings(layout.buffers).buffers()),
+        jobs=tuple(sorted(layout.jobs.glob("*"))),
+        buffers=tuple(sorted(layout.buffers.glob("*"))),
+    )
+
+
+def _shims() -> Iterator[tuple[int, Path]]:
+    for pid in shim.process_ids():
+        directory = _directory_of(pid)
+        if directory is not None:
+            yield pid, directory
+
+
+def _directory_of(pid: int) -> Path | None:
+    """The directory of the program that a shim of this user runs; None if the process is none."""
+    process = Path(f"/proc/{pid}")
+    try:
+        # Anybody on this host can begin a process that says it is one in our directories.
+        if process.stat().st_uid != os.geteuid():
+            return None
+        arguments = (process / "cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    if not any(argument == os.fsencode(shim.__file__) for argument in arguments):
+        return None
+    specs = [argument for argument in arguments if argument.endswith(b"/spec.json")]
+    return Path(os.fsdecode(specs[0])).parent if specs else None
+
+
+def _below(directory: Path, top: Path) -> bool:
+    return top in directory.parents and ".." not in directory.relative_to(top).parts
+
+
+def left_behind(host: Host, kept: Mapping[ServiceName, Kept], now: datetime | None = None) -> Iterator[Remain]:
+    """What on this host no record needs any more. Only of services whose records are given."""
+    settled = (now or utcnow()) - SETTLING
+    for pid, directory in host.strays.items():
+        if not directory.exists():
+            yield Remain(What.PROCESS, f"process {pid}", f"its directory {directory} is gone", pid=pid)
+    if "job" in kept:
+        jobs = {row.id: row for row in kept["job"].rows}
+        for directory in host.jobs:
+            if directory.name not in jobs:
+                yield Remain(What.DIRECTORY, str(directory), "no job of this name is known", _size(directory))
+        for directory in host.running:
+            if directory.parent.name == "steps":
+                job = jobs.get(directory.parent.parent.name)
+                if story := _needless(job, TERMINAL["job"], settled):
+                    yield Remain(What.PROCESS, str(directory), story)
+    if "buffer" in kept:
+        buffers = {row.id: row for row in kept["buffer"].rows}
+        for directory in host.buffers:
+            if story := _needless(buffers.get(directory.name), TERMINAL["buffer"], settled):
+                yield Remain(What.DIRECTORY, str(directory), story, _size(directory))
+        for directory in host.running:
+            if directory.name.startswith("shard-"):
+                story = _needless(buffers.get(directory.parent.name), TERMINAL["buffer"], settled)
+                if story:
+                    yield Remain(What.PROCESS, str(directory), story)
+        for buffer in host.rings:
+            if story := _needless(buffers.get(buffer), TERMINAL["buffer"], settled):
+                yield Remain(What.RING, buffer, story)
+
+
+def _needless(row: Row | None, terminal: frozenset[str], settled: datetime) -> str:
+    if row is None:
+        return "nothing of this name is known"
+    if row.state in terminal and row.update_time < settled:
+        return f"{row.name} is {row.state} since {row.update_time:%Y-%m-%d %H:%M:%S} UTC"
+    return ""
+
+
+def without_process(host: Host, kept: Mapping[ServiceName, Kept], now: datetime | None = None) -> Iterator[Row]:
+    """The records that should have a process on this host, for a while now, and have none."""
+    settled = (now or utcnow()) - SETTLING
+    for row in kept.get("job", Kept("")).rows:
+        if row.state == "ACTIVE" and _is_here(row, "placement", settled):
+            steps = row.document.get("steps") or [{"number": 1}]
+            if not any(_is_step(directory, row.id, int(steps[-1]["number"])) for directory in host.running):
+                yield row
+    for row in kept.get("buffer", Kept("")).rows:
+        should = row.state in ("READY", "DRAINING") and _is_here(row, "place", settled)
+        if should and not any(directory.parent.name == row.id for directory in host.running):
+            yield row
+
+
+def _is_here(row: Row, placement: str, settled: datetime) -> bool:
+    backend = (row.document.get("spec") or {}).get(placement, {}).get("backend", LOCAL)
+    return backend == LOCAL and row.host in ("", this_host()) and row.update_time < settled
+
+
+def _is_step(directory: Path, job: str, number: int) -> bool:
+    return directory.name == str(number) and directory.parent.parent.name == job
+
+
+async def remove(layout: Layout, remain: Remain) -> None:
+    """End, or remove, what was left behind. What is gone meanwhile is well."""
+    if remain.pid:
+        _end_shim(remain.pid)
+    elif remain.what is What.PROCESS:
+        process = Process.attach(Path(remain.place))
+        if process is not None and process.alive():
+            await process.terminate()
+    elif remain.what is What.RING:
+        Rings(layout.buffers).remove(remain.place)
+    elif remain.what is What.DIRECTORY:
+        shutil.rmtree(remain.place, ignore_errors=True)
+    else:
+        raise ValueError(f"{remain} is not on this host")
+
+
+def _end_shim(pid: int) -> None:
+    """Have a shim end its program, and itself; nothing if the process is another one by now."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if _directory_of(pid) is not None:
+            signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(descriptor)
+
+
+def _size(directory: Path) -> int:
+    total = 0
+    for root, _, names in os.walk(directory):
+        for name in names:
+            try:
+                status = os.lstat(Path(root) / name)
+            except OSError:
+                continue
+            total += status.st_blocks * 512
+    return total

@@ -1,0 +1,203 @@
+"""Commits whose reply is lost on the way: what came about is found out, and nothing is done twice."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+
+from beamwire.mesh.database import Database
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.idempotency import Idempotency
+from beamwire.mesh.outbox import Outbox, OutboxItem
+from beamwire.mesh.store import Record, Store
+from beamwire.testing.postgres import Postgres
+
+
+class Thing(Record):
+    count: int = 0
+
+
+class Wire:
+    """Stands between a replica and the server, and loses the connection around the commits that it is told to."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.before: Callable[[], bool] = lambda: False
+        self.after: Callable[[], bool] = lambda: False
+        self.cuts = 0
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[int]:
+        self._tasks: set[asyncio.Task[None]] = set()
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        yield int(server.sockets[0].getsockname()[1])
+        server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await server.wait_closed()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        lose = asyncio.Event()
+
+        async def up() -> None:
+            while data := await reader.read(65536):
+                commits = b"COMMIT" in data
+                if commits and self.before():
+                    self.cuts += 1
+                    return
+                if commits and self.after():
+                    self.cuts += 1
+                    lose.set()
+                server_writer.write(data)
+                await server_writer.drain()
+
+        async def down() -> None:
+            while data := await server_reader.read(65536):
+                if lose.is_set():
+                    return
+                writer.write(data)
+                await writer.drain()
+
+        ways = [asyncio.create_task(up()), asyncio.create_task(down())]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+            for end in (writer, server_writer):
+                end.close()
+                with suppress(OSError):
+                    await end.wait_closed()
+
+
+def once() -> Callable[[], bool]:
+    """True the first time that it is asked."""
+    left = [True]
+    return lambda: bool(left) and left.pop()
+
+
+@pytest.fixture
+async def wire(postgres: Postgres) -> AsyncIterator[tuple[Wire, Store[Thing]]]:
+    postgres.create_database("wire")
+    wire = Wire(postgres.port)
+    async with wire.open() as port:
+        database = await Database.open(f"postgresql+asyncpg://postgres@127.0.0.1:{port}/wire", "job")
+        yield wire, Store(database, Thing)
+        wire.before = wire.after = lambda: False
+        await database.close()
+    postgres.drop_database("wire")
+
+
+def thing(name: str = "things/a") -> Thing:
+    return Thing(name=name, owner="o", state="NEW")
+
+
+@pytest.fixture(params=["before", "after"])
+def when(request: pytest.FixtureRequest) -> str:
+    """Whether the connection is lost before the commit reached the server, or after."""
+    return str(request.param)
+
+
+async def test_an_insert(wire: tuple[Wire, Store[Thing]], when: str) -> None:
+    line, store = wire
+    setattr(line, when, once())
+    assert (await store.insert(thing())).revision == 1
+    assert line.cuts == 1
+    setattr(line, when, once())
+    with pytest.raises(BeamwireError) as caught:
+        await store.insert(thing())
+    assert caught.value.reason is Reason.RESOURCE_EXISTS
+
+
+async def test_an_update_and_what_it_tells(wire: tuple[Wire, Store[Thing]], when: str) -> None:
+    line, store = wire
+    await store.insert(thing())
+    setattr(line, when, once())
+    changed = await store.change(
+        "things/a",
+        lambda r: {"count": r.count + 1},
+        outbox=lambda r: [OutboxItem(f"item-{r.revision}", r.name, "event", "")],
+    )
+    assert (line.cuts, changed.count, changed.revision) == (1, 1, 2)
+    assert await store.get("things/a") == changed
+    assert [item.id for item in await Outbox(store.db).of("things/a")] == ["item-2"]
+
+
+async def test_an_update_that_others_followed_meanwhile(wire: tuple[Wire, Store[Thing]], postgres: Postgres) -> None:
+    line, store = wire
+    record = await store.insert(thing())
+    direct = await Database.open(postgres.url("wire"), "job")
+    other = Store(direct, Thing)
+    cut, going = asyncio.Event(), once()
+
+    def lost() -> bool:
+        if going():
+            cut.set()
+            return True
+        return False
+
+    line.after = lost
+    updating = asyncio.create_task(store.update(record.model_copy(update={"count": 1})))
+    await cut.wait()
+    # Before it comes back to ask what became of its change, another has built upon it.
+    while (await other.require("things/a")).revision == 1:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    await other.change("things/a", lambda r: {"count": r.count + 10})
+    assert (await updating).count == 1
+    assert (await store.require("things/a")).count == 11
+    await direct.close()
+
+
+async def test_a_deletion(wire: tuple[Wire, Store[Thing]], when: str) -> None:
+    line, store = wire
+    await store.insert(thing())
+    setattr(line, when, once())
+    assert await store.delete("things/a") is True
+    assert await store.delete("things/a") is False
+
+
+async def test_a_request(wire: tuple[Wire, Store[Thing]], when: str) -> None:
+    line, store = wire
+    kept, runs = Idempotency(store.db), 0
+
+    async def action() -> bytes:
+        nonlocal runs
+        runs += 1
+        setattr(line, when, once())
+        return b"answer %d" % runs
+
+    setattr(line, when, once())
+    for _ in range(2):
+        assert await kept.run("a", "m", "id", b"body", action) == b"answer 1"
+    assert line.cuts == 2
+
+
+async def test_many_changes_over_a_line_that_loses_every_tenth_commit(wire: tuple[Wire, Store[Thing]]) -> None:
+    line, store = wire
+    dice = random.Random(7)
+    line.before = lambda: dice.random() < 0.05
+    line.after = lambda: dice.random() < 0.05
+    counters, each = 4, 25
+    for n in range(counters):
+        await store.insert(thing(f"things/{n}"))
+
+    async def count(n: int) -> None:
+        for _ in range(each):
+            await store.change(f"things/{n}", lambda r: {"count": r.count + 1})
+
+    await asyncio.gather(*(count(n % counters) for n in range(3 * counters)))
+    assert line.cuts > 5
+    for n in range(counters):
+        record = await store.require(f"things/{n}")
+        assert (record.count, record.revision) == (3 * each, 3 * each + 1)
