@@ -84,12 +84,13 @@ async def test_what_is_over_and_left_is_found_and_what_lingers_is_not(store, sit
 
 
 async def test_a_buffer_whose_transfer_ended_long_ago_is_found(store, sites: Sites):
-    long_ago = NOW - 2 * TRANSFER_PATIENCE
+    now = datetime.now(UTC)
+    long_ago = now - 2 * TRANSFER_PATIENCE
     for name in ("left", "just", "on", "sealed", "kept"):
         state = "KEPT" if name == "kept" else "READY"
         seal = CANCELLED if name == "sealed" else None
         await store.insert(buffer(name, state, transfer=f"transfers/{name}", seal=seal))
-    ended = {f"transfers/{name}": long_ago for name in ("left", "sealed", "kept")} | {"transfers/just": NOW}
+    ended = {f"transfers/{name}": long_ago for name in ("left", "sealed", "kept")} | {"transfers/just": now}
     found = await survey(store, sites, Transfers(ended))
     assert found.abandoned == {"buffers/left": CANCELLED}
     assert found.wrong

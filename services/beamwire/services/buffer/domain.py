@@ -9,6 +9,7 @@ from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 
 from beamwire.mesh import telemetry
+from beamwire.mesh.claims import ClaimLost
 from beamwire.mesh.drivers import Drivers, Interrupted, unless
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.failure import Failure
@@ -247,6 +248,9 @@ class Buffers:
             _raise_if_failing(record)
             await driver.run()
             await self._linger(record)
+        except ClaimLost:
+            # Another replica drives it now; it has not failed.
+            raise
         except Exception as error:
             if not isinstance(error, BeamwireError | OSError):
                 log.exception("%s met a fault", name)
