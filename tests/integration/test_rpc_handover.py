@@ -65,7 +65,10 @@ async def test_each_renewal_is_shown_soon_and_held(
         before = len(holders)
         facility.renew(credentials)
         await until_shown(credentials, port)
-        assert len(holders) > before
+        # Others may be shown it a moment before the holder is at hand.
+        async with asyncio.timeout(10):
+            while len(holders) == before:
+                await asyncio.sleep(0.01)
     assert not any(holder.is_closing() for holder in holders)
 
 

@@ -80,6 +80,10 @@ class SpiffeId:
     def __str__(self) -> str:
         return f"{_SCHEME}{self.trust_domain}/{self.path}"
 
+    def __hash__(self) -> int:
+        # Asked several times for each call; that of a text is kept with it.
+        return hash(self.path)
+
     @property
     def role(self) -> Role:
         """The kind of member; BeamwireError INVALID_FIELD if the path begins with no known role."""

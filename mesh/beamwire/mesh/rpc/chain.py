@@ -23,7 +23,7 @@ from beamwire.mesh.identity.delegation import METADATA_KEY
 from beamwire.mesh.rpc import access, fields
 from beamwire.mesh.rpc.admission import Admission
 from beamwire.mesh.rpc.limits import CallLimits
-from beamwire.mesh.rpc.live import Kind, LiveCalls
+from beamwire.mesh.rpc.live import Kind, LiveCall, LiveCalls
 from beamwire.mesh.rpc.status import Refusal
 from beamwire.mesh.rpc.turns import Turns
 
@@ -139,9 +139,9 @@ class Chain(grpc.GenericRpcHandler):
     def _wrap(self, method: _Method, handler: Handler) -> Handler:
         # Whatever a method takes, gRPC is told that it takes a stream: nothing is read before the chain says so.
         if handler.unary_unary:
-            return grpc.stream_unary_rpc_method_handler(self._call(method, self._unary(method, handler)))
+            return grpc.stream_unary_rpc_method_handler(partial(self._answer, method, self._unary(method, handler)))
         if handler.unary_stream:
-            call = self._call(method, _answering(handler))
+            call = partial(self._answer, method, _answering(handler))
             return grpc.stream_stream_rpc_method_handler(call, response_serializer=handler.response_serializer)
         codec: dict[str, Any] = {
             "request_deserializer": handler.request_deserializer,
@@ -194,21 +194,15 @@ class Chain(grpc.GenericRpcHandler):
 
         return call
 
-    def _call(self, method: _Method, work: Work) -> Callable[[object, Context], Awaitable[Any]]:
-        async def call(_: object, context: Context) -> Any:
-            return await self._answer(method, context, work)
-
-        return call
-
     def _streamed(
         self, method: _Method, work: Callable[[AsyncIterator[Message], Context], Awaitable[Any]]
     ) -> Callable[[AsyncIterator[Message], Context], Awaitable[Any]]:
         async def call(requests: AsyncIterator[Message], context: Context) -> Any:
-            return await self._answer(method, context, lambda context: work(requests, context))
+            return await self._answer(method, partial(work, requests), requests, context)
 
         return call
 
-    async def _answer(self, method: _Method, context: Context, work: Work) -> Any:
+    async def _answer(self, method: _Method, work: Work, _requests: object, context: Context) -> Any:
         begun, traced = time.time_ns(), False
         caller: access.Caller | None = None
         parent, token = _carried(context)
@@ -223,7 +217,7 @@ class Chain(grpc.GenericRpcHandler):
                 return await _send(context, places.refusal(caller.id))
             check = partial(self._check, method, connection, token)
             try:
-                with self.live.entered(check, method.kind):
+                with LiveCall(self.live, check, method.kind):
                     access.admit(method.path, caller)
                     if method.asks and not parent:
                         return await work(context)

@@ -37,7 +37,7 @@ class LiveCall:
 
     __slots__ = ("_calls", "_check", "_failure", "_task", "kind")
 
-    def __init__(self, calls: LiveCalls, check: Callable[[], object], kind: Kind) -> None:
+    def __init__(self, calls: LiveCalls, check: Callable[[], object], kind: Kind = Kind.ANSWERED_ONCE) -> None:
         self._calls = calls
         self._check = check
         self._failure: BeamwireError | None = None
@@ -45,10 +45,18 @@ class LiveCall:
         self.kind = kind
 
     def __enter__(self) -> None:
-        self._task = self._calls.add(self)
+        calls = self._calls
+        calls.all.add(self)
+        if calls.loop is None:
+            calls.loop = asyncio.get_running_loop()
+        # To find the running loop would cost more than all the rest of this.
+        self._task = asyncio.current_task(calls.loop)
 
     def __exit__(self, kind: type[BaseException] | None, _error: BaseException | None, _: TracebackType | None) -> None:
-        self._calls.discard(self)
+        calls = self._calls
+        calls.all.discard(self)
+        if calls.fewer is not None:
+            calls.fewer.set()
         if self._failure is not None and kind is asyncio.CancelledError:
             assert self._task is not None
             self._task.uncancel()
@@ -73,53 +81,35 @@ class LiveCall:
 
 
 class LiveCalls:
-    """The live calls of one server."""
+    """The live calls of one server: `LiveCall(these, check, kind)` is one that begins, to be entered by its task."""
 
     def __init__(self) -> None:
-        self._calls: set[LiveCall] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._fewer: asyncio.Event | None = None
+        self.all: set[LiveCall] = set()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.fewer: asyncio.Event | None = None
 
     def __len__(self) -> int:
-        return len(self._calls)
-
-    def add(self, call: LiveCall) -> asyncio.Task[Any] | None:
-        """A call begins; the task that answers it."""
-        self._calls.add(call)
-        if self._loop is None:
-            self._loop = asyncio.get_running_loop()
-        # To find the running loop costs more than all the rest of this.
-        return asyncio.current_task(self._loop)
-
-    def discard(self, call: LiveCall) -> None:
-        """A call has been answered."""
-        self._calls.discard(call)
-        if self._fewer is not None:
-            self._fewer.set()
-
-    def entered(self, check: Callable[[], object], kind: Kind = Kind.ANSWERED_ONCE) -> LiveCall:
-        """A call that begins, to be entered by its task."""
-        return LiveCall(self, check, kind)
+        return len(self.all)
 
     def check(self) -> None:
         """Check all of them."""
-        for call in list(self._calls):
+        for call in list(self.all):
             call.check()
 
     def cut(self, failure: BeamwireError, kind: Kind) -> None:
         """Cut off all of one kind."""
-        for call in list(self._calls):
+        for call in list(self.all):
             if call.kind is kind:
                 call.cut(failure)
 
     async def answered(self, patience: float) -> None:
         """Wait until none is left but those that watch the end, some seconds at most."""
-        self._fewer = asyncio.Event()
+        self.fewer = asyncio.Event()
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
-                while any(call.kind is not Kind.WATCHING for call in self._calls):
-                    self._fewer.clear()
-                    await self._fewer.wait()
+                while any(call.kind is not Kind.WATCHING for call in self.all):
+                    self.fewer.clear()
+                    await self.fewer.wait()
 
     async def watch(self, credentials: Credentials) -> None:
         """Check them when the server's trust changes, at once, and each second; until it is cancelled."""
