@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import secrets
 import shutil
@@ -77,6 +78,16 @@ def nothing_left_behind() -> Iterator[None]:
     while (found := left()) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not found, f"the test left behind: {', '.join(found)}"
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A command that is run in this process sets up logging for the whole of it: undo that after the test."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
 
 
 def _is_ours(thread: threading.Thread) -> bool:

@@ -73,8 +73,8 @@ def main() -> int:
 
 
 def _control(scale: float) -> int:
-    """Kill the services after every transition; on PostgreSQL too at the full size."""
-    files = [str(Path(__file__).parent / f"test_faults_{name}.py") for name in ("control", "places")]
+    """Kill the services after every transition, and lose answers; at the full size more, and on PostgreSQL too."""
+    files = [str(Path(__file__).parent / f"test_faults_{name}.py") for name in ("control", "creates", "places")]
     environment = {**os.environ, "BEAMWIRE_FAULTS_FULL": "2" if scale >= 1 else "1"}
     return subprocess.run([sys.executable, "-m", "pytest", "-q", *files], env=environment, check=False).returncode
 

@@ -213,12 +213,14 @@ async def test_what_ignores_every_cancellation_is_left_to_the_process(
             with contextlib.suppress(asyncio.CancelledError):
                 await released.wait()
 
-    async with asyncio.timeout(5), TaskRunner() as runner:
-        runner.start("deaf", deaf)
-        await asyncio.sleep(0)
-    assert caplog.text.count("deaf has not ended") == 2
-    released.set()
-    await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=5)
+    try:
+        async with asyncio.timeout(5), TaskRunner() as runner:
+            runner.start("deaf", deaf)
+            await asyncio.sleep(0)
+        assert caplog.text.count("deaf has not ended") == 2
+    finally:
+        released.set()
+        await asyncio.wait(asyncio.all_tasks() - {asyncio.current_task()}, timeout=5)
 
 
 async def test_what_fails_when_it_is_cancelled_is_not_begun_again(caplog: pytest.LogCaptureFixture) -> None:
