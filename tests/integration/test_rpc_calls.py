@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -44,19 +44,24 @@ class Servicer:
     def __init__(self) -> None:
         self.calls = 0
         self.trace_id = ""
+        self.peer = ""
+        self.shown: Mapping[str, object] = {}
         self.answer: Callable[[], Awaitable[None]] | None = None
         self.seen = buffer_service_pb2.CreateBufferRequest()
         self.ended = asyncio.Event()
+        self.looked = asyncio.Event()
 
     async def CreateJoinToken(self, request: pb.CreateJoinTokenRequest, context: object) -> pb.JoinToken:  # noqa: N802
         self.calls += 1
         self.trace_id = telemetry.trace_id_of(telemetry.current_traceparent())
         return pb.JoinToken(token=f"{current_caller()} {self.calls}", identity=request.identity)
 
-    async def RenewCertificate(self, request: object, context: object) -> pb.Certificate:  # noqa: N802
+    async def RenewCertificate(self, request: object, context: Any) -> pb.Certificate:  # noqa: N802
         self.calls += 1
         if self.answer is not None:
             await self.answer()
+        self.peer, self.shown = context.peer(), context.auth_context()
+        self.looked.set()
         return pb.Certificate(granted_by=f"{current_caller()} {self.calls}")
 
     async def EnrollMember(self, request: pb.EnrollMemberRequest, context: object) -> pb.Certificate:  # noqa: N802
@@ -316,6 +321,29 @@ async def test_a_change_that_was_begun_goes_on_although_its_caller_is_cut(served
         assert (await call).reason is Reason.CERTIFICATE_REVOKED
     go.set()
     await asyncio.wait_for(done.wait(), 5)
+
+
+async def test_a_change_that_goes_on_knows_its_caller_after_that_has_gone(served: Served) -> None:
+    """What grpcio's own context knew is freed by then."""
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def answer() -> None:
+        begun.set()
+        await go.wait()
+
+    served.servicer.answer = answer
+    async with served.as_member("user/alice") as stub:
+        call = stub.RenewCertificate(pb.RenewCertificateRequest(csr_pem="x"))
+        await begun.wait()
+        call.cancel()
+        # The server has heard of that when it answers what came later.
+        for _ in range(3):
+            assert await stub.ListCertificates(pb.ListCertificatesRequest())
+        go.set()
+        async with asyncio.timeout(5):
+            await served.servicer.looked.wait()
+    assert served.servicer.peer.startswith("ipv4:127.0.0.1:")
+    assert "x509_pem_cert" in served.servicer.shown
 
 
 async def test_a_stream_is_refused_to_the_wrong_role(served: Served) -> None:

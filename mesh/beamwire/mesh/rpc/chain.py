@@ -181,9 +181,10 @@ class Chain(grpc.GenericRpcHandler):
         async def call(request: Any, context: Context) -> bytes:
             if request.request_id:
                 _check_uuid(request.request_id)
+            facts = CallFacts(context)
 
             async def action() -> bytes:
-                answered: bytes = write(await answer(request, context))
+                answered: bytes = write(await answer(request, facts))
                 return answered
 
             # A rehearsal changes nothing, so it must not use up the id of the call it rehearses.
@@ -238,6 +239,26 @@ class Chain(grpc.GenericRpcHandler):
 
     def _check(self, method: _Method, connection: Mapping[str, Iterable[bytes]], token: str) -> None:
         access.check_method(method.path, self._identify(connection, token))
+
+
+class CallFacts:
+    """What a handler may ask of its call when that may have ended: it was read while the call was there.
+
+    What changes something goes on to its end although its caller has gone, and grpcio's own context reads memory that
+    is freed when it is asked then.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._peer = context.peer()
+        self._auth_context = context.auth_context()
+
+    def peer(self) -> str:
+        """Where the caller is, `ipv4:127.0.0.1:5000`."""
+        return self._peer
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
+        """What the transport knows of the caller, its certificate for one."""
+        return self._auth_context
 
 
 def _answering(handler: Handler) -> Work:
