@@ -445,9 +445,9 @@ async def test_jobs_are_forgotten_some_time_after_their_end(served: Served):
     assert (await jobs.GetJob(pb.GetJobRequest(name=running.name))).name == running.name
 
 
-async def test_two_replicas_share_their_jobs(play: Play, tmp_path: Path, target: Path | str):
-    if isinstance(target, Path):
-        pytest.skip("a SQLite file has one owner")
+# A SQLite file has one owner.
+@pytest.mark.parametrize("target", ["postgres"], indirect=True)
+async def test_two_replicas_share_their_jobs(play: Play, tmp_path: Path):
     count = tmp_path / "count"
     async with play.serve() as one, play.serve() as two:
         here, there = await one.as_("user/alice"), await two.as_("user/alice")

@@ -54,21 +54,22 @@ async def test_each_renewal_is_shown_soon_and_held(
 ) -> None:
     credentials, port = served
     holders: list[asyncio.StreamWriter] = []
+    held = asyncio.Event()
     replace = handover.Handover._replace_once
 
     async def noted(self: handover.Handover, host: str, to: int) -> asyncio.StreamWriter:
         holders.append(await replace(self, host, to))
+        held.set()
         return holders[-1]
 
     monkeypatch.setattr(handover.Handover, "_replace_once", noted)
     for _ in range(3):
-        before = len(holders)
+        held.clear()
         facility.renew(credentials)
         await until_shown(credentials, port)
         # Others may be shown it a moment before the holder is at hand.
         async with asyncio.timeout(10):
-            while len(holders) == before:
-                await asyncio.sleep(0.01)
+            await held.wait()
     assert not any(holder.is_closing() for holder in holders)
 
 

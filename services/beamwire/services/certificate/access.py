@@ -32,6 +32,7 @@ from beamwire.mesh.rpc.convert import to_timestamp
 from beamwire.request.v1 import request_service_pb2
 
 _CONTRACTS: Final = (request_service_pb2, job_service_pb2, buffer_service_pb2, pb)
+CREATE_JOB: Final = "JobService/CreateJob"
 
 
 @dataclass
@@ -165,12 +166,24 @@ def _judge_method(verdict: _Verdict, caller: Caller, method: str) -> None:
             verdict.refuse(error.message)
             return
     verdict.reasons.append(f"{short_name(method)} is for {caller.role}")
+    if short_name(method) == CREATE_JOB and caller.role in (Role.USER, Role.PARTNER) and caller.grant is not None:
+        _judge_programs(verdict, caller.grant)
     access = declared_access(method)
     made = short_name(method).partition("/")[2].startswith("Create")
     if access is not None and access.owner_only and not caller.unlimited and not made:
         verdict.reasons.append(
             f"{short_name(method)} reaches only what {caller.acts_for} owns; the service that has it says whose it is"
         )
+
+
+def _judge_programs(verdict: _Verdict, grant: Grant) -> None:
+    by = f"the rule {grant.rule!r}" if grant.rule else "the facility's own default"
+    if not grant.executables.all:
+        verdict.refuse(
+            f"{by} names no program that may be run; an operator of this facility can change that in {FILE_NAME}"
+        )
+    else:
+        verdict.reasons.append(f"{by} lets these programs be run: {grant.executables}")
 
 
 def _judge_dataset(verdict: _Verdict, grant: Grant, dataset: str) -> None:
