@@ -164,11 +164,14 @@ async def test_a_renewal_that_fails_is_nothing_to_the_command(registry: Registry
 
 
 async def test_the_renewal_command_renews_when_it_is_time(registry: Registry, tmp_path: Path) -> None:
+    async def renewal_of(member: Credentials) -> int:
+        command = [sys.executable, "-m", "beamwire.mesh.identity.renewal", str(member.directory)]
+        return (await asyncio.to_thread(subprocess.run, command, check=False)).returncode
+
+    assert await renewal_of(enrolled(registry, tmp_path / "long")) == NOT_YET
     member = enrolled(registry, tmp_path, SHORT)
-    command = [sys.executable, "-m", "beamwire.mesh.identity.renewal", str(member.directory)]
-    assert (await asyncio.to_thread(subprocess.run, command, check=False)).returncode == NOT_YET
     await past_half_life(member)
-    assert (await asyncio.to_thread(subprocess.run, command, check=False)).returncode == RENEWED
+    assert await renewal_of(member) == RENEWED
     assert registry.renewals == 1
 
 
