@@ -12,15 +12,14 @@ from functools import partial
 from typing import Any
 
 import grpc
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from beamwire.buffer.v1 import buffer_service_pb2_grpc
-from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
+from beamwire.certificate.v1 import certificate_service_pb2_grpc
 from beamwire.job.v1 import job_service_pb2_grpc
 from beamwire.mesh import telemetry
 from beamwire.mesh.addresses import replicas
 from beamwire.mesh.database import Database
-from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.errors import BeamwireError, invalid_field
 from beamwire.mesh.idempotency import Idempotency
 from beamwire.mesh.identity.biscuits import TokenChecker, TokenKey
 from beamwire.mesh.identity.credentials import Credentials
@@ -32,7 +31,6 @@ from beamwire.mesh.policy import PolicyFile
 from beamwire.mesh.retention import Retention
 from beamwire.mesh.rpc.access import Gate
 from beamwire.mesh.rpc.channel import connect
-from beamwire.mesh.rpc.convert import to_duration
 from beamwire.mesh.rpc.limits import CallLimits
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.store import Store
@@ -60,6 +58,7 @@ from beamwire.services.job.driver import Surroundings
 from beamwire.services.job.model import JobRecord
 from beamwire.services.job.service import JobService
 from beamwire.services.job.webhooks import Deliverer
+from beamwire.services.minter import Minter
 from beamwire.services.request.clients import BufferClient, JobClient
 from beamwire.services.request.datasets import Datasets
 from beamwire.services.request.domain import Transfers
@@ -70,9 +69,6 @@ from beamwire.services.request.quotas import Limits
 from beamwire.services.request.service import RequestService
 from beamwire.services.supervision import keep_alive
 
-TOKEN_TTL = timedelta(minutes=10)
-# How long a job or a buffer waits for a Certificate service that is away.
-MINT_PATIENCE = 300.0
 # Seconds that calls in progress have to be answered in when the process is told to end. All but a few need far less.
 STOP_GRACE = 10.0
 # Seconds, at most.
@@ -122,33 +118,6 @@ class _Parts:
         full_name = f"beamwire.{name.removesuffix('Service').lower()}.v1.{name}"
         self.services.append(Service(full_name, add, servicer))
         self.idempotency[full_name] = Idempotency(database)
-
-
-class Minter:
-    """Mints join tokens for the processes that a service starts."""
-
-    def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub = certificate_service_pb2_grpc.CertificateServiceStub(channel)
-
-    async def __call__(self, identity: str, server_names: Sequence[str] = (), *, ttl: timedelta = TOKEN_TTL) -> str:
-        """Return a token for an identity that may serve under some names."""
-        request = certificate_service_pb2.CreateJoinTokenRequest(
-            identity=identity, ttl=to_duration(ttl), server_names=server_names
-        )
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception(_unreachable),
-            wait=wait_random_exponential(0.1, max=3),
-            stop=stop_after_delay(MINT_PATIENCE),
-            reraise=True,
-        ):
-            with attempt:
-                return (await self._stub.CreateJoinToken(request)).token
-        raise AssertionError("a retry either returns or raises")
-
-
-def _unreachable(error: BaseException) -> bool:
-    passing = (Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.TIMED_OUT, Reason.OVERLOADED)
-    return isinstance(error, BeamwireError) and error.reason in passing
 
 
 async def _add_certificate(parts: _Parts) -> None:

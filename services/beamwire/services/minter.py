@@ -1,0 +1,44 @@
+"""Join tokens for the processes that a service starts, from the Certificate service, which may be away for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import grpc
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
+from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.rpc.convert import to_duration
+
+TOKEN_TTL = timedelta(minutes=10)
+# How long a job or a buffer waits for a Certificate service that is away.
+MINT_PATIENCE = 300.0
+
+
+class Minter:
+    """Mints join tokens for the processes that a service starts."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub = certificate_service_pb2_grpc.CertificateServiceStub(channel)
+
+    async def __call__(self, identity: str, server_names: Sequence[str] = (), *, ttl: timedelta = TOKEN_TTL) -> str:
+        """Return a token for an identity that may serve under some names."""
+        request = certificate_service_pb2.CreateJoinTokenRequest(
+            identity=identity, ttl=to_duration(ttl), server_names=server_names
+        )
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception(_unreachable),
+            wait=wait_random_exponential(0.1, max=3),
+            stop=stop_after_delay(MINT_PATIENCE),
+            reraise=True,
+        ):
+            with attempt:
+                return (await self._stub.CreateJoinToken(request)).token
+        raise AssertionError("a retry either returns or raises")
+
+
+def _unreachable(error: BaseException) -> bool:
+    passing = (Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.TIMED_OUT, Reason.OVERLOADED)
+    return isinstance(error, BeamwireError) and error.reason in passing
