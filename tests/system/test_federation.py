@@ -31,9 +31,9 @@ TIMEOUT = 120.0
 STREAMS = 50
 # At 100 in a second: longer than a rotation takes.
 EVENTS = 9000
-# Seconds. The goals of the first three are 1 s, 250 ms and 1 s, and what was measured is printed; a machine that does
-# other things takes longer. The last is what the threat model promises.
-UNARY, STREAM, PIPE, PEER = 5.0, 5.0, 5.0, 60.0
+# What issue and threat model promise, in seconds. The goal for streams is 250 ms, which a machine that does other
+# things does not keep (0.96 s was seen there); what was measured is printed.
+UNARY, STREAM, PIPE, PEER = 1.0, 2.0, 1.0, 60.0
 PROGRAM = str(BIN / "beamwire")
 
 
