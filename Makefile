@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SUITE ?= data control
 SCALE ?= 1
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test soak check gen bench format clean
@@ -16,7 +17,7 @@ demo: $(VENV)/.demo $(VENV)/.psana ## Set up, then stream a real run from xtc2 f
 	@$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev $(VENV)/.psana ## Set up, then run every test that this machine can
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 soak: $(VENV)/.dev ## Kill, cut and corrupt, frames by the million and services at each step: make soak SCALE=0.1
 	@$(BIN)/python -m tests.faults --scale $(SCALE)

@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from beamwire.mesh.identity.enrollment import JoinToken, enroll
+from beamwire.testing.ports import free_port
 from beamwire.testing.postgres import Postgres, find_postgres
 from beamwire.testing.slurm import Slurm, missing, throwaway_slurm
 
@@ -48,13 +49,6 @@ def wait_until(condition, timeout: float = 30.0, what: str = "the condition"):
             return value
         time.sleep(0.02)
     pytest.fail(f"{what} did not come about within {timeout:g} s")
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 from collections import Counter
@@ -29,16 +28,12 @@ from beamwire.mesh.formats.dectris import Series
 from beamwire.mesh.stream.frame import Ragged
 from beamwire.mesh.stream.producer import Producer
 from beamwire.stream.v1.frame_pb2 import Field, StreamHeader
+from beamwire.testing.ports import free_port
 from tests.conftest import BIN, wait_until
 from tests.judges import decompress, need_decompress
 
 WAIT = 60.0
 SHAPE = (24, 40)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def image(event: int, dtype: str = "<u2", shape: tuple[int, ...] = SHAPE) -> np.ndarray:

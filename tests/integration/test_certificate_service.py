@@ -28,7 +28,8 @@ from beamwire.mesh.identity.authority import Authority
 from beamwire.mesh.identity.credentials import Credentials, new_key_and_csr
 from beamwire.mesh.identity.generations import Generations, Phase
 from beamwire.mesh.rpc.channel import connect
-from tests.conftest import LiveFacility, free_port, make_live_facility, wait_until
+from beamwire.testing.ports import free_port
+from tests.conftest import LiveFacility, make_live_facility, wait_until
 
 DOMAIN = "facility.test"
 ALICE = f"spiffe://{DOMAIN}/user/alice"

@@ -39,7 +39,7 @@ from beamwire.services.certificate.federation import Federation, skeleton
 from beamwire.services.certificate.messages import to_bundle
 from beamwire.services.certificate.model import AuditRecord, TrustRecord
 from beamwire.testing.facility import Facility
-from tests.conftest import free_port
+from beamwire.testing.ports import free_port
 
 SERVICE = "beamwire.certificate.v1.CertificateService"
 OPERATOR = access.Caller(SpiffeId("a.test", "operator/root"), Role.OPERATOR)

@@ -17,7 +17,8 @@ from grpc_health.v1 import health_pb2
 from beamwire.mesh.identity.credentials import BUNDLE_FILE, CHAIN_FILE, KEY_FILE
 from beamwire.mesh.identity.ids import services_name
 from beamwire.testing.corpus import OWN, Corpus
-from tests.conftest import LiveFacility, free_port
+from beamwire.testing.ports import free_port
+from tests.conftest import LiveFacility
 
 GRPCURL = Path(__file__).resolve().parent.parent / "interop" / "grpcurl"
 SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)

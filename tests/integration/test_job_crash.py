@@ -22,7 +22,8 @@ from beamwire.client.aiojobs import has_ended, state_word
 from beamwire.client.client import Client
 from beamwire.job.v1.job_service_pb2 import Job, JobSpec
 from beamwire.mesh.errors import BeamwireError
-from tests.conftest import LiveFacility, free_port, make_live_facility, wait_until
+from beamwire.testing.ports import free_port
+from tests.conftest import LiveFacility, make_live_facility, wait_until
 
 POLICY = '[[rule]]\nname = "alice"\nidentities = ["user/alice"]\nexecutables = ["**"]\n'
 # What a call may be told while the service is being killed, or when it is made once more.

@@ -160,6 +160,9 @@ class JobMachine(RuleBasedStateMachine):
         run = self.backend.runs.get(record.step.number)
         if record.state == JobState.HELD:
             return not (record.released or record.cancel_requested)
+        # A new step is queued before its backend is asked, be that away or not.
+        if record.state == JobState.NEW:
+            return False
         if record.cancel_requested or run is None:
             return self.backend.away and run is None
         waits = (Queued,) if record.state == JobState.QUEUED else (Queued, Active)

@@ -17,7 +17,7 @@ import pytest
 from beamwire.job.v1 import job_service_pb2 as pb
 from beamwire.services.job import webhooks
 from beamwire.testing.facility import Facility
-from tests.conftest import free_port
+from beamwire.testing.ports import free_port
 from tests.integration.jobplay import Play, Served, create, ended, shell
 
 SECRET = b"0123456789abcdef"

@@ -21,8 +21,9 @@ from beamwire.common.v1 import account_pb2
 from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.processes import Process
 from beamwire.mesh.rpc.channel import connect
+from beamwire.testing.ports import free_port
 from beamwire.testing.postgres import Postgres
-from tests.conftest import LiveFacility, free_port, make_live_facility, wait_until
+from tests.conftest import LiveFacility, make_live_facility, wait_until
 from tests.integration.test_services_buffer import Member, Stub, ready, rings_of, seen, until
 
 DATABASE = "buffers"

@@ -20,7 +20,8 @@ from beamwire.mesh.identity.biscuits import attenuate, inspect
 from beamwire.mesh.identity.delegation import Restriction
 from beamwire.request.v1.request_service_pb2 import Transfer
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME, LINK_ROLE_PRODUCE
-from tests.conftest import LiveFacility, free_port, wait_until
+from beamwire.testing.ports import free_port
+from tests.conftest import LiveFacility, wait_until
 
 ALICE = "spiffe://facility.test/user/alice"
 BOB = "spiffe://facility.test/user/bob"

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from beamwire.mesh.identity.enrollment import JoinToken, enroll
+from beamwire.testing.ports import free_port
 from beamwire.testing.postgres import Postgres
-from tests.conftest import BIN, STOP_TIMEOUT, free_port, run, wait_until
+from tests.conftest import BIN, STOP_TIMEOUT, run, wait_until
 from tests.deploy import DEPLOY
 
 READER = DEPLOY.parent / "tests" / "interop" / "compose"

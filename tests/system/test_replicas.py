@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
@@ -24,6 +23,7 @@ from beamwire.mesh.identity.enrollment import JoinToken, enroll
 from beamwire.mesh.rpc.channel import connect
 from beamwire.request.v1 import request_service_pb2 as pb
 from beamwire.request.v1 import request_service_pb2_grpc as pb_grpc
+from beamwire.testing.ports import free_ports
 from beamwire.testing.postgres import Postgres
 
 BIN = Path(sys.executable).parent
@@ -81,11 +81,6 @@ class Pair:
     def _run(self, *arguments: str) -> str:
         command = [str(BIN / "beamwired"), *arguments]
         return subprocess.run(command, check=True, capture_output=True, text=True, env=self._env).stdout
-
-
-def free_ports(count: int) -> list[int]:
-    used = {connection.laddr.port for connection in psutil.net_connections("tcp") if connection.laddr}
-    return [port for port in range(23000 + os.getpid() % 5000, 32000) if port not in used][:count]
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from beamwire.client import connect
+from beamwire.testing.ports import free_port
 from beamwire.testing.postgres import Postgres
-from tests.conftest import LiveFacility, free_port, make_live_facility, wait_until
+from tests.conftest import LiveFacility, make_live_facility, wait_until
 
 
 @dataclass

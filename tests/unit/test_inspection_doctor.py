@@ -23,14 +23,13 @@ from beamwire.services.inspection import offline, reconciliation
 from beamwire.services.inspection.findings import Severity, error, ok, report, warning
 from beamwire.services.inspection.records import Kept, Row, read
 from beamwire.services.request.model import TransferRecord
+from beamwire.testing.ports import free_port
 
 Records = dict[ServiceName, Kept]
 
 
 def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 @pytest.fixture

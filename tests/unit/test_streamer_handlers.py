@@ -29,6 +29,7 @@ from beamwire.mesh.stream.frame import decode
 from beamwire.services.streamer.components import Message, Share, StreamInfo
 from beamwire.services.streamer.handlers.lanes import Handlers, Pace
 from beamwire.services.streamer.handlers.sockets import BinaryDataStreamingDataHandler
+from beamwire.testing.ports import free_port
 
 WAIT = 20.0
 INFO = StreamInfo(Share(), (), 0, {}, "NativeSerializer")
@@ -246,11 +247,6 @@ def handler(**parameters: Any) -> BinaryDataStreamingDataHandler:
     return BinaryDataStreamingDataHandler(
         BinaryDataStreamingDataHandler.Parameters(**parameters), lambda: pytest.fail("plain sockets have no identity")
     )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 def blob(number: int) -> Message:

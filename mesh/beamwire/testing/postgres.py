@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
+
+from beamwire.testing.ports import free_port
 
 SUPERUSER = "postgres"
 TIMEOUT = 30
@@ -38,7 +39,7 @@ class Postgres:
         self._directory = Path(tempfile.mkdtemp(prefix="pg-"))
         self._data = self._directory / "data"
         self._running = False
-        self.port = _free_port()
+        self.port = free_port()
         all_settings = {
             "port": str(self.port),
             "listen_addresses": "127.0.0.1",
@@ -113,9 +114,3 @@ class Postgres:
         command = [str(self._binaries / name), *arguments]
         user = ["setpriv", f"--reuid={SUPERUSER}", f"--regid={SUPERUSER}", "--init-groups"]
         return [*user, *command] if os.geteuid() == 0 else command
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

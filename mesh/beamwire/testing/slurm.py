@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from beamwire.testing.keeping import Kept
+from beamwire.testing.ports import free_port, free_ports
 
 SLURM_PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "squeue")
 ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db", "sacctmgr")
@@ -111,7 +112,7 @@ class Slurm:
         self._kept: dict[str, Kept] = {}
         self._accounting = accounting
         self._min_job_age = min_job_age
-        self._dbd_port = _free_port()
+        self._dbd_port = free_port()
 
     @property
     def conf(self) -> Path:
@@ -211,7 +212,7 @@ class Slurm:
             (self.directory / name).mkdir(exist_ok=True)
         self.command("mungekey", "--create", f"--keyfile={self.directory / 'munge.key'}")
         accounting = _ACCOUNTING.format(port=self._dbd_port, directory=self.directory) if self._accounting else ""
-        ports = dict(zip(("controller_port", "node1_port", "node2_port"), _free_ports(3), strict=True))
+        ports = dict(zip(("controller_port", "node1_port", "node2_port"), free_ports(3), strict=True))
         text = _SLURM_CONF.format(
             host=socket.gethostname(),
             directory=self.directory,
@@ -260,15 +261,3 @@ def _until(condition: Callable[[], bool], what: str, log: Callable[[], str]) -> 
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not come up within {START_TIMEOUT:g} s:\n{log()}")
         time.sleep(0.02)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
-def _free_port() -> int:
-    return _free_ports(1)[0]
