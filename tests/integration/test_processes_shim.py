@@ -329,7 +329,7 @@ async def test_another_process_with_the_old_pid_is_left_alone(tmp_path: Path, ch
 
 
 async def test_a_shim_that_cannot_start_is_a_failure_to_launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setattr(processes, "SHIM", ("/bin/false",))
     with pytest.raises(BeamwireError, match=r"shim\.log") as caught:
         await launch(["true"], directory=tmp_path / "p", env=ENV)
     assert caught.value.reason is Reason.LAUNCH_FAILED
@@ -351,6 +351,25 @@ async def test_a_cancelled_launch_is_found_again(tmp_path: Path) -> None:
         await launching
     process = await launch(["sleep", "60"], directory=tmp_path / "p", env=ENV)
     assert await process.terminate() == Exit(143, signal.SIGTERM)
+
+
+async def test_a_program_that_removes_what_says_so_at_once_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = processes._heard
+
+    def late(popen: subprocess.Popen[bytes]) -> str:
+        said = heard(popen)
+        while (tmp_path / "p" / "process.json").exists():
+            time.sleep(0.005)
+        return said
+
+    monkeypatch.setattr(processes, "_heard", late)
+    text = "until [ -e process.json ] && grep -q '\"pid\"' process.json; do :; done; rm process.json; sleep 60"
+    process = await launch(["sh", "-c", text], directory=tmp_path / "p", env=ENV)
+    assert process.alive()
+    assert (await process.terminate()).signal == signal.SIGTERM
+    assert not process.alive()
 
 
 async def test_of_two_shims_on_one_directory_the_second_runs_nothing(tmp_path: Path) -> None:

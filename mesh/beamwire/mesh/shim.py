@@ -6,6 +6,9 @@ It says on standard output, in one line, whether the program was `started`, `fai
 another shim had this directory first. It ends with the program's exit code. SIGTERM has the program ended, SIGUSR1 too,
 because its time is over.
 
+`python -S -E shim.py --spare python -P -m beamwire.mesh.warm …` starts an interpreter that waits; once the path of a
+spec comes on standard input, that runs the program. Both end if the input does first.
+
 `python -S -E shim.py -- program arguments…` runs a part of a program on another node: all that it starts ends with it.
 """
 
@@ -13,16 +16,17 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+APPEND = os.O_CREAT | os.O_WRONLY | os.O_APPEND
 SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 LOOK_AGAIN = 0.1
 """Seconds after which the process table is read again while waiting for something that gives no signal."""
@@ -32,7 +36,7 @@ LOOK_AT_MEMORY = 0.25
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def main(spec_path: str) -> int:
+def main(spec_path: str, spare: "subprocess.Popen[bytes] | None" = None) -> int:
     """Runs what the spec says, to its end; returns its exit code, 128 + n if signal n ended it."""
     path = Path(spec_path)
     os.chdir(path.parent)
@@ -44,10 +48,11 @@ def main(spec_path: str) -> int:
     me |= {"told": {name: os.environ.get(name, "") for name in spec.get("told", ())}}
     if not _claim(me):
         _say("taken")
+        _end(spare)
         return 0
     kills = oom_kills()
     try:
-        child = _start(spec)
+        child = _start(spec) if spare is None else _hand_over(spare, spec)
     except OSError as error:
         code = 127 if isinstance(error, FileNotFoundError) else 126
         write_json(Path("exit.json"), {"exit_code": code, "signal": None, "error": str(error)})
@@ -65,6 +70,27 @@ def main(spec_path: str) -> int:
     causes = {name: cause == name for name in ("asked", "timed_out", "out_of_memory")}
     write_json(Path("exit.json"), {"exit_code": code, "signal": number, "error": "", **causes})
     return code
+
+
+def spare(argv: list[str]) -> int:
+    """Starts an interpreter that waits for a program, and runs that by it; returns its exit code."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    waiting = _popen(argv, stdin=subprocess.PIPE)
+    ended = os.pidfd_open(waiting.pid)
+    if 0 not in select.select([0, ended], [], [])[0]:
+        return waiting.wait()
+    os.close(ended)
+    spec_path = sys.stdin.readline().rstrip("\n")
+    if not spec_path:
+        _end(waiting)
+        return 0
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    log = os.open(Path(spec_path).with_name("shim.log"), APPEND, 0o600)
+    os.dup2(log, 2)
+    os.close(log)
+    return main(spec_path, waiting)
 
 
 def leash(argv: list[str]) -> int:
@@ -117,17 +143,27 @@ def process_ids() -> list[int]:
 def write_json(path: Path, document: dict[str, Any]) -> None:
     """Puts the document there whole, on the disk, or not at all."""
     part = _write_part(path, document)
-    part.replace(path)
+    try:
+        part.replace(path)
+    except IsADirectoryError:
+        # The program has made it, in the way of how it ended.
+        path.rename(_beside(path))
+        part.replace(path)
     _sync_directory(path.parent)
 
 
 def _write_part(path: Path, document: dict[str, Any]) -> Path:
-    part = path.with_name(f"{path.name}.{threading.get_native_id()}")
-    with os.fdopen(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
+    part = _beside(path)
+    with os.fdopen(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         json.dump(document, file)
         file.flush()
         os.fsync(file.fileno())
     return part
+
+
+def _beside(path: Path) -> Path:
+    """A name that a program could not foresee, and put a pipe there that nobody reads."""
+    return path.with_name(f"{path.name}.{os.urandom(8).hex()}")
 
 
 def _sync_directory(path: Path) -> None:
@@ -159,6 +195,61 @@ def _say(word: str) -> None:
 
 
 def _start(spec: dict[str, Any]) -> int:
+    opened = [os.open(spec["stdin"], os.O_RDONLY), os.open("stdout", APPEND, 0o600), os.open("stderr", APPEND, 0o600)]
+    # What a batch system has set for the job's sake: its devices, its allocation.
+    taken = {name: value for name, value in os.environ.items() if name.startswith(tuple(spec.get("take", ())))}
+    stdin, stdout, stderr = opened
+    try:
+        child = _popen(
+            spec["argv"], env={**taken, **spec["env"]}, cwd=spec["cwd"], stdin=stdin, stdout=stdout, stderr=stderr
+        )
+    finally:
+        for fd in opened:
+            os.close(fd)
+    # It is reaped here, with everything else that ends below this process.
+    child.returncode = 0
+    return child.pid
+
+
+def _hand_over(spare: "subprocess.Popen[bytes]", spec: dict[str, Any]) -> int:
+    """Has an interpreter that waits run the program; if it cannot, that is started as any other, and says why."""
+    files = {"stdin": spec["stdin"], "stdout": "stdout", "stderr": "stderr"}
+    order = {
+        "argv": spec["argv"][2:],
+        "env": spec["env"],
+        "cwd": spec["cwd"],
+        "files": {name: str(Path(path).absolute()) for name, path in files.items()},
+    }
+    if spare.poll() is not None or not Path(spec["cwd"]).is_dir():
+        _end(spare)
+        return _start(spec)
+    assert spare.stdin is not None
+    try:
+        with spare.stdin as stream:
+            stream.write(json.dumps(order).encode() + b"\n")
+    except BrokenPipeError:
+        _end(spare)
+        return _start(spec)
+    spare.returncode = 0
+    return spare.pid
+
+
+def _end(spare: "subprocess.Popen[bytes] | None") -> None:
+    if spare is not None:
+        spare.kill()
+        spare.wait()
+
+
+def _popen(
+    argv: list[str],
+    *,
+    stdin: int,
+    stdout: int | None = None,
+    stderr: int | None = None,
+    env: dict[str, str] | None = None,
+    cwd: str | None = None,
+) -> "subprocess.Popen[bytes]":
+    """Starts a program in a group of its own, which ends at the latest when this process does."""
     shim = os.getpid()
 
     def in_child() -> None:
@@ -167,31 +258,16 @@ def _start(spec: dict[str, Any]) -> int:
         if os.getppid() != shim:
             os._exit(1)
 
-    append = os.O_CREAT | os.O_WRONLY | os.O_APPEND
-    opened = [
-        os.open(spec["stdin"], os.O_RDONLY),
-        os.open("stdout", append, 0o600),
-        os.open("stderr", append, 0o600),
-    ]
-    # What a batch system has set for the job's sake: its devices, its allocation.
-    taken = {name: value for name, value in os.environ.items() if name.startswith(tuple(spec.get("take", ())))}
-    try:
-        child = subprocess.Popen(
-            spec["argv"],
-            env={**taken, **spec["env"]},
-            cwd=spec["cwd"],
-            stdin=opened[0],
-            stdout=opened[1],
-            stderr=opened[2],
-            process_group=0,
-            preexec_fn=in_child,
-        )
-    finally:
-        for fd in opened:
-            os.close(fd)
-    # It is reaped here, with everything else that ends below this process.
-    child.returncode = 0
-    return child.pid
+    return subprocess.Popen(
+        argv,
+        env=env,
+        cwd=cwd,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        process_group=0,
+        preexec_fn=in_child,
+    )
 
 
 def _supervise(child: int, spec: dict[str, Any]) -> tuple[int, str]:
@@ -320,4 +396,5 @@ def _prctl(option: int, value: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(leash(sys.argv[2:]) if sys.argv[1] == "--" else main(sys.argv[1]))
+    mode = {"--": leash, "--spare": spare}.get(sys.argv[1])
+    sys.exit(mode(sys.argv[2:]) if mode else main(sys.argv[1]))
