@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ class Desk:
         self.database = await Database.open(self.directory / "certificate.sqlite")
         self.office = await Office.open(
             self.database,
-            Generations.load(self.directory / "authority", clock=self.clock),
+            partial(Generations.load, self.directory / "authority", clock=self.clock),
             self.policy,
             Lifetimes(dict.fromkeys(Role, 7 * DAY)),
             address="a:1",

@@ -40,6 +40,7 @@ from beamwire.services.certificate.messages import to_bundle
 from beamwire.services.certificate.model import AuditRecord, TrustRecord
 from beamwire.testing.facility import Facility
 from beamwire.testing.ports import free_port
+from beamwire.testing.postgres import Postgres
 
 SERVICE = "beamwire.certificate.v1.CertificateService"
 OPERATOR = access.Caller(SpiffeId("a.test", "operator/root"), Role.OPERATOR)
@@ -314,6 +315,75 @@ async def test_a_revocation_there_is_known_here(a: Side, b: Side) -> None:
             waits.append(await until(lambda serial=serial: serial in held(a).revoked.revocations))
     print(f"\nrevocations known at the other facility after {[round(wait, 3) for wait in waits]} s")
     assert max(waits) < 10.0, "on a busy machine; a quiet one takes some milliseconds"
+
+
+@asynccontextmanager
+async def two_replicas(directory: Path, url: str) -> AsyncIterator[list[Side]]:
+    """Two replicas of a.test over one database."""
+    databases = [await Database.open(url, "certificate") for _ in range(2)]
+    own = DomainTrust("a.test", _ANY.roots_pem, address="127.0.0.1:1", enroll_address="127.0.0.1:1")
+    sides, following = [], []
+    for number, database in enumerate(databases):
+        board = await TrustBoard.open(Store(database, TrustRecord), own)
+        sides.append(Side(directory / str(number), "a.test", board, database))
+        following.append(asyncio.create_task(board.follow()))
+    try:
+        yield sides
+    finally:
+        for task in following:
+            task.cancel()
+        await asyncio.wait(following)
+        for database in databases:
+            await database.close()
+
+
+@pytest.mark.timeout(240)
+async def test_replicas_follow_a_facility_side_by_side(b: Side, tmp_path: Path, postgres: Postgres) -> None:
+    """What one has read first is no fault to the other; what one removes comes back by neither."""
+    url = postgres.create_database("federated")
+    try:
+        async with two_replicas(tmp_path, url) as (one, other), b.served(), followed(one), followed(other):
+            for turn in range(2):
+                await one.accept(await b.introduction())
+                await until(lambda: "b.test" in other.board.trust)
+                for serial in range(1, 7):
+                    await b.revoke(*range(100 * turn + 1, 100 * turn + serial + 1))
+                    # Longer than what they take between two bundles, now and then.
+                    await asyncio.sleep(0.1 * (serial % 4))
+                for side in (one, other):
+                    # It rests after each bundle, the longer the busier it is: within the minute that is promised.
+                    await until(lambda side=side: held(side).revoked.der == b.board.trust.own.revoked.der, timeout=60)
+                    assert problem(side) == ""
+                assert one.board.trust.others == other.board.trust.others
+                await other.federation.remove("b.test")
+                await until(lambda: "b.test" not in one.board.trust)
+                await b.revoke(1)
+                await asyncio.sleep(2 * following.BREATH)
+                for side in (one, other):
+                    await side.board.look()
+                    assert "b.test" not in side.board.trust
+    finally:
+        postgres.drop_database("federated")
+
+
+async def test_what_one_replica_refuses_while_the_other_accepts_stays_out(
+    b: Side, tmp_path: Path, postgres: Postgres
+) -> None:
+    """Two names that look alike, accepted at the two replicas in one moment."""
+    url = postgres.create_database("federated")
+    try:
+        async with two_replicas(tmp_path, url) as (one, other), Side.open(tmp_path / "y", "8.test") as y:
+            async with Side.open(tmp_path / "z", "oslo.test") as z, Side.open(tmp_path / "v", "0slo.test") as v:
+                documents = [await side.introduction() for side in (z, v)]
+                results = await asyncio.gather(
+                    one.accept(documents[0]), other.accept(documents[1]), return_exceptions=True
+                )
+                refused = [result.reason for result in results if isinstance(result, BeamwireError)]
+                assert refused == [Reason.INVALID_INTRODUCTION]
+            await other.accept(await y.introduction())
+            assert (await one.board.look()).keys() == (await other.board.look()).keys()
+    finally:
+        postgres.drop_database("federated")
 
 
 async def test_a_rotation_is_followed_through_the_overlap(a: Side, b: Side, tmp_path: Path) -> None:

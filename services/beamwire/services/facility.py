@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import secrets
+from functools import partial
 from pathlib import Path
 
 import tomli_w
@@ -82,10 +83,10 @@ def load_authorities(layout: Layout, settings: FacilitySettings) -> Generations:
 
 
 async def open_office(layout: Layout, settings: FacilitySettings, database: Database, policy: PolicySource) -> Office:
-    """Open what decides about certificates, of which a facility has one."""
+    """Open what decides about certificates, as each replica of the Certificate service has it."""
     return await Office.open(
         database,
-        load_authorities(layout, settings),
+        partial(load_authorities, layout, settings),
         policy,
         Lifetimes(settings.certificates.by_role()),
         address=str(settings.addresses()),
@@ -94,15 +95,20 @@ async def open_office(layout: Layout, settings: FacilitySettings, database: Data
 
 
 async def renew_services(
-    layout: Layout, registrar: Registrar, settings: FacilitySettings, *, late: float = 0.0
+    layout: Layout, registrar: Registrar, settings: FacilitySettings, database: Database, *, late: float = 0.0
 ) -> None:
     """Issue new certificates to the facility's own members: past half life, by a new authority, after a revocation.
 
     `late` is the part of the half life that is waited in addition, for processes that renew their own.
 
     These are its services, and the operators whose credentials are kept in its directory. Who was revoked as a whole is
-    left as it is until it is reinstated.
+    left as it is until it is reinstated. One replica does it at a time, so that the others find it done.
     """
+    async with database.exclusive("services"):
+        await _renew_services(layout, registrar, settings, late)
+
+
+async def _renew_services(layout: Layout, registrar: Registrar, settings: FacilitySettings, late: float) -> None:
     operators = (f"{Role.OPERATOR}/{path.name}" for path in sorted(layout.member(Role.OPERATOR).glob("*")))
     for path in (*_service_paths(), *operators):
         credentials = Credentials.load(layout.member(path))

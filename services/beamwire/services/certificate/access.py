@@ -17,6 +17,7 @@ from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.identity.delegation import describe
 from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.patterns import ANYTHING
+from beamwire.mesh.placements import ANYWHERE, Place
 from beamwire.mesh.policy import FILE_NAME, Grant, PolicySource, short_name
 from beamwire.mesh.policy_file import DATASET_KINDS
 from beamwire.mesh.rpc.access import (
@@ -33,6 +34,7 @@ from beamwire.request.v1 import request_service_pb2
 
 _CONTRACTS: Final = (request_service_pb2, job_service_pb2, buffer_service_pb2, pb)
 CREATE_JOB: Final = "JobService/CreateJob"
+_PLACE: Final = ("backend", "queue", "account", "reservation")
 
 
 @dataclass
@@ -78,12 +80,14 @@ class AccessAdviser:
         caller = self._subject(request.identity, verdict)
         method = find_method(request.method) if request.method else ""
         dataset = canonical(request.dataset) if request.dataset else ""
-        if not method and not dataset:
-            raise invalid_field("method", "say what is to be allowed: a method, a dataset, or both")
+        place = place_of(request.placement) if request.placement else None
+        if not method and not dataset and place is None:
+            raise invalid_field("method", "say what is to be allowed: a method, a dataset, a placement, or all of them")
         if caller is not None and caller.grant is not None:
             verdict.rule = caller.grant.rule
             _judge_method(verdict, caller, method)
             _judge_dataset(verdict, caller.grant, dataset)
+            _judge_place(verdict, caller.grant, place)
         return pb.CheckAccessResponse(allowed=verdict.allowed, reasons=verdict.reasons, rule=verdict.rule)
 
     def _subject(self, identity: str, verdict: _Verdict) -> Caller | None:
@@ -150,6 +154,15 @@ def canonical(dataset: str) -> str:
     return f"path:/{posixpath.normpath(name).lstrip('/')}{end}"
 
 
+def place_of(text: str) -> Place:
+    """The place that `backend/queue/account/reservation` names, as many of them as are there; INVALID_FIELD if none."""
+    parts = text.split("/")
+    if not parts[0] or len(parts) > len(_PLACE):
+        raise invalid_field("placement", f"must be {'/'.join(_PLACE)}, or less of it, not {text[:100]!r}")
+    backend, queue, account, reservation = [*parts, "", "", ""][: len(_PLACE)]
+    return Place(backend, queue, account, reservation)
+
+
 def _who(caller: Caller, grant: Grant) -> str:
     by = f"the rule {grant.rule!r} of {FILE_NAME}" if grant.rule else "the facility's own default"
     handed = f", with what {caller.delegation.owner} handed over" if caller.delegation else ""
@@ -200,3 +213,19 @@ def _judge_dataset(verdict: _Verdict, grant: Grant, dataset: str) -> None:
         verdict.reasons.append(f"{by} allows every dataset, except in places that no request may read")
     else:
         verdict.reasons.append(f"{by} allows {dataset} as {found}; where links lead to is looked at when it is read")
+
+
+def _judge_place(verdict: _Verdict, grant: Grant, place: Place | None) -> None:
+    if place is None:
+        return
+    by = f"the rule {grant.rule!r}" if grant.rule else "the facility's own default"
+    beyond = grant.placements.beyond(place)
+    if beyond:
+        verdict.refuse(
+            f"{by} does not let anything be run on {place}: its {' and '.join(beyond)} must be others; where it may: "
+            f"{grant.placements}; an operator of this facility can change that in {FILE_NAME}"
+        )
+    elif grant.placements is ANYWHERE:
+        verdict.reasons.append(f"{by} names no placements: whatever backend there is may be used")
+    else:
+        verdict.reasons.append(f"{by} allows {place}; where it may: {grant.placements}")

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import enum
 import logging
+from datetime import UTC, datetime
 from typing import Final
 
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.ids import Clock, utcnow
 from beamwire.mesh.names import new_id
 from beamwire.mesh.store import Store
@@ -45,18 +50,37 @@ class Audit:
         self._records = records
         self._clock = clock
 
-    async def note(self, actor: str, action: Action, subject: str, detail: str = "") -> None:
-        """Note that `actor` (a SPIFFE id, or `anonymous`) did something to `subject`."""
-        now = self._clock()
-        await self._records.insert(
-            AuditRecord(
-                name=f"auditRecords/{new_id()}",
-                owner=actor,
-                state=action,
-                create_time=now,
-                update_time=now,
-                subject=subject,
-                detail=detail[:_MAX_DETAIL],
+    async def note(self, actor: str, action: Action, subject: str, detail: str = "", *, key: str | None = None) -> None:
+        """Note that `actor` (a SPIFFE id, or `anonymous`) did something to `subject`.
+
+        With a `key` it is noted once, whoever says it again.
+        """
+        now = await self._now()
+        try:
+            await self._records.insert(
+                AuditRecord(
+                    name=f"auditRecords/{new_id(key)}",
+                    owner=actor,
+                    state=action,
+                    create_time=now,
+                    update_time=now,
+                    subject=subject,
+                    detail=detail[:_MAX_DETAIL],
+                )
             )
-        )
+        except BeamwireError as error:
+            if key is None or error.reason is not Reason.RESOURCE_EXISTS:
+                raise
+            return
         _log.info("%s: %s by %s%s", action, subject, actor, f" ({detail[:_MAX_DETAIL]})" if detail else "")
+
+    async def _now(self) -> datetime:
+        """The present, by one clock for all replicas: what follows from something else is listed after it."""
+        db = self._records.db
+        if not db.shared:
+            return self._clock()
+
+        async def read(connection: AsyncConnection) -> float:
+            return (await connection.execute(select(db.now()))).scalar_one()
+
+        return datetime.fromtimestamp(await db.ask(read), UTC)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any, Final, Self
 
@@ -11,6 +12,7 @@ from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.identity.biscuits import TokenKey, create, inspect
 from beamwire.mesh.identity.ids import Clock, SpiffeId, utcnow
+from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.policy import PolicySource
 from beamwire.mesh.rpc.access import check_owner, current_caller
 from beamwire.mesh.rpc.convert import from_duration, to_timestamp
@@ -84,7 +86,6 @@ class Delegations:
         caller = current_caller()
         assert caller.id is not None, "the access table lets no anonymous caller this far"
         expire = (self._clock() + self._ttl(request)).replace(microsecond=0)
-        await self._check_room(caller.id)
         text = create(
             self._key,
             owner=caller.id,
@@ -93,7 +94,9 @@ class Delegations:
             read_only=request.read_only,
             expire=expire,
         )
-        record = await self._remember(text)
+        async with self._store.db.exclusive(f"tokens of {self._counted(caller.id)}"):
+            await self._check_room(caller.id)
+            record = await self._remember(text)
         mode = "to read" if record.read_only else "to read and change"
         detail = f"{record.resource or 'everything'} {mode} until {expire.isoformat()}, id {record.revocation_id[:16]}…"
         await self._audit.note(str(caller), Action.DELEGATION_CREATED, record.holder, detail)
@@ -134,13 +137,16 @@ class Delegations:
             )
 
     async def _publish(self) -> None:
-        now = self._clock()
-        records = await self._all()
-        for record in records:
-            if record.expire_time <= now:
+        for record in await self._all():
+            if record.expire_time <= self._clock():
                 await self._store.delete(record.name)
-        revoked = (r.revocation_id for r in records if r.state == REVOKED and r.expire_time > now)
-        await self._board.publish_own(token_root=self._key.public, revoked_tokens=frozenset(revoked))
+        await self._board.remake_own(self._published)
+
+    async def _published(self, own: DomainTrust) -> DomainTrust:
+        """What is to be published in place of this; the tokens are read after it was."""
+        now = self._clock()
+        revoked = (r.revocation_id for r in await self._all() if r.state == REVOKED and r.expire_time > now)
+        return replace(own, token_root=self._key.public, revoked_tokens=frozenset(revoked))
 
     async def _all(self) -> list[DelegationRecord]:
         found: list[DelegationRecord] = []
@@ -169,37 +175,44 @@ class Delegations:
     async def _enter_unknown(self, revocation_id: str) -> DelegationRecord:
         """Note an id that an operator names: of a token that somebody narrowed, say, which nobody told us of."""
         now = self._clock()
-        return await self._store.insert(
-            DelegationRecord(
-                name=_name(revocation_id),
-                owner=str(current_caller()),
-                state=ACTIVE,
-                create_time=now,
-                update_time=now,
-                holder="unknown",
-                resource="",
-                read_only=False,
-                expire_time=now + self._policy.current.longest_delegation,
-            )
+        record = DelegationRecord(
+            name=_name(revocation_id),
+            owner=str(current_caller()),
+            state=ACTIVE,
+            create_time=now,
+            update_time=now,
+            holder="unknown",
+            resource="",
+            read_only=False,
+            expire_time=now + self._policy.current.longest_delegation,
         )
+        # Somebody else may have named it in this moment.
+        return await self._store.add(record, lambda kept: kept.name)
 
     async def _check_room(self, owner: SpiffeId) -> None:
         """LIMIT_REACHED if somebody has too many tokens, ended ones too: every member is told of those.
 
         The members of another facility count together.
         """
-        own = owner.trust_domain == self._board.trust.own.trust_domain
+        own = self._is_own(owner)
         records = await self._store.list(owner=str(owner), limit=_PAGE) if own else await self._all()
         prefix, now = f"spiffe://{owner.trust_domain}/", self._clock()
         count = sum(record.owner.startswith(prefix) and record.expire_time > now for record in records)
         if count >= MOST_TOKENS:
             raise BeamwireError(
                 Reason.LIMIT_REACHED,
-                f"{owner if own else owner.trust_domain} has {MOST_TOKENS} delegation tokens whose time is not over; "
+                f"{self._counted(owner)} has {MOST_TOKENS} delegation tokens whose time is not over; "
                 "wait for the first to end, and give the next ones less time",
                 quota="delegation_tokens",
                 retry_after=60.0,
             )
+
+    def _is_own(self, owner: SpiffeId) -> bool:
+        return owner.trust_domain == self._board.trust.own.trust_domain
+
+    def _counted(self, owner: SpiffeId) -> str:
+        """Whose tokens count together with somebody's."""
+        return str(owner) if self._is_own(owner) else owner.trust_domain
 
     def _ttl(self, request: pb.CreateDelegationTokenRequest) -> timedelta:
         longest = self._policy.current.longest_delegation

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -12,21 +10,18 @@ from typing import Final, NoReturn
 from cryptography import x509
 
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
-from beamwire.mesh.identity.authority import Authority, IssuedCertificate, check_server_name, server_names_of
-from beamwire.mesh.identity.generations import Generations
+from beamwire.mesh.identity.authority import IssuedCertificate, check_server_name, server_names_of
 from beamwire.mesh.identity.ids import Clock, Role, SpiffeId, services_name, utcnow
 from beamwire.mesh.identity.trust import Trust
 from beamwire.mesh.policy import FILE_NAME as POLICY_FILE
 from beamwire.mesh.policy import PolicySource
-from beamwire.mesh.store import Store
 from beamwire.services.certificate.audit import Action, Audit
+from beamwire.services.certificate.authorities import Authorities
 from beamwire.services.certificate.ledger import Introduction, Ledger
-from beamwire.services.certificate.model import REVOKED, UNUSED, USED, CertificateRecord, TokenRecord, token_name
+from beamwire.services.certificate.model import REVOKED, CertificateRecord, TokenRecord
+from beamwire.services.certificate.tokens import JoinTokens
 
-MAX_TOKEN_TTL: Final = timedelta(days=1)
-DEFAULT_TOKEN_TTL: Final = timedelta(minutes=10)
 MAX_SERVER_NAMES: Final = 32
-_TOKENS: Final = 100_000
 
 # Whom a service may let in: the processes that it starts itself.
 GRANTED_BY_SERVICES: Final = frozenset({Role.JOB, Role.CACHE})
@@ -52,11 +47,19 @@ class _Grant:
     introduction: Introduction | None = None
 
 
+@dataclass(frozen=True)
+class _Issued:
+    """A certificate, and the generation of the authority that signed it."""
+
+    certificate: IssuedCertificate
+    generation: int
+
+
 class Registrar:
     """Issues certificates of one trust domain, and ends them.
 
     Args:
-        generations: the authorities of the domain, of which one signs.
+        authorities: those of the domain, of which one signs.
         ledger: what was issued, and who was revoked.
         tokens: the join tokens.
         policy: who gets which names and how long, and who may enrol by introduction.
@@ -68,9 +71,9 @@ class Registrar:
 
     def __init__(
         self,
-        generations: Generations,
+        authorities: Authorities,
         ledger: Ledger,
-        tokens: Store[TokenRecord],
+        tokens: JoinTokens,
         policy: PolicySource,
         lifetimes: Lifetimes,
         audit: Audit,
@@ -79,7 +82,7 @@ class Registrar:
         *,
         clock: Clock = utcnow,
     ) -> None:
-        self._generations = generations
+        self._authorities = authorities
         self._ledger = ledger
         self._tokens = tokens
         self._policy = policy
@@ -88,23 +91,21 @@ class Registrar:
         self._publish = publish
         self._trust = trust
         self._clock = clock
-        # Between the look whether a member was revoked and the entry of its certificate, nobody may revoke it.
-        self._deciding = asyncio.Lock()
 
     @property
     def trust_domain(self) -> str:
         """The domain whose members are registered here."""
-        return self._generations.trust_domain
+        return self._authorities.now.trust_domain
 
     @property
     def roots_pem(self) -> bytes:
         """The root certificates of the domain, that of the authority that signs first."""
-        return self._generations.roots_pem
+        return self._authorities.now.roots_pem
 
     @property
     def root_der(self) -> bytes:
         """The root that vouches for what is issued now, as a join token carries it."""
-        return self._generations.authority.root_der
+        return self._authorities.now.authority.root_der
 
     async def create_token(
         self, identity: str, ttl: timedelta | None, server_names: Sequence[str], *, caller: SpiffeId
@@ -121,26 +122,10 @@ class Registrar:
             raise BeamwireError(
                 Reason.ROLE_NOT_ALLOWED, f"{caller} may mint tokens for jobs and caches only, not for {member}"
             )
-        ttl = DEFAULT_TOKEN_TTL if ttl is None else ttl
-        if not timedelta() < ttl <= MAX_TOKEN_TTL:
-            raise invalid_field("ttl", "must be more than 0 and at most one day")
         self._check_names(member, server_names)
         await self._ledger.check_not_suspended(str(member))
-        secret = secrets.token_urlsafe(24)
-        now = self._clock()
-        record = await self._tokens.insert(
-            TokenRecord(
-                name=token_name(secret),
-                owner=str(member),
-                state=UNUSED,
-                create_time=now,
-                update_time=now,
-                server_names=tuple(server_names),
-                granted_by=str(caller),
-                grant="JOB_TOKEN" if caller.role is Role.SERVICE else "JOIN_TOKEN",
-                expire_time=now + ttl,
-            )
-        )
+        grant = "JOB_TOKEN" if caller.role is Role.SERVICE else "JOIN_TOKEN"
+        secret, record = await self._tokens.mint(str(member), ttl, server_names, granted_by=str(caller), grant=grant)
         names = f", names {', '.join(server_names)}" if server_names else ""
         await self._audit.note(
             str(caller), Action.TOKEN_CREATED, str(member), f"until {record.expire_time:%Y-%m-%d %H:%M:%S} UTC{names}"
@@ -150,33 +135,24 @@ class Registrar:
     async def enroll(self, secret: str, csr_pem: bytes) -> CertificateRecord:
         """Issue a certificate against a join token, which is spent by it.
 
+        The signing request that has spent a token is answered again: its answer may have got lost.
+
         Raises:
             BeamwireError: INVALID_JOIN_TOKEN, INVALID_FIELD for a signing request that cannot be honoured,
                 CERTIFICATE_REVOKED for a member that was revoked.
         """
-        token = await self._tokens.get(token_name(secret))
-        if token is None:
-            raise BeamwireError(
-                Reason.INVALID_JOIN_TOKEN, "this join token is unknown here; ask the operator for another"
-            )
-        if token.state != UNUSED:
-            raise _spent()
-        if self._clock() >= token.expire_time:
-            raise BeamwireError(
-                Reason.INVALID_JOIN_TOKEN,
-                f"this join token expired at {token.expire_time.isoformat()}; ask for another",
-            )
-        member = SpiffeId.parse(token.owner)
-        self._check_names(member, token.server_names)
-        async with self._deciding:
-            await self._ledger.check_not_suspended(token.owner)
-            issued = self._issue(csr_pem, member, token.server_names)
-            try:
-                await self._tokens.update(token.model_copy(update={"state": USED}))
-            except BeamwireError as error:
-                # Two calls with one token at the same moment: the revision lets only one of them pass.
-                raise _spent() from error
-            record = await self._enter(issued, _Grant(token.grant, token.granted_by))
+        owner = (await self._tokens.require(secret)).owner
+        member = SpiffeId.parse(owner)
+        async with self._ledger.deciding(owner):
+            token = await self._tokens.require(secret)
+            self._tokens.check(token, csr_pem)
+            self._check_names(member, token.server_names)
+            await self._ledger.check_not_suspended(owner)
+            record = await self._ledger.certificates.get(token.certificate)
+            if record is None:
+                issued = self._issue(csr_pem, member, token.server_names)
+                await self._tokens.spend(token, csr_pem, issued.certificate.serial_hex)
+                record = await self._enter(issued, _Grant(token.grant, token.granted_by))
         await self._note(Action.ENROLLED, str(member), record)
         return record
 
@@ -199,11 +175,12 @@ class Registrar:
         member = self._introduced(caller)
         present = x509.load_pem_x509_certificate(present_pem)
         introduction = Introduction(str(caller), f"{present.serial_number:x}", present.not_valid_after_utc)
-        async with self._deciding:
+        async with self._ledger.deciding(str(member)):
             await self._ledger.check_not_suspended(str(member))
             await self._ledger.check_room(str(member))
             issued = self._issue(csr_pem, member, (), introduction.expire_time)
             record = await self._enter(issued, _Grant("INTRODUCTION", str(caller), introduction))
+            await self._check_still_at_home(record, introduction)
         await self._note(Action.ENROLLED, str(caller), record)
         return record
 
@@ -223,12 +200,14 @@ class Registrar:
             self._check_names(caller, names)
             if introduction is not None:
                 self._check_guest(caller, introduction)
-            async with self._deciding:
+            async with self._ledger.deciding(str(caller)):
                 await self._ledger.check_not_suspended(str(caller))
                 self._ledger.check_good(entry)
                 await self._ledger.check_room(str(caller))
                 issued = self._issue(csr_pem, caller, names, introduction.expire_time if introduction else None)
                 record = await self._enter(issued, _Grant("RENEWAL", str(caller), introduction))
+                if introduction is not None:
+                    await self._check_still_at_home(record, introduction)
                 await self._ledger.replace(present.serial_number)
         except BeamwireError as error:
             detail = f"{error.reason.name}: {error.message}"
@@ -241,7 +220,7 @@ class Registrar:
         self, csr_pem: bytes, identity: SpiffeId, server_names: Sequence[str], *, present_pem: bytes = b""
     ) -> CertificateRecord:
         """Issue a certificate for a member that the facility makes itself, in place of one that it has, if any."""
-        async with self._deciding:
+        async with self._ledger.deciding(str(identity)):
             await self._ledger.check_not_suspended(str(identity))
             issued = self._issue(csr_pem, identity, server_names)
             record = await self._enter(issued, _Grant("RENEWAL" if present_pem else "BOOTSTRAP", str(identity)))
@@ -254,7 +233,7 @@ class Registrar:
         """Whether the authority that signs now has signed a certificate, and nobody has revoked it."""
         chain = x509.load_pem_x509_certificates(chain_pem)
         entry = await self._ledger.find(chain[0].serial_number)
-        return self._generations.authority.issuing in chain and (entry is None or entry.state != REVOKED)
+        return self._authorities.now.authority.issuing in chain and (entry is None or entry.state != REVOKED)
 
     async def revoke_member(self, identity: str, reason: str, *, caller: SpiffeId) -> list[CertificateRecord]:
         """End all certificates of a member, and refuse it new ones; returns those that were good until now.
@@ -267,13 +246,10 @@ class Registrar:
             raise BeamwireError(
                 Reason.ILLEGAL_STATE, f"{member} cannot revoke itself as a whole; let another operator do it"
             )
-        async with self._deciding:
+        async with self._ledger.deciding(member):
             await self._ledger.suspend(member, reason)
-            for token in await self._tokens.list(owner=member, equals={"state": UNUSED}, limit=_TOKENS):
-                await self._tokens.change(token.name, lambda _: {"state": USED})
-            # Whom it meant to let in does not come in any more either.
-            for token in await self._tokens.list(equals={"state": UNUSED, "granted_by": member}, limit=_TOKENS):
-                await self._tokens.change(token.name, lambda _: {"state": USED})
+            # Nor does anybody come in whom it meant to let in.
+            await self._tokens.void(member)
             ended = await self._ledger.end(await self._ledger.good(member), reason)
         await self._publish()
         await self._audit.note(str(caller), Action.REVOKED, member, _ended(ended, reason))
@@ -281,8 +257,9 @@ class Registrar:
 
     async def revoke_certificate(self, name: str, reason: str, *, caller: SpiffeId) -> list[CertificateRecord]:
         """End one certificate; returns it if it was good until now. RESOURCE_NOT_FOUND if it was not issued here."""
-        async with self._deciding:
-            ended = await self._ledger.end([await self._ledger.require(name)], reason)
+        entry = await self._ledger.require(name)
+        async with self._ledger.deciding(entry.owner):
+            ended = await self._ledger.end([entry], reason)
         await self._publish()
         await self._audit.note(str(caller), Action.REVOKED, name, _ended(ended, reason))
         return ended
@@ -290,25 +267,23 @@ class Registrar:
     async def reinstate(self, identity: str, *, caller: SpiffeId) -> None:
         """Let a member enrol again that was revoked; ILLEGAL_STATE if it was not."""
         member = str(self._own_member(identity))
-        async with self._deciding:
+        async with self._ledger.deciding(member):
             await self._ledger.reinstate(member)
         await self._audit.note(str(caller), Action.REINSTATED, member)
 
     async def end_introduced(self, trust_domain: str, *, caller: SpiffeId) -> None:
         """End the certificates of those who enrolled by the introduction of a facility that is believed no more."""
-        async with self._deciding:
-            guests = await self._ledger.guests(trust_domain)
-            ended = await self._ledger.end(guests, f"{trust_domain} is believed no more")
+        guests = await self._ledger.guests(trust_domain)
+        ended = await self._ledger.end(guests, f"{trust_domain} is believed no more")
         if ended:
             await self._publish()
             await self._audit.note(str(caller), Action.REVOKED, trust_domain, _ended(ended, "introduced by it"))
 
     async def end_revoked_guests(self, trust_domain: str) -> None:
         """End the certificates of those who enrolled with one that their facility has revoked since."""
-        async with self._deciding:
-            guests = [(guest, Introduction.of(guest)) for guest in await self._ledger.guests(trust_domain)]
-            gone = [guest for guest, by in guests if by is not None and self._is_revoked_at_home(by)]
-            ended = await self._ledger.end(gone, f"revoked at {trust_domain}")
+        guests = [(guest, Introduction.of(guest)) for guest in await self._ledger.guests(trust_domain)]
+        gone = [guest for guest, by in guests if by is not None and self._is_revoked_at_home(by)]
+        ended = await self._ledger.end(gone, f"revoked at {trust_domain}")
         if ended:
             await self._publish()
             await self._audit.note(
@@ -324,11 +299,16 @@ class Registrar:
         if self._introduced(SpiffeId.parse(introduction.by)) != member:
             self._refuse_introduction(introduction.by)
         if self._is_revoked_at_home(introduction):
-            raise BeamwireError(
-                Reason.CERTIFICATE_REVOKED,
-                f"{member} enrolled as {introduction.by}, whose certificate was revoked there",
-                metadata={"check": "revocation"},
-            )
+            raise _revoked_at_home(str(member), introduction)
+
+    async def _check_still_at_home(self, record: CertificateRecord, introduction: Introduction) -> None:
+        """Raise, and end the certificate, if its holder's facility gave it up while the certificate was entered.
+
+        Who looked for guests to end in that moment may not have found this one.
+        """
+        if self._is_revoked_at_home(introduction):
+            await self._ledger.end([record], f"revoked at {record.home}")
+            raise _revoked_at_home(record.owner, introduction)
 
     def _own_member(self, text: str) -> SpiffeId:
         member = SpiffeId.parse(text)
@@ -369,30 +349,36 @@ class Registrar:
 
     def _issue(
         self, csr_pem: bytes, identity: SpiffeId, server_names: Sequence[str], until: datetime | None = None
-    ) -> IssuedCertificate:
+    ) -> _Issued:
         rule = self._policy.current.certificate(identity)
         lifetime = (rule.lifetime if rule else None) or self._lifetimes.of(identity.role)
         if until is not None:
             lifetime = min(lifetime, until - self._clock())
-        authority: Authority = self._generations.authority
-        return authority.issue(csr_pem, identity, server_names, lifetime)
+        generations = self._authorities.now
+        certificate = generations.authority.issue(csr_pem, identity, server_names, lifetime)
+        return _Issued(certificate, generations.state.generation)
 
-    async def _enter(self, issued: IssuedCertificate, grant: _Grant) -> CertificateRecord:
+    async def _enter(self, issued: _Issued, grant: _Grant) -> CertificateRecord:
         return await self._ledger.enter(
-            issued,
+            issued.certificate,
             grant=grant.kind,
             granted_by=grant.by,
             introduction=grant.introduction,
-            generation=self._generations.state.generation,
+            generation=issued.generation,
         )
 
     async def _note(self, action: Action, actor: str, record: CertificateRecord) -> None:
         detail = f"{record.name}, {record.grant} by {record.granted_by}, until {record.expire_time:%Y-%m-%d %H:%M} UTC"
-        await self._audit.note(actor, action, record.owner, detail)
+        # Who is asked again, for a replica that died here, notes it and not twice.
+        await self._audit.note(actor, action, record.owner, detail, key=f"{action} {record.name}")
 
 
-def _spent() -> BeamwireError:
-    return BeamwireError(Reason.INVALID_JOIN_TOKEN, "this join token was used before, or made void; ask for another")
+def _revoked_at_home(member: str, introduction: Introduction) -> BeamwireError:
+    return BeamwireError(
+        Reason.CERTIFICATE_REVOKED,
+        f"{member} enrolled as {introduction.by}, whose certificate was revoked there",
+        metadata={"check": "revocation"},
+    )
 
 
 def _ended(records: Sequence[CertificateRecord], reason: str) -> str:

@@ -65,7 +65,7 @@ class Federation:
         ttl = from_duration(request.ttl) if request.HasField("ttl") else DEFAULT_TTL
         if not timedelta() < ttl <= LONGEST_TTL:
             raise invalid_field("ttl", f"must be more than 0 and at most {LONGEST_TTL.days} days")
-        own = self._board.trust.own
+        own = (await self._board.look()).own
         introduction = Introduction(
             trust_domain=own.trust_domain,
             address=own.address,
@@ -95,7 +95,8 @@ class Federation:
         if request.fingerprint:
             check_fingerprint(document, request.fingerprint)
         domain = introduction.trust_domain
-        async with self._following.changing:
+        async with self._board.changing():
+            await self._board.look()
             self._check_name(domain)
             await self._board.believe(self._believable(introduction))
         await self._note(Action.TRUST_ACCEPTED, domain, f"fingerprint {fingerprint(document)}")
@@ -105,14 +106,17 @@ class Federation:
 
     async def refresh(self, trust_domain: str) -> None:
         """Ask another facility for its bundle now; the error if it cannot be had."""
+        await self._board.look()
         self._other(trust_domain)
         await self._following.read(trust_domain)
         await self._note(Action.TRUST_REFRESHED, trust_domain)
 
     async def remove(self, trust_domain: str) -> None:
         """Believe another facility no more."""
+        await self._board.look()
         self._other(trust_domain)
-        async with self._following.changing:
+        async with self._board.changing():
+            await self._board.look()
             await self._board.disbelieve(trust_domain)
         await self._note(Action.TRUST_REMOVED, trust_domain)
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives import serialization
 
 from beamwire.certificate.v1 import certificate_service_pb2 as pb
 from beamwire.certificate.v1 import certificate_service_pb2_grpc as pb_grpc
-from beamwire.mesh.addresses import Addresses, check_address
+from beamwire.mesh.addresses import Addresses, check_address, target
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.failure import as_error
 from beamwire.mesh.identity.ids import services_name
@@ -61,8 +61,6 @@ class Following:
 
     def __init__(self, board: TrustBoard) -> None:
         self._board = board
-        # Between the look at what is held and the writing of what is to be held, nobody else may change it.
-        self.changing = asyncio.Lock()
 
     async def follow(self, trust_domain: str) -> None:
         """Keep what is believed of one facility as it says itself, until that is believed no more.
@@ -71,10 +69,11 @@ class Following:
         """
         pause = FIRST_PAUSE
         while (held := self._held(trust_domain)) is not None:
+            newest = held.sequence
             try:
                 async with aclosing(_listen(held)) as bundles:
                     async for bundle in bundles:
-                        await self._take(held, bundle)
+                        newest = await self._take(held, bundle, newest)
                         pause = FIRST_PAUSE
                         if not _same_way(held, self._held(trust_domain)):
                             break
@@ -96,28 +95,49 @@ class Following:
         try:
             async with _stub_of(held) as stub:
                 bundle = await stub.GetTrustBundle(_request(held), timeout=READ_TIMEOUT)
-            await self._take(held, bundle)
+            await self._take(held, bundle, held.sequence)
         except Exception as error:
             await self._unreached(trust_domain, error)
             raise
 
-    async def _take(self, way: DomainTrust, bundle: pb.TrustBundle) -> None:
-        """Believe a bundle that was read by the roots of `way`, if it is newer; ILLEGAL_STATE if it is older."""
+    async def _take(self, way: DomainTrust, bundle: pb.TrustBundle, newest: int) -> int:
+        """Believe a bundle that was read by the roots of `way`, if it is newer than what is held; its sequence.
+
+        ILLEGAL_STATE if it went back behind the `newest` that was read so. What is only older than what another replica
+        has read meanwhile is no news and no fault.
+        """
         domain = domain_of(bundle, way)
-        async with self.changing:
-            held = self._held(way.trust_domain)
-            if held is None or not _same_way(way, held):
-                return
-            if domain.sequence < held.sequence:
-                raise BeamwireError(
-                    Reason.ILLEGAL_STATE,
-                    f"the trust bundle of {held.trust_domain} went back from {held.sequence} to {domain.sequence}; if "
-                    "that facility was restored from a backup, remove it and accept a new introduction",
-                )
-            if domain.sequence > held.sequence:
-                await self._board.believe(domain)
-                _log.info("%s: trust bundle %d in place of %d", held.trust_domain, domain.sequence, held.sequence)
+        if domain.sequence < newest:
+            raise BeamwireError(
+                Reason.ILLEGAL_STATE,
+                f"the trust bundle of {way.trust_domain} went back from {newest} to {domain.sequence}; if "
+                "that facility was restored from a backup, remove it and accept a new introduction",
+            )
+        while self._is_news(domain, way):
+            try:
+                await self._believe(domain)
+            except BeamwireError as error:
+                if error.reason not in (Reason.ETAG_MISMATCH, Reason.RESOURCE_NOT_FOUND):
+                    raise
+                # Another replica was faster, with this or with what was before it, or believes the facility no more.
+                await self._board.look()
         await self._board.refreshed(way.trust_domain)
+        return domain.sequence
+
+    def _is_news(self, domain: DomainTrust, way: DomainTrust) -> bool:
+        held = self._held(way.trust_domain)
+        return held is not None and _same_way(way, held) and domain.sequence > held.sequence
+
+    async def _believe(self, domain: DomainTrust) -> None:
+        held = self._held(domain.trust_domain)
+        if held is not None and held.roots_pem == domain.roots_pem:
+            await self._board.believe(domain, known=True)
+        else:
+            # Other roots can be at odds with what is believed of others.
+            async with self._board.changing():
+                await self._board.look()
+                await self._board.believe(domain, known=True)
+        _log.info("%s: trust bundle %d", domain.trust_domain, domain.sequence)
 
     async def _unreached(self, trust_domain: str, error: Exception) -> None:
         known = as_error(error)
@@ -202,7 +222,9 @@ async def _stub_of(held: DomainTrust) -> AsyncIterator[pb_grpc.CertificateServic
     """The Certificate service of a facility, known by the roots held of it alone. It is shown no certificate."""
     roots = grpc.ssl_channel_credentials(root_certificates=held.roots_pem)
     options = [*_OPTIONS, ("grpc.ssl_target_name_override", services_name(held.trust_domain))]
-    async with grpc.aio.secure_channel(held.enroll_address, roots, options) as channel:
+    # Its names may have to be looked up.
+    address = await asyncio.to_thread(target, held.enroll_address)
+    async with grpc.aio.secure_channel(address, roots, options) as channel:
         try:
             yield pb_grpc.CertificateServiceStub(channel)
         except grpc.aio.AioRpcError as error:

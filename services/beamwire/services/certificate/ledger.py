@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -20,6 +21,7 @@ from beamwire.services.certificate.model import (
     SUSPENDED,
     CertificateRecord,
     MemberRecord,
+    certificate_name,
     member_name,
 )
 
@@ -60,6 +62,10 @@ class Ledger:
         self._members = members
         self._clock = clock
 
+    def deciding(self, identity: str) -> AbstractAsyncContextManager[None]:
+        """A block in which nobody else, at any replica, lets this member in or revokes it."""
+        return self._members.db.exclusive(f"member {identity}")
+
     async def enter(
         self,
         issued: IssuedCertificate,
@@ -73,7 +79,7 @@ class Ledger:
         now = self._clock()
         return await self.certificates.insert(
             CertificateRecord(
-                name=f"certificates/{issued.serial_hex}",
+                name=certificate_name(issued.serial_hex),
                 owner=str(issued.identity),
                 state=ISSUED,
                 create_time=now,
@@ -99,7 +105,7 @@ class Ledger:
 
     async def find(self, serial: int) -> CertificateRecord | None:
         """The entry of a certificate by its serial number; None if it was not issued here."""
-        return await self.certificates.get(f"certificates/{serial:x}")
+        return await self.certificates.get(certificate_name(f"{serial:x}"))
 
     async def require(self, name: str) -> CertificateRecord:
         """The entry of a certificate by its name; RESOURCE_NOT_FOUND if it was not issued here."""
@@ -154,8 +160,23 @@ class Ledger:
         """Revoke certificates; returns those that were good until now."""
         now = self._clock()
         changes = {"state": REVOKED, "revoke_time": now, "revoke_reason": reason}
-        good = [record for record in records if record.state == ISSUED and record.expire_time > now]
-        return [await self.certificates.change(record.name, lambda _: changes) for record in good]
+        ended = []
+        for record in self._unexpired(records):
+            after = await self.certificates.change(record.name, lambda r: changes if r.state == ISSUED else {})
+            # Another replica may have ended it in this moment; then it has said so.
+            if (after.revoke_time, after.revoke_reason) == (now, reason):
+                ended.append(after)
+        return ended
+
+    async def end_suspended(self) -> None:
+        """Revoke what members still have that were revoked as a whole, by who did not come to the end of that."""
+        for member in await self.suspended():
+            if not await self.good(member.owner):
+                continue
+            async with self.deciding(member.owner):
+                # It may have been reinstated since it was found.
+                if (await self._members.require(member.name)).state == SUSPENDED:
+                    await self.end(await self.good(member.owner), member.reason)
 
     def check_good(self, entry: CertificateRecord | None) -> None:
         """CERTIFICATE_REVOKED for a certificate that was revoked."""

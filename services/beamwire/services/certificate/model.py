@@ -1,4 +1,4 @@
-"""What the Certificate service keeps: tokens, certificates, members that were revoked, trust, and what was done."""
+"""What the Certificate service keeps: tokens, certificates, members that were revoked, trust, steps, what was done."""
 
 from __future__ import annotations
 
@@ -19,15 +19,23 @@ SUSPENDED = "SUSPENDED"
 REINSTATED = "REINSTATED"
 # Trust domains.
 BELIEVED = "BELIEVED"
+# Steps of a rotation.
+BEGUN = "BEGUN"
+DONE = "DONE"
 
 
 class TokenRecord(Record):
-    """A join token: the hash of its secret is its name, so that the store never holds the secret."""
+    """A join token: the hash of its secret is its name, so that the store never holds the secret.
+
+    `csr_sha256` is of the signing request that spent it, `certificate` the name of what it was spent for.
+    """
 
     server_names: tuple[str, ...] = ()
     granted_by: str
     grant: str = "JOIN_TOKEN"
     expire_time: datetime
+    csr_sha256: str = ""
+    certificate: str = ""
 
 
 class CertificateRecord(Record):
@@ -72,6 +80,17 @@ class TrustRecord(Record):
     refresh_error: str = ""
 
 
+class StepRecord(Record):
+    """A step of a rotation, entered before it is taken; the owner is who wants it.
+
+    `before` is the state of the authorities that it leads away from, `action` what is noted when it is taken.
+    """
+
+    phase: str
+    before: str
+    action: str
+
+
 class AuditRecord(Record):
     """One thing that was done: the owner is who did it, the state what it was."""
 
@@ -79,9 +98,19 @@ class AuditRecord(Record):
     detail: str = ""
 
 
+def certificate_name(serial_hex: str) -> str:
+    """Return the name of the entry of a certificate with this serial number."""
+    return f"certificates/{serial_hex}"
+
+
 def token_name(secret: str) -> str:
     """Return the name under which the token of a secret is stored."""
     return f"joinTokens/{hashlib.sha256(secret.encode()).hexdigest()}"
+
+
+def step_name(key: str) -> str:
+    """Return the name of the step of a rotation that a call with this request id asks for."""
+    return f"authoritySteps/{key}"
 
 
 def member_name(identity: str) -> str:

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Final
 
 from beamwire.mesh.database import Database
+from beamwire.mesh.errors import BeamwireError
 from beamwire.mesh.identity.generations import Generations
 from beamwire.mesh.identity.ids import Clock, utcnow
 from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.policy import PolicySource
 from beamwire.mesh.store import Store
 from beamwire.services.certificate.audit import Audit
+from beamwire.services.certificate.authorities import Authorities
 from beamwire.services.certificate.board import TrustBoard
 from beamwire.services.certificate.domain import Lifetimes, Registrar
 from beamwire.services.certificate.ledger import Ledger
-from beamwire.services.certificate.model import AuditRecord, CertificateRecord, MemberRecord, TokenRecord, TrustRecord
+from beamwire.services.certificate.model import (
+    AuditRecord,
+    CertificateRecord,
+    MemberRecord,
+    StepRecord,
+    TokenRecord,
+    TrustRecord,
+)
 from beamwire.services.certificate.rotation import Rotation
+from beamwire.services.certificate.tokens import JoinTokens
 
-# So long a token is still known for what it was.
-TOKENS_KEPT: Final = timedelta(days=1)
+_log = logging.getLogger(__name__)
+
+# Seconds between two looks whether a replica has died in the middle of a rotation.
+STEPS_PAUSE: Final = 1.0
+# Seconds more before what failed is tried again.
+STEPS_RETRY: Final = 10.0
 # Seconds between two looks at the guests.
 HOMES_PAUSE: Final = 0.5
 
@@ -45,7 +60,7 @@ class Office:
     async def open(
         cls,
         database: Database,
-        generations: Generations,
+        load: Callable[[], Generations],
         policy: PolicySource,
         lifetimes: Lifetimes,
         *,
@@ -53,25 +68,45 @@ class Office:
         enroll_address: str,
         clock: Clock = utcnow,
     ) -> Office:
-        """Open it, and bring to an end what was interrupted.
+        """Open it, and bring to an end what was interrupted. Each replica has one.
 
-        `address` and `enroll_address` go into the facility's trust bundle: where its services are called, and where
-        the bundle is read without a certificate.
+        `load` reads the authorities, which all replicas have in one directory. `address` and `enroll_address` go into
+        the facility's trust bundle: where its services are called, and where the bundle is read without a certificate.
         """
         certificates, audit_records = Store(database, CertificateRecord), Store(database, AuditRecord)
         tokens = Store(database, TokenRecord)
+        authorities = Authorities(load)
+        generations = authorities.now
         own = DomainTrust(
             generations.trust_domain, generations.roots_pem, address=address, enroll_address=enroll_address
         )
         board = await TrustBoard.open(Store(database, TrustRecord), own, clock=clock)
         ledger = Ledger(certificates, Store(database, MemberRecord), clock=clock)
         audit = Audit(audit_records, clock=clock)
-        rotation = Rotation(generations, ledger, board, audit, clock=clock)
+        rotation = Rotation(authorities, ledger, board, audit, Store(database, StepRecord), clock=clock)
         registrar = Registrar(
-            generations, ledger, tokens, policy, lifetimes, audit, rotation.publish, lambda: board.trust, clock=clock
+            authorities,
+            ledger,
+            JoinTokens(tokens, clock=clock),
+            policy,
+            lifetimes,
+            audit,
+            rotation.publish,
+            lambda: board.trust,
+            clock=clock,
         )
-        await rotation.settle()
+        await rotation.open()
         return cls(certificates, audit_records, tokens, ledger, board, audit, rotation, registrar, clock)
+
+    async def stand_in(self) -> None:
+        """Go on with what a replica that died has begun, until cancelled; nothing where there are none."""
+        while self.certificates.db.shared:
+            await asyncio.sleep(STEPS_PAUSE)
+            try:
+                await self.rotation.take_over()
+            except (BeamwireError, OSError):
+                _log.exception("a step of the rotation could not be brought to its end; it is tried again")
+                await asyncio.sleep(STEPS_RETRY)
 
     async def follow_homes(self) -> None:
         """End the certificates of guests as soon as the facility that they come from has revoked theirs, or is gone."""
@@ -88,9 +123,5 @@ class Office:
 
     async def look_after(self) -> None:
         """What is to be done now and then: forget old tokens, mark what has ended, keep the revocation list young."""
-        long_ago = self.clock() - TOKENS_KEPT
-        for token in await self.tokens.unfinished(()):
-            if token.expire_time < long_ago:
-                await self.tokens.delete(token.name)
-        await self.ledger.sweep()
-        await self.rotation.publish()
+        await JoinTokens(self.tokens, clock=self.clock).forget()
+        await self.rotation.settle()

@@ -125,7 +125,8 @@ class CertificateService(pb_grpc.CertificateServiceServicer):
                 )
             )
         except BeamwireError as error:
-            self._desks.rates.count_failed_enrollment(peer)
+            if error.reason is not Reason.SERVICE_UNAVAILABLE:
+                self._desks.rates.count_failed_enrollment(peer)
             await self._desks.audit.note(
                 actor, Action.ENROLLMENT_REFUSED, peer, f"{error.reason.name}: {error.message}"
             )
@@ -140,6 +141,7 @@ class CertificateService(pb_grpc.CertificateServiceServicer):
 
     async def GetTrustBundle(self, request: pb.GetTrustBundleRequest, context: Any) -> pb.TrustBundle:
         """Read what is believed of one domain."""
+        await self._board.look()
         return self._bundle(self._readable_domain(request.name))
 
     async def ListTrustBundles(self, request: pb.ListTrustBundlesRequest, context: Any) -> pb.ListTrustBundlesResponse:
@@ -147,7 +149,7 @@ class CertificateService(pb_grpc.CertificateServiceServicer):
         parse_filter(request.filter, ())
         caller, limit = str(current_caller()), page_size(request.page_size)
         after = self._pager.cursor(request.page_token, "", caller) if request.page_token else ""
-        trust = self._board.trust
+        trust = await self._board.look()
         names = [trust.own.trust_domain, *(sorted(trust.others) if self._is_own_member() else ())]
         rest = names if not after else [n for n in names[1:] if after == names[0] or n > after]
         page = rest[:limit]
@@ -181,6 +183,7 @@ class CertificateService(pb_grpc.CertificateServiceServicer):
 
     async def RefreshTrustBundle(self, request: pb.RefreshTrustBundleRequest, context: Any) -> pb.TrustBundle:
         """Ask another facility for its bundle now."""
+        await self._board.look()
         name = self._readable_domain(request.name)
         if name != self._board.trust.own.trust_domain:
             await self._desks.federation.refresh(name)
@@ -190,6 +193,7 @@ class CertificateService(pb_grpc.CertificateServiceServicer):
         self, request: pb.DeleteTrustBundleRequest, context: Any
     ) -> pb.DeleteTrustBundleResponse:
         """Believe another facility no more."""
+        await self._board.look()
         trust_domain = self._readable_domain(request.name)
         await self._desks.federation.remove(trust_domain)
         await self._registrar.end_introduced(trust_domain, caller=_member())
@@ -226,7 +230,7 @@ class CertificateService(pb_grpc.CertificateServiceServicer):
     ) -> pb.ExplainCertificateResponse:
         """Say whether a certificate would be believed here."""
         chain_pem = request.chain_pem.encode() or _shown_chain(context)
-        explained = explain(chain_pem, self._board.trust, self._desks.policy.current)
+        explained = explain(chain_pem, await self._board.look(), self._desks.policy.current)
         checks = [
             pb.ExplainCertificateResponse.Check(check=c.check, passed=c.passed, detail=c.detail)
             for c in explained.checks
@@ -260,7 +264,7 @@ class CertificateService(pb_grpc.CertificateServiceServicer):
     async def RotateAuthority(self, request: pb.RotateAuthorityRequest, context: Any) -> pb.RotateAuthorityResponse:
         """Take the rotation of the authority one step further."""
         phase = _phase(request.phase)
-        await self._desks.rotation.move(phase, force=request.force, caller=_member())
+        await self._desks.rotation.move(phase, force=request.force, caller=_member(), request_id=request.request_id)
         return pb.RotateAuthorityResponse(authority=await self._authority())
 
     async def ListAuditRecords(self, request: pb.ListAuditRecordsRequest, context: Any) -> pb.ListAuditRecordsResponse:
