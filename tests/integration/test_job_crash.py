@@ -76,6 +76,8 @@ main()
 def facility(tmp_path: Path) -> Iterator[LiveFacility]:
     live = make_live_facility(tmp_path / "facility", tmp_path / "alice")
     (live.directory / "policy.toml").write_text(POLICY)
+    with (live.directory / "facility.toml").open("a") as file:
+        file.write('\n[webhooks]\nprivate_receivers = ["127.0.0.0/8"]\n')
     live.start()
     try:
         live.enroll("user/alice", live.config_dir)

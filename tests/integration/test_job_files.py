@@ -13,7 +13,8 @@ import pytest
 from beamwire.job.v1 import job_service_pb2 as pb
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.services.job.domain import JobLimits
-from beamwire.services.job.files import JobFiles, check_path
+from beamwire.services.job.files import JobFiles, Upload, check_path
+from beamwire.services.job.shares import Share, Shares
 from beamwire.testing.facility import Facility
 from tests.integration.jobplay import Play, Served, create, download, ended, printed, shell, upload, word
 
@@ -171,8 +172,10 @@ async def test_the_files_of_a_job_have_so_many_bytes(served: Served):
 
 def test_uploads_at_one_time_have_no_more_room_together(tmp_path: Path):
     files, sha256 = JobFiles(tmp_path), hashlib.sha256(bytes(80)).hexdigest()
+    share = Share(Shares(1000), "alice", 0)
     first, second = (
-        files.upload(path, size=80, sha256=sha256, executable=False, room=100) for path in ("first", "second")
+        files.upload(path, size=80, sha256=sha256, executable=False, room=100, share=share)
+        for path in ("first", "second")
     )
     for each in (first, second):
         each.write(bytes(80))
@@ -183,6 +186,57 @@ def test_uploads_at_one_time_have_no_more_room_together(tmp_path: Path):
         each.close()
     assert refused.value.reason is Reason.LIMIT_REACHED
     assert [entry.path for entry in files.list("", 10)] == ["first"]
+
+
+async def test_all_files_of_an_owner_have_so_many_bytes(tmp_path: Path):
+    limits = JobLimits(file_bytes=4 * MIB, owner_file_bytes=6 * MIB)
+    play = Play(tmp_path, Facility(tmp_path / "members"), limits, executables={"user/*": ("**",)})
+    async with play.serve() as served:
+        jobs, bob = await served.as_("user/alice"), await served.as_("user/bob")
+        first, _ = await held_job(jobs)
+        second, _ = await held_job(jobs)
+        await upload(jobs, first, "one", bytes(3 * MIB))
+        declared: list[dict[str, Any]] = [{}, {"size_bytes": 0}]
+        for more in declared:
+            error = await refusal(upload(jobs, second, "two", bytes(4 * MIB), **more))
+            assert (error.reason, error.quota) == (Reason.LIMIT_REACHED, "owner_file_bytes")
+            assert "beamwire job rm" in error.message
+        await upload(jobs, second, "two", bytes(2 * MIB))
+        # Again, and smaller: what is replaced counts no more.
+        await upload(jobs, second, "two", bytes(MIB))
+        await upload(bob, (await held_job(bob))[0], "two", bytes(4 * MIB))
+        # What a job writes itself counts once it has ended.
+        job = await ended(jobs, (await create(jobs, shell(f"head -c {3 * MIB} /dev/zero >made"))).name)
+        for call in (create(jobs, shell("true")), jobs.RestartJob(pb.RestartJobRequest(name=job.name))):
+            error = await refusal(call)
+            assert (error.reason, error.quota) == (Reason.LIMIT_REACHED, "owner_file_bytes")
+    async with play.serve() as served:
+        jobs = await served.as_("user/alice")
+        assert (await refusal(upload(jobs, second, "three", b"x"))).quota == "owner_file_bytes"
+        await jobs.DeleteJob(pb.DeleteJobRequest(name=job.name))
+        await upload(jobs, second, "three", bytes(2 * MIB))
+        assert await served.store.total("file_bytes", owner="spiffe://facility.test/user/alice") == 6 * MIB
+
+
+def test_uploads_of_an_owner_at_one_time_have_no_more_room_together(tmp_path: Path):
+    shares, sha256 = Shares(100), hashlib.sha256(bytes(80)).hexdigest()
+
+    def begin(job: str, owner: str, size: int) -> Upload:
+        files, share = JobFiles(tmp_path / job), Share(shares, owner, 10)
+        return files.upload("x", size=size, sha256=sha256, executable=False, room=1000, share=share)
+
+    first, unknown, other = begin("a", "alice", 80), begin("b", "alice", 0), begin("c", "bob", 80)
+    with pytest.raises(BeamwireError) as refused:
+        begin("d", "alice", 11)
+    assert refused.value.quota == "owner_file_bytes"
+    unknown.write(bytes(10))
+    with pytest.raises(BeamwireError):
+        unknown.write(b"x")
+    unknown.close()
+    begin("d", "alice", 10).close()
+    for each in (first, other):
+        each.close()
+    shares.grow("alice", 0, 100)
 
 
 async def test_what_a_service_runs_for_a_user_is_not_the_users_to_change(served: Served):

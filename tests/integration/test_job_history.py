@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import tempfile
 from collections.abc import AsyncIterator, Coroutine, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,6 +112,9 @@ class ScriptedBackend:
 
     async def state(self) -> BackendState:
         return BackendState("scripted", not self.away, "")
+
+    async def queue_wait(self, spec: JobSpec) -> timedelta:
+        return timedelta(0)
 
     async def left_behind(self, known: frozenset[tuple[str, int]]) -> Mapping[str, Run]:
         return {}

@@ -6,15 +6,19 @@ import asyncio
 import hashlib
 import hmac
 import json
+import socket
+import ssl
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from beamwire.job.v1 import job_service_pb2 as pb
+from beamwire.mesh.errors import BeamwireError
 from beamwire.services.job import webhooks
 from beamwire.testing.facility import Facility
 from beamwire.testing.ports import free_port
@@ -32,13 +36,17 @@ class Receiver:
     answers: list[bytes] = field(default_factory=list)
     events: list[dict] = field(default_factory=list)
     refused: int = 0
+    connections: int = 0
+    hosts: set[str] = field(default_factory=set)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         try:
             head = (await reader.readuntil(b"\r\n\r\n")).decode()
             headers = dict(line.split(": ", 1) for line in head.split("\r\n")[1:] if line)
             headers = {name.lower(): value for name, value in headers.items()}
+            self.hosts.add(headers["host"])
             body = await reader.readexactly(int(headers["content-length"]))
             answer = self.answers.pop(0) if self.answers else OK
             if answer == OK:
@@ -72,8 +80,8 @@ class Receiver:
                 await self.arrived.wait()
 
     @asynccontextmanager
-    async def listening(self) -> AsyncIterator[None]:
-        server = await asyncio.start_server(self.take, "127.0.0.1", self.port)
+    async def listening(self, host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> AsyncIterator[None]:
+        server = await asyncio.start_server(self.take, host, self.port, ssl=tls)
         try:
             yield
         finally:
@@ -190,6 +198,119 @@ async def test_a_slow_receiver_keeps_nobody_else_waiting(
             await create(jobs, shell("true", callback=callback(slow)))
         await create(jobs, shell("true", callback=callback(receiver)))
         await receiver.until(4)
+
+
+async def test_a_dead_receiver_takes_no_more_than_its_part(
+    served: Served, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(webhooks, "CONCURRENT", 8)
+    slow = Receiver(free_port(), [b""] * 100)
+    jobs = await served.as_("user/alice")
+    async with receiver.listening("127.0.0.2"), slow.listening():
+        made = [await create(jobs, shell("true", callback=callback(slow))) for _ in range(12)]
+        await asyncio.gather(*(ended(jobs, job.name) for job in made))
+        began = asyncio.get_running_loop().time()
+        spec = shell("true")
+        spec.callback.url, spec.callback.secret = f"http://127.0.0.2:{receiver.port}/", SECRET
+        await create(jobs, spec)
+        await receiver.until(4)
+        assert asyncio.get_running_loop().time() - began < webhooks.TIMEOUT / 2
+        assert slow.refused == webhooks.EACH
+    assert receiver.states() == ["NEW", "QUEUED", "ACTIVE", "COMPLETED"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:8000/",
+        "http://localhost:8000/",
+        "https://127.0.0.1/",
+        "https://[::1]/",
+        "https://[::ffff:127.0.0.1]/",
+        "https://[64:ff9b::7f00:1]/",
+        "https://169.254.169.254/latest/meta-data/",
+        "https://[fe80::1]/",
+        "https://[fd00::1]/",
+        "https://10.0.0.1/",
+        "https://192.168.1.1/",
+        "https://100.64.0.1/",
+        "https://0.0.0.0/",
+        "https://224.0.0.1/",
+        "https://a.localhost./",
+    ],
+)
+async def test_a_receiver_that_is_not_public_is_refused(play: Play, url: str):
+    play.private_receivers = ()
+    async with play.serve() as served:
+        jobs = await served.as_("user/alice")
+        with pytest.raises(BeamwireError, match="which is not public") as caught:
+            await create(jobs, shell("true", callback=pb.Callback(url=url, secret=SECRET)))
+        assert [each.field for each in caught.value.violations] == ["job.spec.callback.url"]
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has names mean what is said, one answer after the other."""
+    answers: dict[str, list[str]] = {}
+    real = socket.getaddrinfo
+
+    def lookup(host: str, *arguments: Any, **options: Any) -> list[Any]:
+        if host not in answers:
+            return real(host, *arguments, **options)
+        address = answers[host].pop(0) if len(answers[host]) > 1 else answers[host][0]
+        return real(address, *arguments, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", lookup)
+    return lambda host, *addresses: answers.update({host: list(addresses)})
+
+
+@pytest.mark.parametrize("name", ["metadata.example", "0x7f000001", "127.1"])
+async def test_a_name_of_a_receiver_that_is_not_public_is_not_dialed(
+    play: Play, receiver: Receiver, named: Callable[..., None], name: str
+):
+    play.private_receivers = ("127.0.0.2/32",)
+    named("metadata.example", "127.0.0.1")
+    async with play.serve() as served, receiver.listening():
+        jobs = await served.as_("user/alice")
+        url = f"https://{name}:{receiver.port}/"
+        job = await create(jobs, shell("true", callback=pb.Callback(url=url, secret=SECRET)))
+        await told_of(jobs, job.name, f"{name} is at 127.0.0.1, which is not public")
+    assert not receiver.arrived.is_set()
+    assert not receiver.connections
+
+
+async def test_what_was_looked_at_is_what_is_dialed_and_says_who_it_is(
+    play: Play, receiver: Receiver, named: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+):
+    credentials = play.facility.member("service/hooks", ["hooks.example"])
+    monkeypatch.setenv("SSL_CERT_FILE", str(credentials.directory / "bundle.pem"))
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(credentials.directory / "chain.pem", credentials.directory / "key.pem")
+    play.private_receivers = ("127.0.0.2/32",)
+    # Every second answer means somebody else.
+    named("hooks.example", *["127.0.0.2", "127.0.0.1"] * 4, "127.0.0.2")
+    named("other.example", "127.0.0.2")
+    monkeypatch.setattr(webhooks, "FIRST_DELAY", 0.05)
+    stranger = Receiver(receiver.port)
+    async with play.serve() as served, receiver.listening("127.0.0.2", tls), stranger.listening("127.0.0.1", tls):
+        jobs = await served.as_("user/alice")
+        url = f"https://hooks.example:{receiver.port}/"
+        job = await create(jobs, shell("true", callback=pb.Callback(url=url, secret=SECRET)))
+        await receiver.until(4)
+        await told(jobs, job.name, delivered_count=4)
+        assert {event["job"]["name"] for event in receiver.events} == {job.name}
+        assert receiver.hosts == {f"hooks.example:{receiver.port}"}
+        url = f"https://other.example:{receiver.port}/"
+        job = await create(jobs, shell("true", callback=pb.Callback(url=url, secret=SECRET)))
+        await told_of(jobs, job.name, "Hostname mismatch")
+    assert not stranger.connections
+    assert len(receiver.events) == 4
+
+
+async def told_of(jobs, name: str, problem: str) -> None:
+    async with asyncio.timeout(30):
+        while problem not in (await told(jobs, name)).last_error:  # noqa: ASYNC110  (it is told elsewhere)
+            await asyncio.sleep(0.02)
 
 
 async def test_a_deleted_job_is_told_of_no_more(served: Served, receiver: Receiver):

@@ -19,17 +19,22 @@ from beamwire.mesh.replicas import this_host
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
 from beamwire.services.job.backends.interface import Backend, BackendState
-from beamwire.services.job.driver import JobDriver, Minter, Surroundings
+from beamwire.services.job.driver import JobDriver, Surroundings
 from beamwire.services.job.files import FileEntry, JobFiles, Upload, adopt
 from beamwire.services.job.model import JOB_STATES, Deliveries, JobRecord, JobSpec, JobState, StepRecord, Transition
+from beamwire.services.job.receivers import Receivers
+from beamwire.services.job.shares import Share, Shares
+from beamwire.services.job.tokens import JoinTokens, Minter, Predecessor
 from beamwire.services.job.transitions import entered, news
-from beamwire.services.job.validation import check_outputs, check_spec
+from beamwire.services.job.validation import check_outputs, check_policy, check_spec
 
 MAX_STEPS: Final = 100
 """How often one job can be run."""
 QUOTA: Final = "active_jobs"
 STATE_PATIENCE: Final = 5.0
 """Seconds that a backend has to say how it is."""
+QUEUE_PATIENCE: Final = 10.0
+"""Seconds that a backend has to say how long its queue is; who asks waits for fifteen."""
 _REPORTED: Final = ("", JobState.ACTIVE, JobState.COMPLETED, JobState.FAILED)
 
 
@@ -39,6 +44,7 @@ class JobLimits:
 
     active_jobs: int = 64
     file_bytes: int = 16 * 1024**3
+    owner_file_bytes: int = 64 * 1024**3
     retention: timedelta = timedelta(days=30)
 
 
@@ -77,6 +83,8 @@ class Jobs:
         surroundings: what jobs are told of where traces go.
         policy: says how many jobs the members of another facility may have together.
         limits: what each owner may have.
+        receivers: where the events of jobs may go.
+        predecessor: tells whether an earlier job of the same identity can still be believed.
     """
 
     def __init__(
@@ -89,13 +97,18 @@ class Jobs:
         surroundings: Surroundings,
         policy: PolicySource,
         limits: JobLimits | None = None,
+        receivers: Receivers | None = None,
+        predecessor: Predecessor | None = None,
     ) -> None:
         self.limits = limits or JobLimits()
+        self._receivers = receivers or Receivers()
+        self._shares = Shares(self.limits.owner_file_bytes)
         self._store = store
         self._directory = directory
         self._backends = backends
         self._policy = policy
-        self._driver = JobDriver(store, directory, backends, mint, surroundings)
+        tokens = JoinTokens(self.directory_of, mint, predecessor)
+        self._driver = JobDriver(store, directory, backends, tokens, surroundings)
         self.drivers = Drivers(store, runner, self._driver.drive, JOB_STATES.terminal)
 
     async def resume(self) -> None:
@@ -105,16 +118,17 @@ class Jobs:
 
     def directory_of(self, name: str) -> Path:
         """Return the directory that holds a job's logs and files."""
-        return self._driver.directory_of(name)
+        return self._directory / name.removeprefix("jobs/")
 
-    def check(self, spec: JobSpec, name: str = "") -> None:
-        """Raise BeamwireError INVALID_FIELD naming all that is wrong with a specification."""
-        check_spec(spec, name)
+    def check(self, spec: JobSpec, owner: str, name: str = "") -> None:
+        """Raise INVALID_FIELD naming all that is wrong with a specification, POLICY_REFUSED where it may not run."""
+        check_spec(spec, self._receivers, name)
         backend = spec.placement.backend
         if backend not in self._backends:
             known = ", ".join(sorted(self._backends))
             raise invalid_field("job.spec.placement.backend", f"there is no {backend[:100]!r} here; there is: {known}")
         self._backends[backend].check(spec)
+        check_policy(spec, owner, self._policy.current)
 
     async def check_dependencies(self, owner: str, spec: JobSpec) -> None:
         """Raise INVALID_FIELD for a job that is to come first and is not there, or somebody else's."""
@@ -126,7 +140,7 @@ class Jobs:
 
     async def create(self, new: NewJob) -> JobRecord:
         """Store a job and begin to drive it; a job of that name with the same contents is returned as it is."""
-        self.check(new.spec, new.name)
+        self.check(new.spec, new.owner, new.name)
         record = self._record(new)
         async with self._store.db.exclusive("admission"):
             if await self._store.get(new.name) is None:
@@ -160,6 +174,8 @@ class Jobs:
             return
         active = [other for other in await self._store.unfinished(JOB_STATES.terminal) if not other.is_part]
         check_quota(self._policy.current, QUOTA, record.owner, (other.owner for other in active))
+        if counted:
+            self._shares.check(record.owner, await self._stored(record.owner))
         limit = self.limits.active_jobs
         if counted and sum(other.owner == record.owner for other in active) >= limit:
             raise BeamwireError(
@@ -185,10 +201,20 @@ class Jobs:
         async with self._store.db.exclusive("admission"):
             record = await self._store.require(name)
             if record.ended:
+                self._check_backend(record)
+                check_policy(record.spec, record.owner, self._policy.current)
                 await self._admit(record, counted=counted)
             record = await self._store.change(name, _begun_again, outbox=news)
         self.drivers.keep(record)
         return record
+
+    def _check_backend(self, record: JobRecord) -> None:
+        backend = record.spec.placement.backend
+        if backend not in self._backends:
+            raise BeamwireError(
+                Reason.ILLEGAL_STATE,
+                f"{record.name} ran at the backend {backend}, which this facility has no more; create another job",
+            )
 
     async def cancel(self, name: str) -> JobRecord:
         """Ask for the end of a job; the driver brings it about. One that has ended stays as it is."""
@@ -256,19 +282,28 @@ class Jobs:
                 raise invalid_field(
                     "start.sha256", f"job.spec.input_files[{index}] wants {file.sha256} at {path}; send that file"
                 )
+        share = Share(self._shares, record.owner, await self._stored(record.owner))
         files, room = self.files_of(name), self.limits.file_bytes
         return await asyncio.to_thread(
-            lambda: files.upload(path, size=size, sha256=sha256, executable=executable, room=room)
+            lambda: files.upload(path, size=size, sha256=sha256, executable=executable, room=room, share=share)
         )
+
+    async def _stored(self, owner: str) -> int:
+        """Return how many bytes the files of all jobs of an owner have."""
+        return await self._store.total("file_bytes", owner=owner)
 
     async def end_upload(self, name: str, upload: Upload, path: str, sha256: str) -> FileEntry:
         """Put a file in its place; a job that waits for it is told."""
         entry = await asyncio.to_thread(upload.finish)
-        record = await self._store.require(name)
-        if any(file.path == path for file in record.spec.input_files):
-            await self._store.change(
-                name, lambda r: {} if r.uploaded.get(path) == sha256 else {"uploaded": {**r.uploaded, path: sha256}}
-            )
+        size = await asyncio.to_thread(self.files_of(name).used)
+
+        def stored(record: JobRecord) -> dict[str, object]:
+            wanted = any(file.path == path for file in record.spec.input_files)
+            uploaded = {**record.uploaded, path: sha256} if wanted else record.uploaded
+            same = (uploaded, size) == (record.uploaded, record.file_bytes)
+            return {} if same else {"uploaded": uploaded, "file_bytes": size}
+
+        await self._store.change(name, stored)
         return entry
 
     def files_of(self, name: str) -> JobFiles:
@@ -284,6 +319,20 @@ class Jobs:
         names = sorted(self._backends)
         states = await asyncio.gather(*(_state_of(self._backends[name]) for name in names))
         return {name: (state, counts[name]) for name, state in zip(names, states, strict=True)}
+
+    async def queue_wait(self, spec: JobSpec, owner: str) -> tuple[timedelta | None, str]:
+        """Return how long a job would wait in its queue; None, and why, if its backend cannot tell.
+
+        BeamwireError as `create` raises it for a job that could not be.
+        """
+        self.check(spec, owner)
+        try:
+            async with asyncio.timeout(QUEUE_PATIENCE):
+                return await self._backends[spec.placement.backend].queue_wait(spec), ""
+        except TimeoutError:
+            return None, f"it did not answer within {QUEUE_PATIENCE:g} s"
+        except BeamwireError as error:
+            return None, error.message
 
 
 async def _state_of(backend: Backend) -> BackendState:

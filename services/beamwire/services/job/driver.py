@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 import shutil
-import uuid
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from beamwire.mesh import telemetry
 from beamwire.mesh.claims import ClaimLost
@@ -25,8 +23,10 @@ from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import to_the_end
 from beamwire.services.job.backends.interface import Active, Backend, Ended, Ending, Queued, Run, Step
 from beamwire.services.job.dependencies import Obstacles
-from beamwire.services.job.ending import Verdict, verdict
+from beamwire.services.job.ending import Verdict, cancelled, lost, verdict
+from beamwire.services.job.files import JobFiles, remove
 from beamwire.services.job.model import JobRecord, JobState
+from beamwire.services.job.tokens import TOKEN_TTL, TOKEN_TTL_HERE, JoinTokens
 from beamwire.services.job.transitions import enter, with_step
 
 log = logging.getLogger(__name__)
@@ -37,21 +37,9 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
 """Seconds between attempts at a backend that cannot be reached."""
 FIRST_LOOK = 5.0
 """Seconds in which a backend says how a job is whose time may be over."""
-TOKEN_TTL = timedelta(hours=24)
-"""How long the join token of a job is good that may be queued for long; it is made anew after half of that."""
-TOKEN_TTL_HERE = timedelta(minutes=10)
-"""That of a job which is started at once."""
 _WAITING = (JobState.NEW, JobState.HELD)
 # What says nothing about the job: it is driven again.
 _PASSING = (Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.TIMED_OUT, Reason.OVERLOADED)
-
-
-class Minter(Protocol):
-    """Mints join tokens."""
-
-    async def __call__(self, identity: str, server_names: tuple[str, ...] = (), *, ttl: timedelta = ...) -> str:
-        """Return a token for an identity that may serve under some names."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +66,7 @@ class JobDriver:
         store: where jobs are kept.
         directory: holds one directory for each job.
         backends: by name.
-        mint: mints a join token for a job's identity.
+        tokens: the join tokens of jobs that are to be members.
         surroundings: what jobs are told of where traces go.
     """
 
@@ -87,13 +75,13 @@ class JobDriver:
         store: Store[JobRecord],
         directory: Path,
         backends: Mapping[str, Backend],
-        mint: Minter,
+        tokens: JoinTokens,
         surroundings: Surroundings,
     ) -> None:
         self._store = store
         self._directory = directory
         self._backends = backends
-        self._mint = mint
+        self._tokens = tokens
         self._surroundings = surroundings
 
     def directory_of(self, name: str) -> Path:
@@ -124,7 +112,8 @@ class JobDriver:
             await self._end(name, Verdict(JobState.FAILED, failure.message, failure))
             return
         if run is None:
-            await self._end(name, Verdict(JobState.CANCELED, "cancelled before it was started"))
+            record = await self._store.require(name)
+            await self._end(name, cancelled(record, gone=not self._has_backend(record)))
             return
         ended = await self._followed(name, run)
         record = await self._store.require(name)
@@ -164,7 +153,8 @@ class JobDriver:
             except BeamwireError as error:
                 if error.reason is not Reason.SERVICE_UNAVAILABLE or isinstance(error, ClaimLost):
                     raise
-                await self._note(name, f"not submitted yet: {error.message}")
+                words = "cannot be followed" if record.state == JobState.ACTIVE else "not submitted yet"
+                await self._note(name, f"{words}: {error.message}")
             await self._pause(record, pause * random.uniform(0.5, 1.5))
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -177,6 +167,8 @@ class JobDriver:
             await unless(self._store, record.name, _is_cancelled, asyncio.sleep(seconds))
 
     async def _submit(self, record: JobRecord) -> Run | None:
+        if record.cancel_requested and not self._has_backend(record):
+            return None
         backend = self._backend(record)
         if record.state not in _WAITING:
             # It may have come about before the service, or the backend, went away.
@@ -185,9 +177,15 @@ class JobDriver:
                 return run
         if record.cancel_requested:
             return None
-        if record.state in _WAITING:
-            record = await enter(self._store, record.name, JobState.QUEUED)
+        if record.state == JobState.ACTIVE:
+            # It was seen to run, and is not to run twice.
+            raise lost(record)
         step = self._step(record)
+        if record.state in _WAITING:
+            if step.number > 1:
+                # What the step before has prepared for this one is not to be met.
+                await asyncio.to_thread(remove, step.directory)
+            record = await enter(self._store, record.name, JobState.QUEUED)
         for part in (step.job_directory, step.files, step.directory):
             part.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
@@ -201,26 +199,13 @@ class JobDriver:
         named = {"BEAMWIRE_JOB": record.name, "BEAMWIRE_STEP": str(record.step.number)}
         named |= self._surroundings.environment(telemetry.current_traceparent())
         if record.spec.enroll:
-            path = await self._write_token(record)
+            await self._tokens.check_alone(record)
+            path = await self._tokens.write(record, TOKEN_TTL if self._backend(record).remote else TOKEN_TTL_HERE)
             named |= {
                 "BEAMWIRE_JOIN_TOKEN_FILE": str(path),
-                "BEAMWIRE_CREDENTIALS_DIR": str(self.directory_of(record.name) / "credentials"),
+                "BEAMWIRE_CREDENTIALS_DIR": str(self._tokens.credentials(record.name)),
             }
         return named
-
-    async def _write_token(self, record: JobRecord) -> Path:
-        path = self._token_file(record.name)
-        ttl = TOKEN_TTL if self._backend(record).remote else TOKEN_TTL_HERE
-        token = await self._mint(record.identity, record.spec.server_names, ttl=ttl)
-        # Whole or not at all, and in place of whatever a program may have put there.
-        part = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-        with os.fdopen(os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
-            file.write(token)
-        part.replace(path)
-        return path
-
-    def _token_file(self, name: str) -> Path:
-        return self.directory_of(name) / "join-token"
 
     async def _followed(self, name: str, run: Run) -> Ended:
         """Follow a run to its end, and bring that about when it is asked for, or the time is over."""
@@ -271,8 +256,8 @@ class JobDriver:
             if not record.spec.enroll or record.state != JobState.QUEUED:
                 return
             try:
-                await self._write_token(record)
-            except BeamwireError as error:
+                await self._tokens.write(record, TOKEN_TTL)
+            except (BeamwireError, OSError) as error:
                 log.warning("the join token of %s could not be made anew: %s", name, error)
 
     async def _saw(self, name: str, run: Run, now: Queued | Active) -> JobRecord:
@@ -321,24 +306,28 @@ class JobDriver:
     async def _end(
         self, name: str, told: Verdict, *, exit_code: int | None = None, nodes: tuple[str, ...] = ()
     ) -> None:
-        # Nobody runs under this identity any more.
-        self._token_file(name).unlink(missing_ok=True)
-        await asyncio.to_thread(shutil.rmtree, self.directory_of(name) / "credentials", ignore_errors=True)
+        await self._tokens.take_away(name)
         record = await self._store.require(name)
         facts = {"exit_code": exit_code, "end_time": datetime.now(UTC), "nodes": nodes or record.step.nodes}
-        await enter(self._store, name, told.state, told.reason, steps=with_step(record, **facts), error=told.error)
+        size = await asyncio.to_thread(JobFiles(self.directory_of(name)).used)
+        changes = {"steps": with_step(record, **facts), "error": told.error, "file_bytes": size}
+        await enter(self._store, name, told.state, told.reason, **changes)
 
     def _secrets(self, record: JobRecord) -> list[bytes]:
         """What must not stand in an error."""
-        found = [record.spec.callback.secret] if record.spec.callback else []
-        token = self._token_file(record.name)
-        # Not what a program may have put in its place.
-        return [*found, token.read_bytes().strip()] if token.is_file() and not token.is_symlink() else found
+        secret = record.spec.callback.secret if record.spec.callback else b""
+        return [each for each in (secret, self._tokens.read(record.name)) if each]
+
+    def _has_backend(self, record: JobRecord) -> bool:
+        return record.spec.placement.backend in self._backends
 
     def _backend(self, record: JobRecord) -> Backend:
         name = record.spec.placement.backend
-        if name not in self._backends:
-            raise BeamwireError(Reason.SERVICE_UNAVAILABLE, f"the facility has no backend {name} any more")
+        if not self._has_backend(record):
+            raise BeamwireError(
+                Reason.SERVICE_UNAVAILABLE,
+                f"facility.toml has no backend {name} any more; an operator can put it back, or cancel the job",
+            )
         return self._backends[name]
 
     def _step(self, record: JobRecord, environment: Mapping[str, str] | None = None) -> Step:

@@ -48,6 +48,39 @@ def verdict(record: JobRecord, outcome: Outcome, directory: Path, secrets: Itera
     return Verdict(JobState.FAILED, outcome.reason or message, Failure.of(error))
 
 
+def cancelled(record: JobRecord, *, gone: bool) -> Verdict:
+    """Say what becomes of a job that is cancelled, and of which no backend has anything.
+
+    Args:
+        record: the job, as it is before.
+        gone: whether the facility has its backend no more.
+    """
+    if gone:
+        return Verdict(JobState.CANCELED, f"cancelled; {left_at(record)}")
+    if record.state == JobState.ACTIVE:
+        return Verdict(JobState.CANCELED, "cancelled; its backend has nothing of it any more")
+    return Verdict(JobState.CANCELED, "cancelled before it was started")
+
+
+def left_at(record: JobRecord) -> str:
+    """Say what may still be at a backend that the facility has no more."""
+    backend = record.spec.placement.backend
+    words = f"facility.toml has no backend {backend} any more"
+    if record.state in (JobState.NEW, JobState.HELD):
+        return f"{words}, and it was not given to it"
+    known = f"job {record.step.native_id}" if record.step.native_id else f"a job with {record.id} in its name"
+    return f"{words}, where {known} may be left; look there, and end it there"
+
+
+def lost(record: JobRecord) -> BeamwireError:
+    """Return the error of a job that was seen to run, and of which nothing is found."""
+    return BeamwireError(
+        Reason.JOB_FAILED,
+        f"{record.name} is lost: it ran, and what says so was removed; it is not run twice",
+        metadata={"job": record.name, "step": str(record.step.number)},
+    )
+
+
 def _why(record: JobRecord, outcome: Outcome) -> tuple[Reason, str]:
     who = record.spec.display_name or record.name
     match outcome.ending:

@@ -9,22 +9,30 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import logging
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.services.job.shares import Share
+
+log = logging.getLogger(__name__)
 
 MAX_PATH_BYTES: Final = 1024
 MAX_PIECE_BYTES: Final = 1024 * 1024
 READ_BYTES: Final = 256 * 1024
+MOST_COUNTED: Final = 1_000_000
+"""Files of one job whose sizes are added up: a job that has more must not keep the service walking."""
 # Beside `files/`, so that the job never sees a part of a file.
 UPLOADS: Final = "uploads"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
@@ -69,7 +77,7 @@ class JobFiles:
         self._files = job_directory / "files"
         self._uploads = job_directory / UPLOADS
 
-    def upload(self, path: str, *, size: int, sha256: str, executable: bool, room: int) -> Upload:
+    def upload(self, path: str, *, size: int, sha256: str, executable: bool, room: int, share: Share) -> Upload:
         """Begin to write a file, of which nobody sees anything before it is there whole.
 
         Args:
@@ -78,17 +86,23 @@ class JobFiles:
             sha256: its checksum.
             executable: whether it may be executed.
             room: how many bytes the job's files may have altogether.
+            share: what all files of its owner may have.
         """
         for directory in (self._files, self._uploads):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         left = room - self.used()
         if size > left:
             raise _too_large(room)
-        return Upload(self._files, self._uploads, path, size, sha256, executable, size or left, room)
+        share.take(size)
+        try:
+            return Upload(self._files, self._uploads, path, size, sha256, executable, size or left, room, share)
+        except BaseException:
+            share.close()
+            raise
 
     def used(self) -> int:
-        """Return how many bytes the files have altogether."""
-        return sum(entry.size for entry in self._walk())
+        """Return how many bytes the files have altogether, MOST_COUNTED of them at the most."""
+        return sum(entry.size for entry in islice(self._walk(), MOST_COUNTED))
 
     def list(self, after: str, limit: int) -> list[FileEntry]:
         """Return the first files whose paths come after `after`, in the order of their paths."""
@@ -152,8 +166,18 @@ class Upload:
     """A file that is being written; `finish` puts it in its place."""
 
     def __init__(
-        self, files: Path, uploads: Path, path: str, size: int, sha256: str, executable: bool, most: int, room: int
+        self,
+        files: Path,
+        uploads: Path,
+        path: str,
+        size: int,
+        sha256: str,
+        executable: bool,
+        most: int,
+        room: int,
+        share: Share,
     ) -> None:
+        self._share = share
         self._files = files
         self._path = path
         self._size = size
@@ -174,6 +198,8 @@ class Upload:
             if self._size:
                 raise invalid_field("data", f"there are more than the {self._size} bytes that start.size_bytes says")
             raise _too_large(self._room)
+        if not self._size:
+            self._share.take(len(data))
         view = memoryview(data)
         while view:
             view = view[os.write(self._fd, view) :]
@@ -201,15 +227,28 @@ class Upload:
         """Let go of the file; what was not finished is gone."""
         os.close(self._fd)
         self._part.unlink(missing_ok=True)
+        self._share.close()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or whatever a job has put in its place, with all that is in it."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def adopt(jobs: Path) -> None:
     """Make what an earlier release left of jobs the first of their steps: each ran in the job's directory itself."""
     for claim in jobs.glob("*/process.json"):
         first = claim.parent / "steps" / "1"
-        if not first.exists():
-            first.parent.mkdir(mode=0o700, exist_ok=True)
-            first.symlink_to("..")
+        try:
+            if not first.exists():
+                first.parent.mkdir(mode=0o700, exist_ok=True)
+                first.symlink_to("..")
+        except OSError as error:
+            # It is no job of that release, and one job must not keep the service from being served.
+            log.warning("%s is left as it is: %s", claim.parent, error)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def log_tail(directory: Path, secrets: Iterable[bytes] = ()) -> str:
 def _opened(path: Path) -> BinaryIO | None:
     try:
         return os.fdopen(open_file(path.parent, path.name), "rb")
-    except BeamwireError:
+    except (BeamwireError, PermissionError):
         return None
 
 

@@ -162,6 +162,8 @@ class JobRecord(Record):
     delete_requested: bool = False
     # The input files that are there, whole and on the disk: path to SHA-256.
     uploaded: dict[str, str] = Field(default_factory=dict)
+    # All that is in its directory for files, as it was after the last upload or the end of the last step.
+    file_bytes: int = 0
     # What the job said last of its newest step; it makes the driver look, and no more.
     reported: str = ""
     deliveries: Deliveries = Deliveries()

@@ -14,6 +14,7 @@ from beamwire.mesh.listing import list_page, visible
 from beamwire.mesh.names import check_id, new_id
 from beamwire.mesh.pages import Pager, page_size
 from beamwire.mesh.rpc.access import Caller, current_caller
+from beamwire.mesh.rpc.convert import to_duration
 from beamwire.mesh.store import Store
 from beamwire.services.job import messages, partners
 from beamwire.services.job.domain import Jobs, NewJob, Report
@@ -61,7 +62,7 @@ class JobService(pb_grpc.JobServiceServicer):
             counted=caller.role is not Role.SERVICE,
         )
         if request.validate_only:
-            self._jobs.check(spec, new.name)
+            self._jobs.check(spec, owner, new.name)
             await self._jobs.check_dependencies(owner, spec)
             shown = messages.from_spec(spec)
             return pb.Job(name=new.name, spec=shown, owner=owner, identity=new.identity, labels=request.job.labels)
@@ -216,6 +217,12 @@ class JobService(pb_grpc.JobServiceServicer):
         return pb.ListBackendsResponse(
             backends=[messages.to_backend(name, state, counts) for name, (state, counts) in found.items()]
         )
+
+    async def EstimateQueue(self, request: pb.EstimateQueueRequest, context: object) -> pb.EstimateQueueResponse:
+        """Say how long a job would wait."""
+        owner = str(SpiffeId.parse(request.owner)) if request.owner else str(current_caller())
+        wait, detail = await self._jobs.queue_wait(messages.to_spec(request.spec), owner)
+        return pb.EstimateQueueResponse(queue_duration=to_duration(wait), detail=detail)
 
     async def DeleteJob(self, request: pb.DeleteJobRequest, context: object) -> pb.DeleteJobResponse:
         """Forget a job and its directory."""

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 from beamwire.mesh.outbox import OutboxItem
 from beamwire.mesh.store import Store
@@ -53,7 +54,8 @@ def news(record: JobRecord) -> Iterator[OutboxItem]:
     birth = record.create_time.isoformat()
     event_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"beamwire:{record.name}:{birth}:{number}"))
     payload = json.dumps(_event(record, event_id, number), separators=(",", ":"))
-    yield OutboxItem(id=event_id, resource=record.name, event_id=event_id, payload=payload)
+    receiver = urlsplit(record.spec.callback.url).hostname or ""
+    yield OutboxItem(id=event_id, resource=record.name, event_id=event_id, payload=payload, receiver=receiver)
 
 
 def _event(record: JobRecord, event_id: str, number: int) -> dict[str, Any]:

@@ -10,8 +10,11 @@ from urllib.parse import urlsplit
 
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason, invalid_field
 from beamwire.mesh.names import parse_name
+from beamwire.mesh.placements import Place
+from beamwire.mesh.policy import Policy, check_place
 from beamwire.services.job.files import check_path, check_sha256
 from beamwire.services.job.model import Callback, JobSpec, Resources
+from beamwire.services.job.receivers import Receivers
 
 MAX_SCRIPT_BYTES: Final = 1024 * 1024
 MAX_INPUT_FILES: Final = 1024
@@ -26,15 +29,26 @@ MAX_OUTPUT_BYTES: Final = 1024
 _VARIABLE: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LABEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 
+_PLACE_FIELDS: Final = {"place": "job.spec.placement", "processes": "job.spec.resources.process_count"}
+
 Problems = Iterator[tuple[str, str]]
 
 
-def check_spec(spec: JobSpec, name: str = "") -> None:
-    """Raise INVALID_FIELD naming each field of a specification that cannot be; `name` is the job's."""
-    violations = [FieldViolation(f"job.spec.{field}", text) for field, text in _problems(spec, name)]
+def check_spec(spec: JobSpec, receivers: Receivers, name: str = "") -> None:
+    """Raise INVALID_FIELD naming each field of a specification that cannot be; `name` is the job's.
+
+    `receivers` says where its events may go.
+    """
+    violations = [FieldViolation(f"job.spec.{field}", text) for field, text in _problems(spec, receivers, name)]
     if violations:
         story = "; ".join(f"{v.field}: {v.description}" for v in violations)
         raise BeamwireError(Reason.INVALID_FIELD, story, violations=violations)
+
+
+def check_policy(spec: JobSpec, owner: str, policy: Policy) -> None:
+    """Raise POLICY_REFUSED for a job that its owner may not have run there, or not with so many processes."""
+    place = Place(**spec.placement.model_dump(), processes=spec.resources.process_count)
+    check_place(policy, owner, place, _PLACE_FIELDS)
 
 
 def check_labels(labels: Mapping[str, str]) -> None:
@@ -48,7 +62,7 @@ def check_labels(labels: Mapping[str, str]) -> None:
             raise invalid_field("job.labels", f"the value of {key!r} must be printable, of 256 characters at the most")
 
 
-def _problems(spec: JobSpec, name: str) -> Problems:
+def _problems(spec: JobSpec, receivers: Receivers, name: str) -> Problems:
     yield from _program(spec)
     yield from _numbers(spec.resources)
     yield from _environment(spec.environment)
@@ -59,7 +73,7 @@ def _problems(spec: JobSpec, name: str) -> Problems:
     yield from _inputs(spec)
     yield from _dependencies(spec, name)
     if spec.callback is not None:
-        yield from _callback(spec.callback)
+        yield from _callback(spec.callback, receivers)
     if (spec.identity_path or spec.server_names) and not spec.enroll:
         yield "enroll", "must be true for a job that has an identity_path or server_names"
 
@@ -142,7 +156,7 @@ def _dependencies(spec: JobSpec, name: str) -> Problems:
             yield field, "a job cannot wait for itself"
 
 
-def _callback(callback: Callback) -> Problems:
+def _callback(callback: Callback, receivers: Receivers) -> Problems:
     try:
         url = urlsplit(callback.url)
         host, port = url.hostname or "", url.port
@@ -159,6 +173,8 @@ def _callback(callback: Callback) -> Problems:
         yield "callback.url", "must not carry a user and a password, which others could read; events are signed instead"
     elif url.fragment:
         yield "callback.url", "must not have a fragment, which is sent to nobody"
+    elif refused := receivers.problem(host):
+        yield "callback.url", refused
     if not MIN_SECRET_BYTES <= len(callback.secret) <= MAX_SECRET_BYTES:
         yield "callback.secret", f"must have {MIN_SECRET_BYTES} to {MAX_SECRET_BYTES} random bytes"
 

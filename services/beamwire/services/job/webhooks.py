@@ -8,20 +8,24 @@ import hmac
 import logging
 import random
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Final
 
 import httpx
 
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.outbox import Outbox, OutboxItem
+from beamwire.mesh.outbox import Outbox, OutboxItem, Room
 from beamwire.mesh.store import Store
 from beamwire.services.job.model import Callback, Deliveries, JobRecord
+from beamwire.services.job.receivers import Receivers
 
 log = logging.getLogger(__name__)
 
-CONCURRENT: Final = 16
+CONCURRENT: Final = 64
 """Events that are being told at one time."""
+EACH: Final = 4
+"""Of them to one host: who is slow or dead there keeps only what is for that host waiting."""
 TIMEOUT: Final = 10.0
 """Seconds that a receiver has to answer."""
 FIRST_DELAY, LONGEST_DELAY = 1.0, 3600.0
@@ -29,6 +33,7 @@ FIRST_DELAY, LONGEST_DELAY = 1.0, 3600.0
 GIVE_UP: Final = 86400.0
 """Seconds after which an event is given up."""
 GONE: Final = 410
+PORTS: Final = {"https": 443, "http": 80}
 ID_HEADER: Final = "Beamwire-Event-Id"
 TIMESTAMP_HEADER: Final = "Beamwire-Timestamp"
 SIGNATURE_HEADER: Final = "Beamwire-Signature"
@@ -40,34 +45,54 @@ def signature(secret: bytes, timestamp: str, body: bytes) -> str:
 
 
 class Deliverer:
-    """Takes what is in the outbox to the receivers. Each replica has one."""
+    """Takes what is in the outbox to the receivers. Each replica has one.
 
-    def __init__(self, store: Store[JobRecord], outbox: Outbox) -> None:
+    Args:
+        store: where jobs are kept.
+        outbox: where their events are.
+        receivers: where events may go.
+    """
+
+    def __init__(self, store: Store[JobRecord], outbox: Outbox, receivers: Receivers) -> None:
         self._store = store
         self._outbox = outbox
+        self._receivers = receivers
+        # Of their own: names that nobody answers for are waited for long, and must not keep other work waiting.
+        self._threads = ThreadPoolExecutor(CONCURRENT, "names of receivers")
 
     async def run(self) -> None:
         """Deliver until cancelled."""
-        # Nothing of the environment: no proxy, and no password of a netrc file for whatever host a job names.
+        # Nothing of the environment: no proxy, and no password of a netrc file for whatever host a job names. No
+        # connection is used again: hosts that share an address have each to say who they are.
         client = httpx.AsyncClient(
-            timeout=TIMEOUT, follow_redirects=False, trust_env=False, verify=ssl.create_default_context()
+            timeout=httpx.Timeout(TIMEOUT, connect=TIMEOUT / 2),
+            limits=httpx.Limits(max_keepalive_connections=0),
+            follow_redirects=False,
+            trust_env=False,
+            verify=ssl.create_default_context(),
         )
-        async with client, asyncio.TaskGroup() as group:
-            busy: set[asyncio.Task[None]] = set()
-            while True:
-                items = await self._claim(CONCURRENT - len(busy))
-                for item in items:
-                    task = group.create_task(self._deliver(client, item), name=f"event {item.event_id}")
-                    busy.add(task)
-                    task.add_done_callback(busy.discard)
-                if len(busy) == CONCURRENT:
-                    await asyncio.wait(busy, return_when=asyncio.FIRST_COMPLETED)
-                elif not items:
-                    await self._outbox.wait()
-
-    async def _claim(self, limit: int) -> list[OutboxItem]:
         try:
-            return await self._outbox.claim(limit)
+            async with client, asyncio.TaskGroup() as group:
+                await self._tell(client, group)
+        finally:
+            self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _tell(self, client: httpx.AsyncClient, group: asyncio.TaskGroup) -> None:
+        busy: dict[asyncio.Task[None], str] = {}
+        while True:
+            items = await self._claim(CONCURRENT - len(busy), Room(EACH, busy.values()))
+            for item in items:
+                task = group.create_task(self._deliver(client, item), name=f"event {item.event_id}")
+                busy[task] = item.receiver
+                task.add_done_callback(busy.pop)
+            if len(busy) == CONCURRENT:
+                await asyncio.wait(busy, return_when=asyncio.FIRST_COMPLETED)
+            elif not items:
+                await self._outbox.wait()
+
+    async def _claim(self, limit: int, room: Room) -> list[OutboxItem]:
+        try:
+            return await self._outbox.claim(limit, room)
         except BeamwireError as error:
             log.warning("the events of jobs cannot be read: %s", error)
             return []
@@ -78,7 +103,7 @@ class Deliverer:
             if record is None or record.spec.callback is None:
                 await self._outbox.done(item)
                 return
-            problem, gone = await _post(client, record.spec.callback, item)
+            problem, gone = await self._post(client, record.spec.callback, item)
             await self._settle(item, problem, gone=gone)
         except BeamwireError as error:
             # Its lease ends, and it is tried again.
@@ -118,24 +143,51 @@ class Deliverer:
             if error.reason is not Reason.RESOURCE_NOT_FOUND:
                 raise
 
+    async def _post(self, client: httpx.AsyncClient, callback: Callback, item: OutboxItem) -> tuple[str, bool]:
+        """Tell of one event; returns what went wrong, empty if nothing, and whether it is never to be told again."""
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                status = await self._send(client, callback, item)
+        except TimeoutError:
+            return f"no answer within {TIMEOUT:g} s", False
+        except BeamwireError as error:
+            return error.message, False
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            return f"{type(error).__name__}: {error}"[:200], False
+        return ("", False) if 200 <= status < 300 else (f"answered {status}", status == GONE)
 
-async def _post(client: httpx.AsyncClient, callback: Callback, item: OutboxItem) -> tuple[str, bool]:
-    """Tell of one event; returns what went wrong, empty if nothing, and whether it is never to be told again."""
-    body, timestamp = item.payload.encode(), str(int(datetime.now(UTC).timestamp()))
-    headers = {
+    async def _send(self, client: httpx.AsyncClient, callback: Callback, item: OutboxItem) -> int:
+        """Send an event to the first address of its receiver that takes connections; returns the status."""
+        url = httpx.URL(callback.url)
+        host, port = url.raw_host.decode(), url.port or PORTS[url.scheme]
+        refused: httpx.TransportError | None = None
+        for address in await self._receivers.addresses(host, port, self._threads):
+            # What was looked at is what is dialed: the name may mean another address a moment later.
+            request = client.build_request(
+                "POST",
+                url.copy_with(host=address),
+                content=item.payload.encode(),
+                headers={"Host": url.netloc.decode(), **_headers(callback, item)},
+                extensions={"sni_hostname": host},
+            )
+            try:
+                answer = await client.send(request, stream=True)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                refused = error
+                continue
+            # What the receiver answers besides is not read: it may be as long as it likes.
+            await answer.aclose()
+            return answer.status_code
+        assert refused is not None, "who may be told has an address"
+        raise refused
+
+
+def _headers(callback: Callback, item: OutboxItem) -> dict[str, str]:
+    timestamp = str(int(datetime.now(UTC).timestamp()))
+    return {
         "Content-Type": "application/json",
         "User-Agent": "beamwire",
         ID_HEADER: item.event_id,
         TIMESTAMP_HEADER: timestamp,
-        SIGNATURE_HEADER: signature(callback.secret, timestamp, body),
+        SIGNATURE_HEADER: signature(callback.secret, timestamp, item.payload.encode()),
     }
-    try:
-        # What the receiver answers besides is not read: it may be as long as it likes.
-        sending = client.stream("POST", callback.url, content=body, headers=headers)
-        async with asyncio.timeout(TIMEOUT), sending as answer:
-            status = answer.status_code
-    except TimeoutError:
-        return f"no answer within {TIMEOUT:g} s", False
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        return f"{type(error).__name__}: {error}"[:200], False
-    return ("", False) if 200 <= status < 300 else (f"answered {status}", status == GONE)

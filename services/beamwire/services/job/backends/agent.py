@@ -7,16 +7,18 @@ process tree only by their environment, and only where there is grep.
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shlex
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from beamwire.mesh import shim
+from beamwire.mesh.documents import read_document
+from beamwire.mesh.processes import exit_of
 from beamwire.services.job.backends import programs
 from beamwire.services.job.backends.interface import Step
 from beamwire.services.job.backends.slurm_commands import expand
@@ -47,6 +49,9 @@ TOLD: Final = (
     "SLURM_JOB_ID", "SLURM_JOB_NODELIST", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "COBALT_JOBID", "HOSTNAME",
 )  # fmt: skip
 
+# What a batch system calls a job, a host, or several.
+_WORD: Final = re.compile(r"[\w.@:,+\[\]-]{1,4096}")
+
 _SCRIPT: Final = """\
 #!/bin/sh
 # Beamwire: step {number} of job {job}. What it runs and how it ended is in {directory}
@@ -56,6 +61,8 @@ export SLURM_EXPORT_ENV=ALL
 cd {directory} || exit 1
 exec >>agent.log 2>&1 </dev/null
 ended() {{
+    rm -rf exit.json.$$
+    [ ! -d exit.json ] || [ -L exit.json ] || rm -rf exit.json
     printf '{{"exit_code": %d, "signal": %s, "error": "%s", "asked": %s, "timed_out": %s}}' "$@" >exit.json.$$
     mv exit.json.$$ exit.json
 }}
@@ -193,41 +200,49 @@ def forestall(directory: Path) -> bool:
     try:
         os.link(part, directory / "process.json")
     except FileExistsError:
-        return (read_json(directory / "process.json") or {}).get("forestalled", False) is True
+        return (read_document(directory / "process.json") or {}).get("forestalled") is True
     finally:
         part.unlink()
     return True
 
 
 def read_told(directory: Path, native: str) -> Told:
-    """Return what the agent has written so far; `native` as in `batch_script`."""
+    """Return what the agent has written so far; `native` as in `batch_script`.
+
+    What the program has put in its place says only that it was started.
+    """
     # In this order: how it ended is written last, and what is read first may be older.
-    end = read_json(directory / "exit.json")
-    process = read_json(directory / "process.json")
-    if (process is None and end is None) or (process or {}).get("forestalled"):
+    end = read_document(directory / "exit.json")
+    process = read_document(directory / "process.json")
+    if (process is None and end is None) or (process or {}).get("forestalled") is True:
         return Told()
-    told: Mapping[str, str] = (process or {}).get("told", {})
-    nodes = expand(told.get("SLURM_JOB_NODELIST", "")) or tuple(filter(None, [told.get("HOSTNAME", "")]))
-    if end is None:
+    said = (process or {}).get("told")
+    told = {name: word(said.get(name)) for name in TOLD} if isinstance(said, dict) else {}
+    nodes = _nodes(told.get("SLURM_JOB_NODELIST", "")) or tuple(filter(None, [told.get("HOSTNAME", "")]))
+    ended = exit_of(end or {})
+    if end is None or ended is None:
         return Told(started=True, native_id=told.get(native, ""), nodes=nodes)
     return Told(
         started=process is not None,
         native_id=told.get(native, ""),
         nodes=nodes,
         ended=True,
-        exit_code=end["exit_code"],
-        signal=end["signal"],
-        error=end["error"],
-        asked=end.get("asked", False),
-        timed_out=end.get("timed_out", False),
-        out_of_memory=end.get("out_of_memory", False),
+        exit_code=ended.exit_code,
+        signal=ended.signal,
+        error=ended.error,
+        asked=end.get("asked") is True,
+        timed_out=end.get("timed_out") is True,
+        out_of_memory=ended.out_of_memory,
     )
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a document that was written whole; None if there is none."""
+def word(value: object) -> str:
+    """Return what a batch system calls a job or its hosts, as a file says it; empty if that is no such word."""
+    return value if isinstance(value, str) and _WORD.fullmatch(value) else ""
+
+
+def _nodes(text: str) -> tuple[str, ...]:
     try:
-        document: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    return document
+        return expand(text)
+    except (ValueError, RecursionError):
+        return ()

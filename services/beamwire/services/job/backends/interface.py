@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
@@ -146,6 +147,13 @@ class Backend(Protocol):
 
     async def state(self) -> BackendState:
         """Return how the backend is."""
+        ...
+
+    async def queue_wait(self, spec: JobSpec) -> timedelta:
+        """Return how long a job would wait in the queue, if it were submitted now; nothing is submitted.
+
+        BeamwireError that says why if that cannot be told.
+        """
         ...
 
     async def left_behind(self, known: frozenset[tuple[str, int]]) -> Mapping[str, Run]:

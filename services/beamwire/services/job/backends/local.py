@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.processes import Exit, Process, launch
+from beamwire.mesh.spares import ShimSpare, Spares
 from beamwire.services.job.backends import programs
 from beamwire.services.job.backends.interface import (
     Active,
@@ -49,6 +51,8 @@ def outcome_of(ended: Exit) -> Outcome:
     """Return how a program below a shim has ended, as a backend tells it."""
     if ended.error:
         return Outcome(Ending.NOT_STARTED, ended.exit_code, f"it could not be started: {ended.error}")
+    if ended.overwritten:
+        return Outcome(Ending.LOST, None, "what says how it ended was overwritten or removed by what it ran")
     if ended.lost:
         return Outcome(Ending.NODE_FAILED, None, "the host was started again while it ran")
     if ended.out_of_memory:
@@ -59,9 +63,16 @@ def outcome_of(ended: Exit) -> Outcome:
 
 
 class LocalBackend:
-    """Runs jobs as process groups on this host, started through a spawner that outlives the service."""
+    """Runs jobs as process groups on this host, below shims that outlive the service.
+
+    Args:
+        spares: interpreters for what is run again and again.
+    """
 
     remote = False
+
+    def __init__(self, spares: Spares[ShimSpare] | None = None) -> None:
+        self._spares = spares
 
     def check(self, spec: JobSpec) -> None:
         """Refuse what only a batch system has: several nodes, GPUs, queues; and MPI where there is no mpiexec."""
@@ -92,17 +103,22 @@ class LocalBackend:
             stdin=spec.stdin or None,
             grace=spec.grace,
             memory_bytes=spec.resources.memory_bytes,
+            spares=self._spares,
         )
         return LocalRun(process)
 
     async def find(self, step: Step) -> Run | None:
         """Attach to the process group that was started in the step's directory."""
-        process = Process.attach(step.directory)
+        process = await asyncio.to_thread(Process.find, step.directory)
         return LocalRun(process) if process else None
 
     async def state(self) -> BackendState:
         """Return that this host is there."""
         return BackendState("local", True, f"{os.uname().nodename}, {os.cpu_count()} cores")
+
+    async def queue_wait(self, spec: JobSpec) -> timedelta:
+        """Return nothing: there is no queue."""
+        return timedelta(0)
 
     async def left_behind(self, known: frozenset[tuple[str, int]]) -> Mapping[str, Run]:
         """Return nothing: what runs here is found by its directory."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
 import shutil
 import sys
 import tarfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.services.job.backends.interface import Step
+from beamwire.services.job.files import open_file
 from beamwire.services.job.model import JobSpec
 
 # What every job gets of the environment: where programs and libraries are, and nothing that could be a secret.
@@ -134,10 +137,14 @@ def unpack_bundle(step: Step) -> None:
         else:
             shutil.rmtree(old, ignore_errors=True)
     try:
-        with tarfile.open(step.files / step.spec.bundle) as archive:
+        # What the step before may have put in its place is not waited for.
+        with (
+            os.fdopen(open_file(step.files, step.spec.bundle), "rb") as file,
+            tarfile.open(fileobj=file) as archive,
+        ):
             _check_size(archive)
             archive.extractall(fresh, filter="data")
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, BeamwireError) as error:
         raise BeamwireError(
             Reason.LAUNCH_FAILED, f"the bundle {step.spec.bundle} cannot be unpacked: {error}"
         ) from error

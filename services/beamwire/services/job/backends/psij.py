@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
+from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
 from beamwire.mesh import shim
-from beamwire.mesh.errors import BeamwireError, invalid_field
+from beamwire.mesh.documents import read_document
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.processes import Process
 from beamwire.services.job.backends import agent, programs, slurm_options
 from beamwire.services.job.backends.interface import (
@@ -188,9 +190,9 @@ class PsijBackend:
 
     async def find(self, step: Step) -> Run | None:
         """Return the step if the scheduler was given it, as far as anybody knows."""
-        submission = await asyncio.to_thread(agent.read_json, step.directory / SUBMISSION)
+        submission = await asyncio.to_thread(read_document, step.directory / SUBMISSION) or {}
         told = await asyncio.to_thread(agent.read_told, step.directory, NATIVE.get(self._queue.name, ""))
-        native_id = told.native_id or (submission or {}).get("native_id", "")
+        native_id = told.native_id or agent.word(submission.get("native_id"))
         return PsijRun(self._queue, step, native_id) if native_id else None
 
     async def state(self) -> BackendState:
@@ -200,6 +202,10 @@ class PsijBackend:
         except BeamwireError as error:
             return BackendState("psij", False, error.message)
         return BackendState("psij", True, f"{self._queue.name} through psij-python")
+
+    async def queue_wait(self, spec: JobSpec) -> timedelta:
+        """Refuse: psij-python has no question for that."""
+        raise BeamwireError(Reason.UNSUPPORTED, f"{self._queue.name} cannot be asked for that through psij-python")
 
     async def left_behind(self, known: frozenset[tuple[str, int]]) -> Mapping[str, Run]:
         """Return nothing: psij-python lists ids, and no names that would say whose a job is."""

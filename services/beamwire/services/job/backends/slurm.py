@@ -9,10 +9,12 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
 
 from beamwire.mesh import shim
+from beamwire.mesh.documents import read_document
 from beamwire.mesh.errors import BeamwireError
 from beamwire.services.job.backends import agent, programs, slurm_options
 from beamwire.services.job.backends.interface import (
@@ -210,7 +212,8 @@ class SlurmBackend:
     async def submit(self, step: Step) -> Run:
         """Give a step to Slurm, unless it has it."""
         async with self._submissions:
-            if (known := await self.find(step)) is not None:
+            given = await asyncio.to_thread(read_document, step.directory / SUBMISSION)
+            if given is not None and (known := await self.find(step)) is not None:
                 return known
             name = self._name(step)
             await asyncio.to_thread(self._prepare, step, name)
@@ -225,11 +228,10 @@ class SlurmBackend:
         Raises:
             BeamwireError: SERVICE_UNAVAILABLE if only Slurm could tell, which is away.
         """
-        submission = await asyncio.to_thread(agent.read_json, step.directory / SUBMISSION)
-        if submission is None:
-            return None
+        # Which a job can remove: only Slurm knows then.
+        submission = await asyncio.to_thread(read_document, step.directory / SUBMISSION) or {}
         told = await asyncio.to_thread(agent.read_told, step.directory, NATIVE)
-        native_id = told.native_id or submission["native_id"]
+        native_id = told.native_id or agent.word(submission.get("native_id"))
         if not native_id:
             name = self._name(step)
             found = chosen(await self._commands.jobs(), name, "")
@@ -246,6 +248,14 @@ class SlurmBackend:
             return BackendState("slurm", True, await self._commands.version(), tuple(await self._commands.partitions()))
         except BeamwireError as error:
             return BackendState("slurm", False, error.message)
+
+    async def queue_wait(self, spec: JobSpec) -> timedelta:
+        """Return what Slurm says of a job that were submitted now."""
+        # Of a step that never is: nothing of it is looked at but what it asks for.
+        step = Step("estimate", 1, Path("/"), spec, {})
+        options = slurm_options.options(step, self._name(step), queue=self._queue, account=self._account)
+        start = await self._commands.start_time(options, "#!/bin/sh\n")
+        return max(start - datetime.now(UTC), timedelta(0))
 
     async def left_behind(self, known: frozenset[tuple[str, int]]) -> Mapping[str, Run]:
         """Return the jobs of this facility at Slurm that have not ended, and that the service does not know."""

@@ -11,12 +11,15 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Final
 
 from beamwire.mesh.errors import BeamwireError, Reason
 
 # Seconds: a controller that is away costs the commands about nine before they say so.
 COMMAND_TIMEOUT: Final = 60.0
+# In one list of them.
+MOST_HOSTS: Final = 100_000
 # What the commands say when nobody can tell whether the controller did what they asked.
 _UNREACHABLE: Final = re.compile(
     r"unable to contact slurm controller|socket timed out|zero bytes were transmitted"
@@ -28,6 +31,7 @@ _UNREACHABLE: Final = re.compile(
 _UNKNOWN_JOB: Final = re.compile(r"invalid job id", re.IGNORECASE)
 _NO_JSON: Final = re.compile(r"unrecognized option|invalid option|serializer|plugin|data_parser", re.IGNORECASE)
 _NO_ACCOUNTING: Final = re.compile(r"accounting storage is disabled", re.IGNORECASE)
+_START: Final = re.compile(r"to start at (\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)")
 _COLUMNS: Final = ("JobID", "Name", "State", "Reason", "NodeList", "exit_code", "RestartCnt")
 
 
@@ -69,6 +73,10 @@ class SlurmCommands:
             BeamwireError: SERVICE_UNAVAILABLE if it may or may not have come through, LAUNCH_FAILED with its own words
                 if it was refused.
         """
+        return (await self._run(name, *arguments, stdin=stdin))[0]
+
+    async def _run(self, name: str, *arguments: str, stdin: bytes) -> tuple[str, str]:
+        """Run a command; return what it printed, and what it said besides."""
         try:
             process = await asyncio.create_subprocess_exec(
                 self.program(name),
@@ -95,7 +103,7 @@ class SlurmCommands:
         said = err.decode(errors="replace").strip()
         if process.returncode != 0:
             raise _failure(name, said or out.decode(errors="replace").strip() or f"exit code {process.returncode}")
-        return out.decode(errors="replace")
+        return out.decode(errors="replace"), said
 
     async def jobs(self) -> list[Listed]:
         """Return all jobs of this user that the controller knows, those that ended a short while ago included."""
@@ -132,6 +140,18 @@ class SlurmCommands:
         answer = await self.run("sbatch", "--parsable", *options, stdin=script.encode())
         # With the cluster's name behind a semicolon, at a site that has several.
         return int(answer.split(";")[0])
+
+    async def start_time(self, options: Iterable[str], script: str) -> datetime:
+        """Return when a batch script would begin to run, if it were given to sbatch now; it is not.
+
+        LAUNCH_FAILED if it would be refused, UNSUPPORTED if this Slurm does not say.
+        """
+        _, said = await self._run("sbatch", "--test-only", *options, stdin=script.encode())
+        found = _START.search(said)
+        if found is None:
+            raise BeamwireError(Reason.UNSUPPORTED, f"sbatch --test-only does not say when, but: {said[:200]!r}")
+        # In the time zone of this host.
+        return datetime.fromisoformat(found[1]).astimezone()
 
     async def signal(self, name: str, *options: str) -> None:
         """Have scancel do something to the jobs of a name; one that has ended meanwhile is no failure."""
@@ -238,7 +258,7 @@ def _word(reason: str) -> str:
 
 
 def expand(hosts: str) -> tuple[str, ...]:
-    """Return the hosts of a list as Slurm writes it: `node[01-03,7],login1`."""
+    """Return the hosts of a list as Slurm writes it: `node[01-03,7],login1`; ValueError for what is no such list."""
     if hosts in ("", "(null)", "None", "n/a"):
         return ()
     found: list[str] = []
@@ -252,11 +272,14 @@ def _expand_one(part: str) -> list[str]:
     if not bracket:
         return [part]
     ranges, _, tail = rest.partition("]")
-    found = []
+    ends = _expand_one(tail)
+    found: list[str] = []
     for item in ranges.split(","):
         first, _, last = item.partition("-")
-        for number in range(int(first), int(last or first) + 1):
-            found += [f"{head}{number:0{len(first)}}{end}" for end in _expand_one(tail)]
+        numbers = range(int(first), int(last or first) + 1)
+        if len(found) + len(numbers) * len(ends) > MOST_HOSTS:
+            raise ValueError(f"a list of more than {MOST_HOSTS} hosts")
+        found += [f"{head}{number:0{len(first)}}{end}" for number in numbers for end in ends]
     return found
 
 
