@@ -1,8 +1,8 @@
 """Calls per second of each service over mutual TLS, beside a bare gRPC server with the same certificates.
 
 The bare server answers the same calls of the same client with the same message, made once, and does nothing else.
-Besides: what our channel costs a caller, what it costs to know at each call who calls and whether they may, and how
-long it takes from a transfer's creation to its first batch.
+Besides: what our channel costs a caller, what it costs to know at each call who calls and whether they may, how long it
+takes from a transfer's creation to its first batch, and what a server does that is asked more than it can answer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from beamwire.mesh.policy import FILE_NAME, PolicyFile
 from beamwire.mesh.rpc.access import Gate, admit
 from beamwire.mesh.rpc.channel import connect
 from beamwire.request.v1 import request_service_pb2, request_service_pb2_grpc
-from bench import first_event, listing
+from bench import first_event, listing, overload
 
 BIN = Path(sys.executable).parent
 # Of each: one after the other, so that whatever else the host does meets both.
@@ -87,8 +87,9 @@ def run() -> list[dict[str, Any]]:
         directory = Path(scratch) / "facility"
         with _facility(directory) as (address, process):
             rows = asyncio.run(_measure(directory, address, process))
-            rows += first_event.run(directory / "user", REQUEST)
-        return [*rows, _check_row(directory), *listing.run()]
+            rows += first_event.run(directory / "user", REQUEST, process)
+            rows.append(_check_row(directory))
+    return [*rows, *overload.run(), *listing.run()]
 
 
 @contextmanager

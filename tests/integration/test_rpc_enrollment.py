@@ -37,9 +37,12 @@ class Enrolment:
         self.roots_pem = facility.roots_pem
         self.bundle = ""
         self.silent = False
+        self.away = 0
 
     async def EnrollMember(self, request: pb.EnrollMemberRequest, context: object) -> pb.Certificate:  # noqa: N802
         self.requests.append(request)
+        if len(self.requests) <= self.away:
+            raise BeamwireError(Reason.SERVICE_UNAVAILABLE, "the database does not answer")
         if self.spent or request.secret != SECRET:
             raise BeamwireError(Reason.INVALID_JOIN_TOKEN, "the join token is spent or expired; ask for another")
         self.spent = True
@@ -132,6 +135,19 @@ async def test_a_token_is_spent_once(token: JoinToken, tmp_path: Path) -> None:
     error = await refusal(token, tmp_path / "mallory")
     assert error.reason is Reason.INVALID_JOIN_TOKEN
     assert "ask for another" in error.message
+
+
+async def test_services_that_are_away_are_asked_again_with_the_same_request(
+    token: JoinToken, enrolment: Enrolment, tmp_path: Path
+) -> None:
+    enrolment.away = 2
+    error = await refusal(token, tmp_path / "impatient")
+    assert error.reason is Reason.SERVICE_UNAVAILABLE
+    enrolment.requests.clear()
+    credentials = await asyncio.to_thread(enroll, token, tmp_path / "alice", patience=10)
+    assert str(credentials.identity).endswith("user/alice")
+    first, *again = enrolment.requests
+    assert again == [first, first]
 
 
 async def test_a_listener_of_another_authority_gets_no_secret(

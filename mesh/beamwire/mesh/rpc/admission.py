@@ -10,11 +10,8 @@ from typing import Final
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.rpc.access import Caller
-from beamwire.mesh.rpc.limits import CallLimits
+from beamwire.mesh.rpc.limits import RETRY_AFTER, CallLimits
 from beamwire.mesh.rpc.status import Refusal
-
-RETRY_AFTER: Final = 0.5
-"""Seconds after which a caller that was refused should call again; half of that more or less is said to each."""
 
 # The facility's own services and its operators: they must get through to whatever its users do.
 _OWN: Final = frozenset({Role.SERVICE, Role.OPERATOR})
@@ -78,6 +75,7 @@ class Places:
         if self._invited < 1:
             return self._told
         self._invited -= 1
+        # Half of that more or less, so that not all come back together.
         return self._told.again_after(RETRY_AFTER * random.uniform(0.5, 1.5))
 
     @property

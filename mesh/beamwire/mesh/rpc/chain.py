@@ -157,17 +157,18 @@ class Chain(grpc.GenericRpcHandler):
         turns = self._turns
 
         async def work(context: Context) -> bytes:
-            asked = time.monotonic()
             raw = await _read(context)
-            begun = await turns.mine(asked)
-            request = parse(raw)
-            fields.apply(request)
-            if idempotent is not None:
-                answered = await idempotent(request, context)
-            else:
-                answered = write(await answer(request, context))
-            turns.answered(begun)
-            return answered
+            if turns.needed:
+                await turns.mine(access.current_caller().id)
+            begun = time.monotonic()
+            try:
+                request = parse(raw)
+                fields.apply(request)
+                if idempotent is not None:
+                    return await idempotent(request, context)
+                return cast("bytes", write(await answer(request, context)))
+            finally:
+                turns.answered(begun)
 
         return work
 
@@ -214,7 +215,7 @@ class Chain(grpc.GenericRpcHandler):
             connection = {} if self._anonymous else context.auth_context()
             caller = self._identify(connection, token)
             places = None if method.always else self._admission.places(caller, stream=method.stream)
-            if places is not None and not places.enter(caller.id):
+            if places is not None and (self._full(method, caller) or not places.enter(caller.id)):
                 return await _send(context, places.refusal(caller.id))
             check = partial(self._check, method, connection, token)
             try:
@@ -233,6 +234,9 @@ class Chain(grpc.GenericRpcHandler):
         except Exception as error:
             failure = error if traced else _recorded(method, caller, parent, begun, error)
             await _send(context, _refusal(method, failure))
+
+    def _full(self, method: _Method, caller: access.Caller) -> bool:
+        return not method.stream and self._turns.full(caller.id)
 
     def _identify(self, connection: Mapping[str, Iterable[bytes]], token: str) -> access.Caller:
         return access.ANONYMOUS if self._anonymous else self._gate.identify(connection, token)

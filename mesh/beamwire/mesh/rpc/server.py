@@ -23,7 +23,16 @@ from beamwire.mesh.rpc.limits import CallLimits
 if TYPE_CHECKING:  # its database stays out of programs that only call
     from beamwire.mesh.idempotency import Idempotency
 
+UNSEEN: Final = (128, 192)
+"""Calls that wait to be looked at, beyond which gRPC refuses some with CANCELLED, and beyond which all.
+
+It does that without Python, at a small part of what any answer of ours costs: where calls are answered faster than they
+can be refused, nothing else leaves time for answers. What waits so long is answered a few tenths of a second late.
+"""
+
 _OPTIONS: Final = (
+    ("grpc.server.max_pending_requests", UNSEEN[0]),
+    ("grpc.server.max_pending_requests_hard_limit", UNSEEN[1]),
     # Two processes on one port would share the calls between them, silently.
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -11,6 +11,7 @@ from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import error_details_pb2, status_pb2
 
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
+from beamwire.mesh.rpc.limits import RETRY_AFTER
 
 DOMAIN: Final = "beamwire.org"
 DETAILS_KEY: Final = "grpc-status-details-bin"
@@ -83,6 +84,8 @@ _REASONS: Final[dict[grpc.StatusCode, Reason]] = {
 
 # What grpcio says in place of the server's answer if that comes while a request is being sent on a stream.
 _CUT_SHORT: Final = "Internal error from Core"
+# What the gRPC of a server says to calls that wait to be looked at when it ends or has too many of them.
+_UNSEEN: Final = "CANCELLED"
 # How gRPC and BoringSSL speak of a TLS handshake that one side refused.
 _HANDSHAKE_WORDS: Final = (
     "handshake",
@@ -192,6 +195,9 @@ def _plain_error(code: grpc.StatusCode, details: str, address: str) -> BeamwireE
     if code is grpc.StatusCode.INTERNAL and details == _CUT_SHORT:
         story = f"{where} ended the call before it had read everything, and its answer was lost; call again"
         return BeamwireError(Reason.SERVICE_UNAVAILABLE, story)
+    if code is grpc.StatusCode.CANCELLED and details == _UNSEEN:
+        story = f"{where} has more calls than it can look at, or ended before it looked at this one; call again later"
+        return BeamwireError(Reason.OVERLOADED, story, retry_after=RETRY_AFTER)
     if reason is not Reason.SERVICE_UNAVAILABLE:
         return BeamwireError(reason, f"{where} answered {code.name}: {details}")
     if any(word in details.lower() for word in _HANDSHAKE_WORDS):
