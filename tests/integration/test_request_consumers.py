@@ -23,6 +23,7 @@ from beamwire.services.request import consumers as consumers_module
 from beamwire.services.request.consumers import Consumers
 from beamwire.services.request.datasets import Reader
 from beamwire.services.request.domain import Transfers
+from beamwire.services.request.health import Watchman
 from beamwire.services.request.jobs import MOST_CONSUMER_JOBS, from_consumer_job, to_consumer_jobs
 from beamwire.services.request.model import ConsumerJob, TransferRecord
 from beamwire.services.request.ports import JobView
@@ -139,7 +140,7 @@ async def test_one_that_was_asked_for_when_the_service_died_is_found(
     facilities.hold.set()
     placing.cancel()
     await asyncio.wait([placing])
-    await consumers.end(await store.require(NAME))
+    await consumers.end(await store.require(NAME), Watchman())
     assert facilities.cancelled == ["jobs/j1"], "what was never asked for need not be ended"
 
 
@@ -205,7 +206,7 @@ async def test_one_that_cannot_be_ended_keeps_no_other(
     jobs = [job.model_copy(update={"asked": True}) for job in (consumer(1, "c.test"), consumer(2))]
     record = await transfer(store, *jobs)
     facilities.refusals["c.test"] = BeamwireError(reason, "no")
-    await asyncio.wait_for(Consumers(store, facilities).end(record), 5)
+    await asyncio.wait_for(Consumers(store, facilities).end(record, Watchman()), 5)
     assert facilities.cancelled == ["jobs/j2"]
 
 

@@ -28,7 +28,7 @@ async def estimate(world: World, **changes: object) -> Estimate:
     record = TransferRecord(
         name="transfers/x", owner=ALICE, state="PENDING", config={}, lease=60, expire_time=now + timedelta(minutes=1)
     )
-    return await Estimates(world.transfers, world.store).estimate(record.model_copy(update=changes), READER)
+    return await Estimates(world.transfers, world.store, world.jobs).estimate(record.model_copy(update=changes), READER)
 
 
 async def ended(world: World, seconds: float, **changes: Any) -> None:
@@ -78,7 +78,23 @@ async def test_what_nobody_can_know_is_not_made_up(world: World):
     world.preflight.fitness = replace(FITNESS, expected_event_count=0, events_per_second=0.0)
     found = await estimate(world)
     assert (found.streaming, found.total_bytes) == (None, 0)
-    assert (await estimate(world, placement={"backend": "slurm"})).queue is None
+
+
+async def test_the_wait_in_the_queue_is_what_the_backend_says(world: World):
+    world.jobs.wait = (timedelta(seconds=50), "")
+    found = await estimate(world, placement={"backend": "slurm"})
+    assert (found.queue, found.lease_sufficient, found.warnings) == (timedelta(seconds=50), True, [])
+    found = await estimate(world, placement={"backend": "slurm"}, lease=50)
+    assert not found.lease_sufficient
+    assert "after a wait of 0:00:50 in the queue" in found.warnings[0]
+    assert (await estimate(world)).queue == timedelta(0), "on the services' host there is none"
+
+
+async def test_a_backend_that_cannot_tell_how_long_it_takes_says_why(world: World):
+    world.jobs.wait = (None, "slurmctld is away")
+    found = await estimate(world, placement={"backend": "slurm"})
+    assert found.queue is None
+    assert found.warnings == ["how long the streamer would wait on the backend slurm is not known: slurmctld is away"]
 
 
 async def test_a_dataset_that_is_only_seen_from_a_node(world: World, monkeypatch: pytest.MonkeyPatch):

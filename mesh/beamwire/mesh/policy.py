@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import lru_cache
@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Final, NoReturn, Protocol
 
 from beamwire.mesh.config import read
-from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.patterns import ANYTHING, NOTHING, Patterns
+from beamwire.mesh.placements import ANYWHERE, Place, Placements
 from beamwire.mesh.policy_file import SCHEME, CertificateEntry, Document, IntroductionEntry, QuotaEntry, RuleEntry
 
 FILE_NAME: Final = "policy.toml"
@@ -51,7 +52,7 @@ class Grant:
     """What one member may do here. `rule` names what the policy says of it; empty if it says nothing.
 
     `methods` are those of the role's methods that it may call, `datasets` what it may read, `executables` what it may
-    run as a job although it is of another facility.
+    run as a job although it is of another facility, `placements` where.
     """
 
     role: Role
@@ -59,6 +60,7 @@ class Grant:
     methods: Patterns = ANYTHING
     datasets: Patterns = NOTHING
     executables: Patterns = NOTHING
+    placements: Placements = ANYWHERE
 
     def runs(self, executable: str, *, module: bool = False) -> bool:
         """Whether it may have a program run as a job: an absolute path, or the name of a Python module.
@@ -120,6 +122,7 @@ class Rule:
     methods: Patterns = ANYTHING
     datasets: Patterns | None = None
     executables: Patterns = NOTHING
+    placements: Placements = ANYWHERE
 
     @classmethod
     def of(cls, entry: RuleEntry) -> Rule:
@@ -131,6 +134,7 @@ class Rule:
             ANYTHING if entry.methods is None else Patterns.of(*entry.methods),
             None if entry.datasets is None else Patterns.of(*entry.datasets),
             Patterns.of(*entry.executables),
+            Placements.of(entry.placement),
         )
 
 
@@ -205,7 +209,7 @@ class Policy:
         if rule is None or rule.deny or role is None:
             _refuse(identity, rule)
         datasets = rule.datasets if rule.datasets is not None else ANYTHING if own else NOTHING
-        return Grant(role, rule.name, rule.methods, datasets, rule.executables)
+        return Grant(role, rule.name, rule.methods, datasets, rule.executables, rule.placements)
 
     def rule_of(self, identity: SpiffeId) -> Rule | None:
         """The first rule whose patterns a member matches."""
@@ -261,6 +265,30 @@ def check_quota(policy: Policy, quota: str, owner: str, owners: Iterable[str]) -
             quota=quota,
             retry_after=10.0,
         )
+
+
+def check_place(policy: Policy, identity: str, place: Place, fields: Mapping[str, str]) -> None:
+    """Let a member have something run somewhere, or raise POLICY_REFUSED naming the fields that go beyond its rule.
+
+    `fields` are the names that those of Place have in the request: of the whole, under `place`, and of the number of
+    processes, under `processes`.
+    """
+    grant = policy.grant(SpiffeId.parse(identity))
+    beyond = grant.placements.beyond(place)
+    if not beyond:
+        return
+    named = [fields["processes"] if each == "processes" else f"{fields['place']}.{each}" for each in beyond]
+    what = f"with {place.processes} processes on {place}" if beyond == ["processes"] else f"on {place}"
+    why = (
+        f"the rule {grant.rule!r} of the policy here does not let {identity} have anything run {what}; where it may: "
+        f"{grant.placements}; an operator of this facility can change that in {FILE_NAME}"
+    )
+    raise BeamwireError(
+        Reason.POLICY_REFUSED,
+        why,
+        metadata={"identity": identity, "rule": grant.rule, "field": named[0], "check": "policy"},
+        violations=[FieldViolation(name, why) for name in dict.fromkeys(named)],
+    )
 
 
 class PolicySource(Protocol):

@@ -62,6 +62,12 @@ def _check_executable(text: str) -> str:
     return text
 
 
+def _check_word(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_.,@+:*-]*", text):
+        raise ValueError(f"{text!r} is no pattern of names such as main or short-*")
+    return text
+
+
 def _some(identities: tuple[str, ...]) -> tuple[str, ...]:
     if not identities:
         raise ValueError("must name somebody")
@@ -75,6 +81,20 @@ DatasetPattern = Annotated[str, AfterValidator(_check_dataset)]
 ExecutablePattern = Annotated[str, AfterValidator(_check_executable)]
 
 
+WordPattern = Annotated[str, AfterValidator(_check_word)]
+
+
+class PlacementEntry(Section):
+    """`[[rule.placement]]`: one place where a rule lets members have something run."""
+
+    backends: tuple[WordPattern, ...] = Field(min_length=1)
+    queues: tuple[WordPattern, ...] | None = None
+    accounts: tuple[WordPattern, ...] | None = None
+    reservations: tuple[WordPattern, ...] | None = None
+    attributes: tuple[str, ...] | None = None
+    processes: int | None = Field(default=None, ge=1)
+
+
 class RuleEntry(Section):
     """`[[rule]]`: what some members may do. The first that matches a member counts, and no other."""
 
@@ -84,11 +104,13 @@ class RuleEntry(Section):
     methods: tuple[MethodPattern, ...] | None = None
     datasets: tuple[DatasetPattern, ...] | None = None
     executables: tuple[ExecutablePattern, ...] = ()
+    placement: tuple[PlacementEntry, ...] | None = None
 
     @model_validator(mode="after")
     def _denies_all(self) -> RuleEntry:
-        if self.deny and (self.methods is not None or self.datasets is not None or self.executables):
-            raise ValueError("a rule with deny = true refuses everything: methods, datasets, executables have no place")
+        said = {"methods", "datasets", "executables", "placement"} & self.model_fields_set
+        if self.deny and said:
+            raise ValueError(f"a rule with deny = true refuses everything: {', '.join(sorted(said))} has no place")
         return self
 
 

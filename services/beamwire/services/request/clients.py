@@ -22,7 +22,7 @@ from beamwire.job.v1 import job_service_pb2_grpc as job_grpc
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 from beamwire.mesh.failure import Failure
 from beamwire.mesh.identity.ids import Role, SpiffeId
-from beamwire.mesh.rpc.convert import from_losses, to_duration
+from beamwire.mesh.rpc.convert import from_duration, from_losses, to_duration
 from beamwire.mesh.rpc.status import from_status
 from beamwire.services.request.model import (
     BufferAccount,
@@ -195,6 +195,12 @@ class JobClient:
             await self._stub.CreateJob(request)
         except BeamwireError as error:
             raise _as_asked(error) from error
+
+    async def queue_wait(self, record: TransferRecord) -> tuple[timedelta | None, str]:
+        """Ask how long the transfer's streamer would wait to be started."""
+        job = self._request(record, "").job
+        answer = await self._stub.EstimateQueue(job_pb.EstimateQueueRequest(spec=job.spec, owner=job.owner))
+        return from_duration(answer.queue_duration) if answer.HasField("queue_duration") else None, answer.detail
 
     async def create_check(self, record: TransferRecord, job: str) -> None:
         """Create the job that checks the transfer's dataset; it agrees beforehand to what it is going to read."""

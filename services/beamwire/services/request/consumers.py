@@ -10,6 +10,8 @@ from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 from beamwire.mesh.failure import Failure
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import to_the_end
+from beamwire.services.request.ending import ended
+from beamwire.services.request.health import Watchman
 from beamwire.services.request.model import ConsumerJob, TransferRecord
 from beamwire.services.request.ports import ConsumerPort
 
@@ -67,10 +69,19 @@ class Consumers:
             # The first is the cause; the group had ended the others when it came.
             raise failures.exceptions[0] from None
 
-    async def end(self, record: TransferRecord) -> None:
-        """End the jobs that may run; one that cannot be reached keeps no other from being ended."""
+    async def end(self, record: TransferRecord, watchman: Watchman) -> None:
+        """End the jobs that may run; one that cannot be reached keeps no other from being ended.
+
+        Those of this facility are waited for. Another facility may be away for good, or believed no more: a job there
+        has a limit of its own.
+        """
         asked = [consumer for consumer in record.consumer_jobs if consumer.asked]
-        await asyncio.gather(*map(self._end_one, asked))
+        await asyncio.gather(
+            *(
+                self._end_elsewhere(c) if c.trust_domain else ended(c.job, partial(self._stop, c), watchman)
+                for c in asked
+            )
+        )
 
     async def _follow_one(self, index: int, consumer: ConsumerJob) -> None:
         try:
@@ -85,13 +96,16 @@ class Consumers:
             raise _refused(index, consumer, error) from error
         raise BeamwireError(Reason.CANCELLED, f"{_words(consumer)} went away before it had ended")
 
-    async def _end_one(self, consumer: ConsumerJob) -> None:
+    async def _stop(self, consumer: ConsumerJob) -> None:
+        await self._facilities.cancel(consumer)
+        async for view in self._facilities.watch(consumer):
+            if view.ended:
+                return
+
+    async def _end_elsewhere(self, consumer: ConsumerJob) -> None:
         try:
             async with asyncio.timeout(ENDING_TIMEOUT):
-                await self._facilities.cancel(consumer)
-                async for view in self._facilities.watch(consumer):
-                    if view.ended:
-                        return
+                await self._stop(consumer)
         except BeamwireError as error:
             if error.reason not in (Reason.RESOURCE_NOT_FOUND, Reason.NOT_OWNER):
                 log.warning("%s could not be ended: %s", _words(consumer), error)

@@ -7,7 +7,8 @@ from datetime import UTC, datetime, timedelta
 from beamwire.mesh.drivers import Drivers
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.identity.ids import SpiffeId
-from beamwire.mesh.policy import PolicySource, check_quota
+from beamwire.mesh.placements import Place
+from beamwire.mesh.policy import PolicySource, check_place, check_quota
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
 from beamwire.services.request.consumers import Consumers
@@ -15,12 +16,15 @@ from beamwire.services.request.content import content_sha256
 from beamwire.services.request.contract import check_contract, hold_to
 from beamwire.services.request.datasets import Datasets, Reader
 from beamwire.services.request.life import cancelled, noted
-from beamwire.services.request.model import TRANSFER_STATES, Rights, TransferRecord, TransferState
+from beamwire.services.request.model import TRANSFER_STATES, TransferRecord, TransferState
 from beamwire.services.request.ports import BufferPort, ConsumerPort, Fitness, JobPort, Preflight
 from beamwire.services.request.quotas import Limits, check_owner, check_request
 from beamwire.services.request.remote import RemoteCheck
 from beamwire.services.request.reuse import Reuse
+from beamwire.services.request.rights import PresentRights, rights_of
 from beamwire.services.request.saga import Saga
+
+_PLACE_FIELDS = {"place": "transfer.streamer_placement", "processes": "transfer.process_count"}
 
 
 class Transfers:
@@ -52,15 +56,16 @@ class Transfers:
     ) -> None:
         self._store = store
         self._buffers = buffers
-        self._jobs = jobs
+        self.jobs = jobs
         self._preflight = preflight
         self._limits = limits
         self._datasets = datasets
         self._policy = policy
         self._consumers = Consumers(store, consumers)
         self.reuse = Reuse(store, buffers)
-        remote = RemoteCheck(store, jobs, preflight, datasets)
-        saga = Saga(store, buffers, jobs, self._consumers, remote, self.reuse)
+        rights = PresentRights(store, policy, datasets, preflight, jobs)
+        remote = RemoteCheck(store, jobs, preflight, datasets, rights)
+        saga = Saga(store, buffers, jobs, self._consumers, remote, self.reuse, rights)
         self.drivers = Drivers(store, runner, saga.drive, TRANSFER_STATES.terminal)
 
     async def check(self, record: TransferRecord, reader: Reader) -> Fitness:
@@ -79,11 +84,12 @@ class Transfers:
     async def check_parts(self, record: TransferRecord) -> None:
         """Raise BeamwireError naming the field if something but the dataset is wrong with a request."""
         check_request(record, self._limits)
+        check_place(self._policy.current, record.owner, _place(record), _PLACE_FIELDS)
         if record.contract is not None:
             check_contract(record.contract)
         await self._buffers.check(record)
         if record.placement or record.resources:
-            await self._jobs.check(record)
+            await self.jobs.check(record)
         await self._consumers.check(record)
 
     async def look(self, record: TransferRecord, reader: Reader, *, measure: bool = False) -> Fitness:
@@ -102,7 +108,7 @@ class Transfers:
             "expected_event_count": fitness.expected_event_count,
             "events_per_second": fitness.events_per_second,
             "content_sha256": content_sha256(fitness.content),
-            "rights": Rights(identity=reader.identity, rule=reader.rule, datasets=reader.datasets.texts),
+            "rights": rights_of(reader),
             **noted(record, "stored"),
         }
         async with self._store.db.exclusive(f"admission of {self._sharers(record.owner)}"):
@@ -166,6 +172,13 @@ class Transfers:
         active = await self._store.unfinished(TRANSFER_STATES.terminal)
         check_owner(record, active, self._limits)
         check_quota(self._policy.current, "active_transfers", record.owner, (r.owner for r in active))
+
+
+def _place(record: TransferRecord) -> Place:
+    named = {field: str(record.placement.get(field, "")) for field in ("backend", "queue", "account", "reservation")}
+    attributes = record.placement.get("attributes")
+    said = {name: str(value) for name, value in attributes.items()} if isinstance(attributes, dict) else {}
+    return Place(**named, attributes=said, processes=record.process_count)
 
 
 def _contents(record: TransferRecord) -> tuple[object, ...]:

@@ -13,7 +13,7 @@ from beamwire.services.request.contract import mismatches
 from beamwire.services.request.datasets import Reader
 from beamwire.services.request.domain import Transfers
 from beamwire.services.request.model import TransferRecord, TransferState
-from beamwire.services.request.ports import Fitness
+from beamwire.services.request.ports import Fitness, JobPort
 from beamwire.services.request.quotas import DEFAULT_CAPACITY_BYTES
 from beamwire.services.request.reuse import may_be_served
 
@@ -50,11 +50,13 @@ class Estimates:
     Args:
         transfers: checks requests.
         store: where earlier transfers are.
+        jobs: the Job service, which asks backends for their queues.
     """
 
-    def __init__(self, transfers: Transfers, store: Store[TransferRecord]) -> None:
+    def __init__(self, transfers: Transfers, store: Store[TransferRecord], jobs: JobPort) -> None:
         self._transfers = transfers
         self._store = store
+        self._jobs = jobs
 
     async def estimate(self, record: TransferRecord, reader: Reader) -> Estimate:
         """Return what a request would give; raise BeamwireError naming the field that is wrong with it."""
@@ -70,15 +72,17 @@ class Estimates:
         rate = await self._earlier_rate(record) or fitness.events_per_second
         events = fitness.expected_event_count
         streaming = timedelta(seconds=events / (rate * record.process_count)) if events and rate else None
-        queue = None if record.backend else timedelta(0)
+        queue = await self._queue(record, warnings)
         lease = timedelta(seconds=record.lease)
         sufficient = (streaming or timedelta(0)) + (queue or timedelta(0)) <= lease
         earlier = await self._transfers.reuse.find(record)
         warnings += await self._limits(record)
         warnings += _of_buffer(record, fitness)
-        if streaming is not None and not sufficient:
+        if not sufficient:
+            waits = f" after a wait of {queue} in the queue" if queue else ""
             warnings.append(
-                f"the lease of {lease} ends before the streaming, which takes about {streaming}; ask for more"
+                f"the lease of {lease} ends before the streaming, which takes about {streaming or 'some time'}{waits}; "
+                "ask for more"
             )
         if earlier is not None and not record.reuse:
             warnings.append(f"{earlier.name} holds the same events still; with reuse they come from there at once")
@@ -108,6 +112,14 @@ class Estimates:
                 "it is checked when the transfer has begun"
             )
             return Fitness(0, 0)
+
+    async def _queue(self, record: TransferRecord, warnings: list[str]) -> timedelta | None:
+        if not record.backend:
+            return timedelta(0)
+        wait, why = await self._jobs.queue_wait(record)
+        if wait is None:
+            warnings.append(f"how long the streamer would wait on the backend {record.backend} is not known: {why}")
+        return wait
 
     async def _earlier_rate(self, record: TransferRecord) -> float:
         """Return the events per second that each process made in earlier transfers of the same content; 0 if none."""

@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from statistics import median
 from typing import Final
 
+from beamwire.services.request.life import how_it_ends
 from beamwire.services.request.model import Issue, TransferRecord
 from beamwire.services.request.ports import BufferView, JobView
 
@@ -35,6 +36,9 @@ TYPES: Final = {
     "JOB_QUEUED": Kind(INFO, "job", "The streamer waits to be started; the scheduler's reason is told."),
     "CACHE_RESTARTED": Kind(INFO, "cache", "A cache process died and was started again; its events are still there."),
     "DELIVERY_REPEATED": Kind(INFO, "consumers", "Events went to a consumer again: one died, or was too slow."),
+    "ENDING_LATE": Kind(
+        WARNING, "transfer", "It is to end, and a part of it has not yet; the transfer waits for that."
+    ),
     "LEASE_ENDING": Kind(WARNING, "transfer", "Less than a tenth of the lease, or less than five minutes, is left."),
 }
 
@@ -61,12 +65,14 @@ def utcnow() -> datetime:
 class Watchman:
     """Sees the buffer and the streamer of one transfer, and says what is wrong.
 
-    `buffer` and `job` are what was seen of them last.
+    `buffer` and `job` are what was seen of them last. `unended` are the parts of a transfer that should have ended, and
+    why they have not.
     """
 
     buffer: BufferView | None = None
     job: JobView | None = None
     now: Now = utcnow
+    unended: dict[str, str] = field(default_factory=dict[str, str])
     _since: dict[str, datetime] = field(default_factory=dict[str, datetime])
     _counts: dict[str, int] = field(default_factory=dict[str, int])
     _grown: dict[str, datetime] = field(default_factory=dict[str, datetime])
@@ -90,6 +96,9 @@ class Watchman:
 
     def _found(self, record: TransferRecord, now: datetime) -> Iterator[tuple[str, tuple[str, timedelta]]]:
         """Yield what seems to be wrong, with what to say of it and how long it may be so before it is said."""
+        if self.unended:
+            parts = "; ".join(f"{part} has not ended: {why}" for part, why in sorted(self.unended.items()))
+            yield "ENDING_LATE", (f"{parts}; it is tried again until it has", timedelta(0))
         if self.job is not None and self.job.state in ("NEW", "HELD", "QUEUED"):
             reason = f": {self.job.state_reason}" if self.job.state_reason else ""
             yield "JOB_QUEUED", (f"the streamer is {self.job.state.lower()}{reason}", PATIENCE)
@@ -97,7 +106,7 @@ class Watchman:
             yield from self._of_flow(record, self.buffer)
             yield from self._of_events(self.buffer, now)
         left = record.expire_time - now
-        if left < lease_warning(record.expire_time - record.create_time):
+        if how_it_ends(record) is None and left < lease_warning(record.expire_time - record.create_time):
             yield (
                 "LEASE_ENDING",
                 (f"the lease ends at {record.expire_time:%H:%M:%S} UTC; {_extend(record)}", timedelta(0)),

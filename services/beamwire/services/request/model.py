@@ -44,7 +44,8 @@ TRANSFER_STATES = StateMachine(
         TransferState.PROVISIONING: {TransferState.STREAMING, *_ENDINGS},
         TransferState.STREAMING: {TransferState.DRAINING, *_ENDINGS},
         TransferState.DRAINING: {TransferState.SUCCEEDED, *_ENDINGS},
-        TransferState.CANCELLING: {TransferState.CANCELLED, TransferState.FAILED},
+        # However long it takes: what it leaves behind nobody else would end.
+        TransferState.CANCELLING: {TransferState.CANCELLED},
         TransferState.SUCCEEDED: set(),
         TransferState.CANCELLED: set(),
         TransferState.FAILED: set(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Protocol
 
 from pydantic import JsonValue
@@ -122,6 +123,13 @@ class JobPort(Protocol):
 
     async def check(self, record: TransferRecord) -> None:
         """Raise BeamwireError with the field at fault if the transfer's streamer could not be run."""
+        ...
+
+    async def queue_wait(self, record: TransferRecord) -> tuple[timedelta | None, str]:
+        """Return how long the transfer's streamer would wait to be started; None, and why, if its backend cannot tell.
+
+        Does not wait out an unreachable service.
+        """
         ...
 
     async def create_check(self, record: TransferRecord, job: str) -> None:

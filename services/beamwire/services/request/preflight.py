@@ -9,13 +9,14 @@ import sys
 from asyncio.subprocess import Process
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import JsonValue
 
 from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason, invalid_field
+from beamwire.mesh.spares import PipedSpare, Spares
+from beamwire.mesh.warm import order_of
 from beamwire.services.request.datasets import Dataset
 from beamwire.services.request.ports import Fitness, SentArray
 
@@ -33,7 +34,14 @@ class StreamerCheck:
     service, and because it is what the job will run.
     """
 
-    def __init__(self, *, timeout: float = 30.0, command: tuple[str, ...] = COMMAND) -> None:
+    def __init__(
+        self,
+        *,
+        timeout: float = 30.0,
+        command: tuple[str, ...] = COMMAND,
+        spares: Spares[PipedSpare] | None = None,
+    ) -> None:
+        self._spares = spares
         self._timeout = timeout
         self._room = asyncio.Semaphore(os.cpu_count() or 1)
         self._command = command
@@ -86,15 +94,7 @@ class StreamerCheck:
     async def _run(
         self, config: Mapping[str, JsonValue], told: _Told, allow: _Allow | None = None, more: Sequence[str] = ()
     ) -> tuple[bytes, bytes, int | None]:
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            *more,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            cwd=Path("/"),
-            limit=MOST_LINE_BYTES,
-        )
+        process = await self._start([*self._command, *more])
         try:
             async with asyncio.timeout(self._timeout):
                 out, err = await _converse(process, config, told, allow)
@@ -107,6 +107,21 @@ class StreamerCheck:
                 process.kill()
                 await process.wait()
         return out, err, process.returncode
+
+    async def _start(self, command: Sequence[str]) -> Process:
+        spare = self._spares.take(command, os.environ) if self._spares is not None else None
+        if spare is not None:
+            assert spare.process.stdin is not None
+            spare.process.stdin.write(order_of(command, os.environ, "/"))
+            return spare.process
+        return await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            cwd="/",
+            limit=MOST_LINE_BYTES,
+        )
 
 
 class _ToldError(Exception):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from beamwire.mesh import telemetry
 from beamwire.mesh.claims import ClaimLost
@@ -22,6 +22,7 @@ from beamwire.mesh.failure import Failure, as_error
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import to_the_end
 from beamwire.services.request.consumers import Consumers
+from beamwire.services.request.ending import ended
 from beamwire.services.request.health import Watchman
 from beamwire.services.request.life import doomed, how_it_ends, to
 from beamwire.services.request.model import Ending, TransferRecord, TransferState
@@ -29,14 +30,13 @@ from beamwire.services.request.ports import BufferPort, BufferView, JobPort, Job
 from beamwire.services.request.receipt import imbalances, in_words, receipt_of, unwanted_losses
 from beamwire.services.request.remote import RemoteCheck
 from beamwire.services.request.reuse import Reuse
-
-T = TypeVar("T")
+from beamwire.services.request.rights import PresentRights
 
 log = logging.getLogger(__name__)
 
 # After the streamer has ended well, its last frames are on their way to the cache for a moment.
 SETTLE_TIMEOUT = 15.0
-# What ends a transfer early must itself come to an end.
+# After its stream has ended a streamer has nothing more to do.
 ENDING_TIMEOUT = 60.0
 CREATE_PATIENCE = 10.0
 # Between two looks at what is wrong.
@@ -53,6 +53,7 @@ class Saga:
         consumers: the consumer jobs.
         remote: checks datasets where the streamer will run.
         reuse: finds kept buffers that hold what is asked for.
+        rights: holds transfers to the policy as it is now.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Saga:
         consumers: Consumers,
         remote: RemoteCheck,
         reuse: Reuse,
+        rights: PresentRights,
     ) -> None:
         self._store = store
         self._buffers = buffers
@@ -70,6 +72,7 @@ class Saga:
         self._consumers = consumers
         self._remote = remote
         self._reuse = reuse
+        self._rights = rights
 
     async def drive(self, name: str) -> None:
         """Bring one transfer to its end."""
@@ -154,12 +157,15 @@ class Saga:
         if record.backend and not record.served_from:
             # How many events there are now, which decides whose buffer holds the same, is known there alone.
             record = await self._remote.check(record, watchman)
+        # It may have waited long, for whoever drives it or in a queue.
+        await self._rights.look(record)
         if (served := await self._reuse.provide(record)) is not None:
             return served
         # A cancelled creation may come about all the same: what ends the transfer must find it.
         await to_the_end(self._buffers.create(record), CREATE_PATIENCE)
         view = await self._ready(record.buffer)
         await self._consumers.place(record.name, view.connect_string)
+        await self._rights.look(await self._store.require(record.name))
         await to_the_end(self._jobs.create(record, view.connect_string), CREATE_PATIENCE)
         streaming = {"connect_string": view.connect_string, "capacity_bytes": view.capacity_bytes}
         reason = "the buffer is ready and the streamer is given to its backend"
@@ -211,9 +217,9 @@ class Saga:
                 await asyncio.wait({job}, timeout=ENDING_TIMEOUT)
                 if not job.done():
                     raise BeamwireError(Reason.PRODUCER_FAILED, "the streamer did not end after its stream had ended")
-            ended = await job
-            if ended.state != "COMPLETED":
-                raise _error(ended.error, Reason.PRODUCER_FAILED, "the streamer was cancelled from outside")
+            last = await job
+            if last.state != "COMPLETED":
+                raise _error(last.error, Reason.PRODUCER_FAILED, "the streamer was cancelled from outside")
             if (await self._store.require(name)).state == TransferState.STREAMING:
                 reason = "the streamer has ended well; the consumers take what is left"
                 await self._store.change(name, lambda r: to(r, TransferState.DRAINING, reason))
@@ -249,6 +255,9 @@ class Saga:
     async def _show(self, name: str, view: BufferView, watchman: Watchman) -> None:
         watchman.buffer = view
         record = await self._store.require(name)
+        if view.connect_string and view.connect_string != record.connect_string:
+            # A cache was started again on another node, or without what it held.
+            record = await self._store.change(name, lambda _: {"connect_string": view.connect_string})
         seen = {"account": view.account, "health_issues": watchman.issues(record)}
         self._store.publish(record.model_copy(update=seen))
 
@@ -275,13 +284,21 @@ class Saga:
         await self._store.change(name, lambda r: {**to(r, TransferState.SUCCEEDED, reason), **ended})
 
     async def _end_early(self, record: TransferRecord, how: Ending) -> None:
-        """Tell the consumers, stop the streamer, wait for both to end, and keep the account."""
+        """Tell the consumers, stop the streamer, wait until both have ended, and keep the account.
+
+        However long that takes: what a transfer leaves behind nobody else would end before its own limit of time.
+        """
         detail = how.error.message if how.error else "the transfer was cancelled"
-        view, *_ = await asyncio.gather(
-            _ending(self._stop_buffer(record, how.cause, detail), record.buffer),
-            *(_ending(self._stop_job(job), job) for job in (record.job, record.check_job) if job),
-            self._consumers.end(record),
-        )
+        watchman = Watchman()
+        looks = asyncio.create_task(self._look(record.name, watchman))
+        try:
+            view, *_ = await asyncio.gather(
+                ended(record.buffer, partial(self._stop_buffer, record, how.cause, detail), watchman),
+                *(ended(job, partial(self._stop_job, job), watchman) for job in (record.job, record.check_job) if job),
+                self._consumers.end(record, watchman),
+            )
+        finally:
+            await _reap(looks)
         changes: dict[str, object] = {}
         if view:
             # A streamer that was told to end may have said so before the buffer heard why.
@@ -303,22 +320,6 @@ class Saga:
     async def _stop_job(self, job: str) -> None:
         await self._jobs.cancel(job)
         await self._job_end(job)
-
-
-async def _ending(stop: Coroutine[Any, Any, T], name: str) -> T | None:
-    """Return what stopping something gave; None if it never was, or did not end within a bound, which is logged.
-
-    What one part does must not keep the other from being stopped, nor the transfer from ending.
-    """
-    try:
-        async with asyncio.timeout(ENDING_TIMEOUT):
-            return await stop
-    except BeamwireError as error:
-        if error.reason is not Reason.RESOURCE_NOT_FOUND:
-            log.exception("%s could not be stopped", name)
-    except Exception:
-        log.exception("%s could not be stopped", name)
-    return None
 
 
 def _error(kept: Failure | None, reason: Reason, message: str) -> BeamwireError:

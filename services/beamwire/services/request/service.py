@@ -47,7 +47,7 @@ class RequestService(pb_grpc.RequestServiceServicer):
         retention: timedelta,
     ) -> None:
         self._transfers = transfers
-        self._estimates = Estimates(transfers, store)
+        self._estimates = Estimates(transfers, store, transfers.jobs)
         self._trust_domain = trust_domain
         self._store = store
         self._pager = pager
