@@ -489,3 +489,16 @@ def test_consumers_that_come_and_go_take_no_room(peers: MakePeers) -> None:
 
 def key(delivery: Delivery) -> list[tuple[int, int]]:
     return [] if delivery.slot is None else [(delivery.slot.producer, delivery.slot.sequence)]
+
+
+def test_who_watches_hears_of_a_seal_that_could_not_be_noted(peers: MakePeers, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Journal, **fact: object) -> None:
+        raise OSError(errno.ENOSPC, "there is no room")
+
+    p = peers()
+    heard: list[bool] = []
+    monkeypatch.setattr(p.relay, "_on_change", heard.append)
+    monkeypatch.setattr(Journal, "note", full)
+    with pytest.raises(OSError, match="no room"):
+        p.relay.seal(account_pb2.END_CAUSE_CANCELLED, "nobody wants it")
+    assert (p.relay.state, heard) == ("ENDED", [True])

@@ -200,15 +200,16 @@ class CacheControl:
         """Nothing is left open between calls."""
 
     async def _ask(self, question: dict[str, Any]) -> bytes:
-        reader, writer = await self._open()
         try:
-            writer.write(_line(question))
             async with asyncio.timeout(_ANSWER_TIMEOUT):
-                answer = await self._read_line(reader)
-        except OSError as error:
-            raise self._failed(str(error)) from error
-        finally:
-            writer.close()
+                reader, writer = await self._open()
+                try:
+                    writer.write(_line(question))
+                    answer = await self._read_line(reader)
+                finally:
+                    writer.close()
+        except TimeoutError as error:
+            raise self._failed(f"it says nothing for {_ANSWER_TIMEOUT:g} s") from error
         if not answer:
             raise self._failed("it closed the control connection")
         return answer

@@ -9,7 +9,6 @@ from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 
 from beamwire.mesh import telemetry
-from beamwire.mesh.claims import ClaimLost
 from beamwire.mesh.drivers import Drivers, Interrupted, unless
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.failure import Failure
@@ -29,7 +28,7 @@ from beamwire.services.buffer.model import (
     Seal,
     Shard,
 )
-from beamwire.services.buffer.placement import GROUP, GROUP_NAMES, Placement
+from beamwire.services.buffer.placement import GROUP, GROUP_NAMES, Placement, check_policy
 from beamwire.services.buffer.sites import Sites
 
 log = logging.getLogger(__name__)
@@ -42,6 +41,8 @@ TICKET_KEY_BYTES = 32
 MOST_ADDED = 8
 # How long the deletion of a buffer that runs may take, in seconds.
 DELETE_TIMEOUT = 60.0
+# What says nothing about a buffer: the database or another service is away, or another replica drives it.
+_PASSING = (Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.OVERLOADED)
 
 
 class Buffers:
@@ -83,8 +84,9 @@ class Buffers:
         """Keep what is driven here, and take up what no replica drives any more, until cancelled."""
         await self._drivers.run()
 
-    async def check(self, spec: BufferSpec) -> None:
+    async def check(self, spec: BufferSpec, owner: str) -> None:
         """Raise BeamwireError naming what is wrong with a specification, or what this release does not do."""
+        check_policy(spec, owner, self._policy.current)
         self._placement.check(spec)
         await self._sites.check(spec)
 
@@ -92,6 +94,7 @@ class Buffers:
         """Store a buffer and begin to drive it; a buffer of that name with the same contents is returned as it is."""
         self._placement.check(spec)
         if not spec.local and await self._store.get(name) is None:
+            check_policy(spec, owner, self._policy.current)
             await self._sites.check(spec)
         now = datetime.now(UTC)
         record = BufferRecord(
@@ -109,7 +112,8 @@ class Buffers:
             traceparent=telemetry.current_traceparent(),
         )
         async with self._store.db.exclusive("admission"):
-            if not transfer:
+            # One that is asked for again, its answer lost, is there already.
+            if not transfer and await self._store.get(name) is None:
                 await self._admit(owner)
             record = await self._store.add(record, lambda r: (r.spec, r.owner, r.transfer))
         self._drivers.keep(record)
@@ -204,6 +208,10 @@ class Buffers:
         await self._sites.discard(record)
         await self._store.delete(record.name)
 
+    def drives(self, name: str) -> bool:
+        """Whether a buffer is driven here, or has ended and lingers."""
+        return name in self._driven
+
     # Whom the caches believe.
 
     def believe(self, trust: Trust) -> None:
@@ -222,7 +230,13 @@ class Buffers:
 
     async def _drive(self, name: str) -> None:
         """Bring one buffer from the state it is in to its end, or to nothing once its deletion is wanted."""
-        record = await self._store.require(name)
+        record = await self._store.get(name)
+        if record is None:
+            return
+        if _ended(record):
+            # What is left of it could not be removed when it ended.
+            await self._sites.discard(record)
+            return
         try:
             await unless(self._store, name, _to_be_deleted, self._to_its_end(name))
         except Interrupted:
@@ -248,10 +262,10 @@ class Buffers:
             _raise_if_failing(record)
             await driver.run()
             await self._linger(record)
-        except ClaimLost:
-            # Another replica drives it now; it has not failed.
-            raise
         except Exception as error:
+            if isinstance(error, BeamwireError) and error.reason in _PASSING:
+                # It is driven again, here or by the replica that has taken it over.
+                raise
             if not isinstance(error, BeamwireError | OSError):
                 log.exception("%s met a fault", name)
             await self._fail(name, driver, Failure.of(error))

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.placements import Place
+from beamwire.mesh.policy import Policy, check_place
 from beamwire.mesh.stream.connect import Transport
 from beamwire.services.buffer.model import DEFAULT_GROUP, AddedGroup, BufferRecord, BufferSpec
 
@@ -136,6 +138,13 @@ class Placement:
         """Raise INVALID_FIELD if nothing may live for so long."""
         if not 0 < seconds <= self.lease.total_seconds():
             raise invalid_field(field, f"must be positive and at most {self.lease}")
+
+
+def check_policy(spec: BufferSpec, owner: str, policy: Policy) -> None:
+    """Raise POLICY_REFUSED for caches that may not run where they are to run; on this host they may for everybody."""
+    if not spec.local:
+        place = Place(**spec.place.model_dump(), processes=spec.shard_count)
+        check_place(policy, owner, place, {"place": "buffer.spec.placement", "processes": "buffer.spec.shard_count"})
 
 
 def _check_groups(spec: BufferSpec) -> None:

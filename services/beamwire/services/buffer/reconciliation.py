@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError
-from beamwire.mesh.replicas import this_host
 from beamwire.mesh.store import Store
 from beamwire.services.buffer.domain import LINGER, Buffers
 from beamwire.services.buffer.model import BUFFER_STATES, BufferRecord, BufferState, Seal
@@ -19,8 +18,9 @@ from beamwire.services.buffer.sites import Sites
 
 log = logging.getLogger(__name__)
 
-# Seconds between two looks. At the first the other services, often of the same process, do not answer yet.
-SECOND_LOOK = 5.0
+# Seconds from one look to the next. At the first the other services, often of the same process, do not answer yet, and
+# what whoever served before had just ended still lingers.
+FIRST_PAUSES = (0.5, 0.5, 1.0, 3.0)
 PERIOD = 60.0
 # So long after its end a transfer still sees to its buffer itself.
 TRANSFER_PATIENCE = timedelta(minutes=2)
@@ -62,16 +62,23 @@ class Found:
         return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
-async def survey(store: Store[BufferRecord], sites: Sites, transfers: TransferPort | None = None) -> Found:
-    """Look, and change nothing."""
+async def survey(
+    store: Store[BufferRecord],
+    sites: Sites,
+    transfers: TransferPort | None = None,
+    drives: Callable[[str], bool] = lambda _: False,
+) -> Found:
+    """Look, and change nothing. `drives` tells which buffers are seen to here, also when they have just ended."""
     # In this order: a record is stored before anything is made for it.
     there = await asyncio.to_thread(sites.found)
     jobs = await _jobs(sites)
     unfinished = {record.name: record for record in await store.unfinished(BUFFER_STATES.terminal)}
-    here = [record for record in unfinished.values() if record.host in ("", this_host())]
+    here = [record for record in unfinished.values() if store.is_here(record)]
     local = {record.name.removeprefix("buffers/") for record in here if record.spec.local}
     ids = {record.name.removeprefix("buffers/") for record in unfinished.values()}
-    over = {buffer_id for buffer_id in {*there, *jobs.values()} - ids if not await _lingers(store, buffer_id)}
+    over = {
+        buffer_id for buffer_id in {*there, *jobs.values()} - ids if not await _is_seen_to(store, buffer_id, drives)
+    }
     return Found(
         running=tuple(name for name in sorted(local) if there.get(name)),
         restarted=tuple(name for name in sorted(local) if not there.get(name) and _has_begun(unfinished, name)),
@@ -89,10 +96,16 @@ async def _jobs(sites: Sites) -> dict[str, str]:
         return {}
 
 
-async def _lingers(store: Store[BufferRecord], buffer_id: str) -> bool:
-    """Whether a buffer has just ended: whoever drove it sees to what is left."""
+async def _is_seen_to(store: Store[BufferRecord], buffer_id: str, drives: Callable[[str], bool]) -> bool:
+    """Whether who drove a buffer that has ended removes what is left: it has just ended, or it was on another host.
+
+    Hosts may share the directory, and only there it is known whether something runs.
+    """
     record = await store.get(f"buffers/{buffer_id}")
-    return record is not None and datetime.now(UTC) - record.update_time < timedelta(seconds=2 * LINGER)
+    if record is None:
+        return False
+    lingers = datetime.now(UTC) - record.update_time < timedelta(seconds=LINGER)
+    return lingers or drives(record.name) or not store.is_here(record)
 
 
 def _has_begun(unfinished: dict[str, BufferRecord], buffer_id: str) -> bool:
@@ -137,23 +150,31 @@ class Reconciler:
 
     async def run(self) -> None:
         """Look and mend until cancelled."""
-        pause = SECOND_LOOK
+        pauses, first = iter(FIRST_PAUSES), True
         while True:
             try:
-                found = await survey(self._store, self._sites, self._transfers)
+                found = await survey(self._store, self._sites, self._transfers, self._buffers.drives)
                 await self._mend(found)
-                if pause == SECOND_LOOK or found.wrong:
+                if first or found.wrong:
                     log.info("caches: %s", found, extra={telemetry.ATTR_FOUND: asdict(found)})
                 await self._store.prune(BUFFER_STATES.terminal, self._retention)
             except (BeamwireError, OSError):
                 log.exception("what there is of caches could not be looked at; it is tried again")
-            await asyncio.sleep(pause)
-            pause = PERIOD
+            first = False
+            await asyncio.sleep(next(pauses, PERIOD))
 
     async def _mend(self, found: Found) -> None:
         for buffer_id in found.remains:
-            await self._sites.discard_local(buffer_id)
+            await _mended(f"buffers/{buffer_id}", self._sites.discard_local(buffer_id))
         for job, buffer_id in found.jobs.items():
-            await self._sites.discard_job(job, buffer_id)
+            await _mended(job, self._sites.discard_job(job, buffer_id))
         for name, seal in found.abandoned.items():
-            await self._buffers.seal(name, seal)
+            await _mended(name, self._buffers.seal(name, seal))
+
+
+async def _mended(name: str, work: Awaitable[object]) -> None:
+    """Await what mends something; a fault of that keeps nothing else from being mended, and it is found again."""
+    try:
+        await work
+    except (BeamwireError, OSError):
+        log.exception("what there is of %s could not be put in order; it is tried again", name)

@@ -77,7 +77,7 @@ class BufferService(pb_grpc.BufferServiceServicer):
         buffer_id = check_id("buffer_id", chosen, reserved=reserved)
         name = f"buffers/{buffer_id}"
         if request.validate_only:
-            await self._buffers.check(spec)
+            await self._buffers.check(spec, owner)
             return pb.Buffer(name=name, owner=owner, spec=_from_spec(spec))
         made_for = buffer_id.removeprefix(RESERVED)
         transfer = f"transfers/{made_for}" if made_for != buffer_id else ""

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.processes import Process, launch
+from beamwire.mesh.spares import ShimSpare, Spares
 from beamwire.services.buffer.cache.journal import JOURNAL_FILE
 from beamwire.services.buffer.control import CacheControl, CacheStatus
 from beamwire.services.buffer.model import BufferRecord, BufferSpec
@@ -100,6 +101,7 @@ class LocalSite:
         placement: what the facility says of caches.
         rings: where frames are.
         mint: mints a join token for the cache.
+        spares: interpreters that are kept ready for caches.
     """
 
     name: str
@@ -109,6 +111,7 @@ class LocalSite:
     placement: Placement
     rings: Rings
     mint: Minter
+    spares: Spares[ShimSpare] | None = None
     distant: bool = False
     job: str = ""
 
@@ -140,6 +143,7 @@ class LocalSite:
             env=dict(os.environ),
             cwd=self.directory,
             grace=STOP_GRACE,
+            spares=self.spares,
         )
         return LocalLife(process, restores=restores)
 
@@ -226,6 +230,7 @@ class Sites:
         trust_domain: the domain the caches are members of.
         placement: what the facility says of caches.
         mint: mints a join token for a cache.
+        spares: interpreters that are kept ready for caches.
     """
 
     def __init__(
@@ -234,11 +239,13 @@ class Sites:
         trust_domain: str,
         placement: Placement,
         mint: Minter,
+        spares: Spares[ShimSpare] | None = None,
     ) -> None:
         self._directory = directory
         self._trust_domain = trust_domain
         self._placement = placement
         self._mint = mint
+        self._spares = spares
         self.rings = Rings(directory)
         self._elsewhere: Elsewhere | None = None
 
@@ -262,7 +269,16 @@ class Sites:
         if not record.spec.local and self._elsewhere is not None:
             return self._elsewhere.site(record, number)
         directory = self._directory / record.name.removeprefix("buffers/") / f"shard-{number}"
-        return LocalSite(record.name, number, directory, self._trust_domain, self._placement, self.rings, self._mint)
+        return LocalSite(
+            record.name,
+            number,
+            directory,
+            self._trust_domain,
+            self._placement,
+            self.rings,
+            self._mint,
+            self._spares,
+        )
 
     async def discard(self, record: BufferRecord) -> None:
         """Stop the caches of a buffer, if there are any, and remove their files and rings."""

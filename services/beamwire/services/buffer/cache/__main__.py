@@ -77,10 +77,10 @@ def _credentials(config: CacheConfig, directory: Path) -> Credentials | None:
     if token_file is None or (place / CHAIN_FILE).exists():
         return Credentials.load(place)
     # Brings gRPC with it, which the cache needs for nothing else.
-    from beamwire.mesh.identity.enrollment import JoinToken, enroll
+    from beamwire.mesh.identity.enrollment import STARTING_PATIENCE, JoinToken, enroll
 
     try:
-        return enroll(JoinToken.parse(token_file.read_text()), place)
+        return enroll(JoinToken.parse(token_file.read_text()), place, patience=STARTING_PATIENCE)
     finally:
         # It can be used once; what is left of it is only a danger.
         token_file.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from beamwire.mesh.errors import BeamwireError
@@ -16,9 +17,9 @@ from beamwire.services.buffer.doors import LINE_LIMIT
 
 # Its own service, also where all services of the facility are one process.
 ALLOWED: Final = frozenset({"service/buffer", "service/facility"})
-# Strangers say nothing for so long at most, in seconds, and are so many at most.
+# Strangers say nothing for so long at most, in seconds, and are so many at most: then the oldest makes room.
 _HANDSHAKE_TIMEOUT: Final = 10.0
-_MOST_PEERS: Final = 64
+MOST_STRANGERS: Final = 64
 _ACCEPT_PAUSE: Final = 0.2
 
 _log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class ControlPort:
         self._socket.setblocking(False)
         self.port: int = self._socket.getsockname()[1]
         self._peers: set[asyncio.Task[None]] = set()
+        # Those of them that have not shown a certificate yet, the oldest first.
+        self._strangers: dict[asyncio.Task[None], None] = {}
         self._accepting = asyncio.create_task(self._accept())
 
     def close(self) -> None:
@@ -60,14 +63,24 @@ class ControlPort:
                 _log.warning("a peer at the control port could not be accepted: %s", error)
                 await asyncio.sleep(_ACCEPT_PAUSE)
                 continue
-            if len(self._peers) >= _MOST_PEERS:
-                sock.close()
-                continue
+            if len(self._strangers) >= MOST_STRANGERS:
+                oldest = next(iter(self._strangers))
+                del self._strangers[oldest]
+                oldest.cancel()
             peer = asyncio.create_task(self._serve(sock, f"{address[0]}:{address[1]}"))
             self._peers.add(peer)
-            peer.add_done_callback(self._peers.discard)
+            self._strangers[peer] = None
+            peer.add_done_callback(partial(self._gone, sock))
+
+    def _gone(self, sock: socket.socket, peer: asyncio.Task[None]) -> None:
+        self._peers.discard(peer)
+        self._strangers.pop(peer, None)
+        # One that made room may not even have begun.
+        sock.close()
 
     async def _serve(self, sock: socket.socket, address: str) -> None:
+        peer = asyncio.current_task()
+        assert peer is not None
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(LINE_LIMIT)
         protocol = asyncio.StreamReaderProtocol(reader)
@@ -78,10 +91,10 @@ class ControlPort:
                 ssl=self._credentials.server_context(),
                 ssl_handshake_timeout=_HANDSHAKE_TIMEOUT,
             )
-        except (OSError, TimeoutError) as error:
-            sock.close()
+        except OSError as error:
             self._refuse(f"{address} at the control port: {error}")
             return
+        self._strangers.pop(peer, None)
         writer = asyncio.StreamWriter(transport, protocol, reader, loop)
         try:
             why = self._objection(writer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.names import check_id
@@ -25,6 +26,8 @@ class Groups:
         self._holdings = holdings
         self._vault = vault
         self._groups: dict[str, Group] = {}
+        # No more frames will come: who has everything gets END.
+        self.ending = False
         for index, name in enumerate(config.groups):
             self._make(name, index, declared=True)
 
@@ -94,6 +97,21 @@ class Groups:
             group, _ = self._new(name, Start())
         group.members = members
         return group
+
+    def offer_end(self, group: Group) -> None:
+        """Wake the consumers of a group that has everything, if no more frames will come."""
+        if self.ending and group.drained:
+            group.wake_all()
+
+    def note_joined(self, group: Group, instance: str) -> None:
+        """A consumer is connected: the next process waits for it to come back."""
+        self._vault.journal.note(fact="joined", group=group.name, instance=instance)
+
+    def note_left(self, group: Group, instance: str) -> None:
+        """A consumer is not connected any more."""
+        # On a full disk: the next process then waits for one who will not come, for no longer than for any other.
+        with suppress(OSError):
+            self._vault.journal.note(fact="left", group=group.name, instance=instance)
 
     def confirm(self, group: Group) -> None:
         """One of its consumers has confirmed END."""

@@ -1,4 +1,4 @@
-"""The consumers' side of a cache: who gets which frame, and what happens to what is not acknowledged.
+"""The consumers' side of a cache: who gets which frame, and what they say of what they got.
 
 All of it is called with the lock of the relay held, and touches no socket.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Final
@@ -17,9 +16,10 @@ from beamwire.mesh.errors import Reason
 from beamwire.services.buffer.cache.claims import Claims
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.grouping import Groups
-from beamwire.services.buffer.cache.groups import UNBOUNDED, Delivery, Group, Limbo, Sink, Step
+from beamwire.services.buffer.cache.groups import UNBOUNDED, Delivery, Sink, Step
 from beamwire.services.buffer.cache.holdings import DELIVERED, Holdings
 from beamwire.services.buffer.cache.peers import RefusedError
+from beamwire.services.buffer.cache.returns import Returns
 from beamwire.services.buffer.cache.ring import Slot
 from beamwire.services.buffer.cache.roll import Roll
 from beamwire.services.buffer.cache.vault import Vault
@@ -49,13 +49,12 @@ class Outlet:
     def __init__(self, config: CacheConfig, holdings: Holdings, vault: Vault) -> None:
         self._config = config
         self._holdings = holdings
-        self._vault = vault
+        self._epoch = vault.epoch
         self._pushes = config.delivery == "PUSH"
-        # No more frames will come: who has everything gets END.
-        self.ending = False
         self._joined = 0
         self.roll = Roll(config.shard)
         self.groups = Groups(config, holdings, vault)
+        self.returns = Returns(holdings, self.groups)
 
     def restore(self) -> None:
         """Take up the groups of an earlier process; wait for their consumers to come back."""
@@ -94,9 +93,7 @@ class Outlet:
         if group is None or group.end is not None or self.groups.is_confirmed(group):
             return
         group.end = cause, detail
-        for limbo in group.limbo.values():
-            self._put_back(group, limbo.slots)
-        group.limbo.clear()
+        self.returns.wait_for_nobody(group)
         self._holdings.give_up(group, account_pb2.LOSS_CAUSE_UNDELIVERED)
         group.wake_all()
 
@@ -122,7 +119,7 @@ class Outlet:
             sink.instance = hello.instance
             sink.credit_messages = hello.credit.message_count or UNBOUNDED
             sink.credit_bytes = hello.credit.size_bytes or UNBOUNDED
-            self._vault.journal.note(fact="joined", group=group.name, instance=sink.instance)
+            self.groups.note_joined(group, sink.instance)
             self._take_over(sink, hello)
         group.sinks.add(sink)
         return sink, evicted
@@ -143,17 +140,12 @@ class Outlet:
         if self._pushes:
             self._resolve(sink)
         self.roll.left(sink)
-        self._abandon(sink, grace=0.0 if sink.given_up else self._config.reconnect_grace)
+        self.returns.abandon(sink, grace=0.0 if sink.given_up else self._config.reconnect_grace)
         if sink.instance and not any(other.instance == sink.instance for other in group.sinks):
-            self._note_left(group, sink.instance)
+            self.groups.note_left(group, sink.instance)
         # It may have been woken for a frame that it did not take.
         if group.waiting:
             group.wake()
-
-    def _note_left(self, group: Group, instance: str) -> None:
-        # On a full disk: the next process then waits for one who will not come, for no longer than for any other.
-        with suppress(OSError):
-            self._vault.journal.note(fact="left", group=group.name, instance=instance)
 
     def _take_over(self, sink: Sink, hello: Hello) -> None:
         """Settle what the last connection of this consumer had: its claims count, the rest is delivered again."""
@@ -162,12 +154,12 @@ class Outlet:
             # Its connection is dead, and nobody has noticed yet.
             other.leaving = True
             other.cut()
-            self._abandon(other, grace=self._config.reconnect_grace)
+            self.returns.abandon(other, grace=self._config.reconnect_grace)
         lost = group.limbo.pop(sink.instance, None)
         left = [] if lost is None else lost.slots
-        if (hello.settled or hello.held) and hello.epoch >= self._vault.epoch:
+        if (hello.settled or hello.held) and hello.epoch >= self._epoch:
             left = self._claim(sink, hello, left)
-        self._put_back(group, left)
+        self.returns.put_back(group, left)
         group.awaited.discard(sink.instance)
         if not group.awaited and group.waiting:
             group.wake()
@@ -205,7 +197,7 @@ class Outlet:
             sink.greeted = True
             return Step.HEADER
         group = sink.group
-        if self.ending and group.drained and not sink.told_end:
+        if self.groups.ending and group.drained and not sink.told_end:
             sink.told_end = True
             if sink.acknowledges:
                 sink.launch(None, time.monotonic() + self._config.frame_lease)
@@ -259,7 +251,7 @@ class Outlet:
                     self._pushed(sink, delivery.slot)
             sink.flight.clear()
             sink.flight_bytes = 0
-            self._offer_end(sink.group)
+            self.groups.offer_end(sink.group)
         for slot in slots:
             self._holdings.unpin(slot)
 
@@ -302,7 +294,7 @@ class Outlet:
             for delivery in [one for one in sink.flight if not one.end and claims.covers(*one.frame)]:
                 sink.flight.remove(delivery)
                 self._done(sink, delivery)
-        self._offer_end(sink.group)
+        self.groups.offer_end(sink.group)
 
     def _done(self, sink: Sink, delivery: Delivery) -> None:
         sink.flight_bytes -= delivery.size
@@ -311,10 +303,6 @@ class Outlet:
         elif delivery.end:
             sink.confirmed = True
             self.groups.confirm(sink.group)
-
-    def _offer_end(self, group: Group) -> None:
-        if self.ending and group.drained:
-            group.wake_all()
 
     def reject(self, sink: Sink, number: int) -> None:
         """A consumer got a delivery broken: it is delivered again if our copy is good, and lost if not."""
@@ -328,7 +316,7 @@ class Outlet:
             return
         slot.rejections += 1
         if not slot.gone and slot.rejections < _MOST_REJECTIONS and self._holdings.is_intact(slot):
-            self._put_back(sink.group, [slot])
+            self.returns.put_back(sink.group, [slot])
         else:
             self._holdings.settle(slot, sink.group, account_pb2.LOSS_CAUSE_CORRUPT)
 
@@ -344,80 +332,25 @@ class Outlet:
             sink.acknowledged_frames, sink.acknowledged_events, cause = sink.sent_frames, sink.sent_events, DELIVERED
         self._holdings.resolve(sink.sent_events, sink.sent_frames, sink.sent_bytes, sink.group, cause)
 
-    # What comes back.
+    # The end.
 
-    def _abandon(self, sink: Sink, *, grace: float) -> None:
-        """Take back what a lost consumer had; it is its own until the grace is over."""
-        slots = [delivery.slot for delivery in sink.deliveries if delivery.slot is not None]
-        sink.flight.clear()
-        sink.held.clear()
-        sink.flight_bytes = 0
-        if not slots:
-            return
-        if not grace or not sink.instance:
-            self._put_back(sink.group, slots)
-            return
-        limbo = sink.group.limbo.setdefault(sink.instance, Limbo([], 0.0))
-        limbo.slots += slots
-        limbo.deadline = time.monotonic() + grace
+    def offer_end(self) -> None:
+        """No more frames will come: who has everything gets END."""
+        self.groups.ending = True
+        self.wake_all()
 
-    def _put_back(self, group: Group, slots: Iterable[Slot]) -> None:
-        back = []
-        for slot in slots:
-            if slot.gone:
-                self._holdings.settle(slot, group, account_pb2.LOSS_CAUSE_EVICTED)
-                continue
-            if group.end is not None:
-                self._holdings.settle(slot, group, account_pb2.LOSS_CAUSE_UNDELIVERED)
-                continue
-            group.take_back(slot)
-            back.append(slot)
-        if back:
-            group.put_back(back)
-            group.wake()
-        self._offer_end(group)
-
-    def reap(self, now: float) -> None:
-        """Carry out what has come to its time: leases of deliveries, and the grace of consumers that were lost."""
+    def wake_all(self) -> None:
+        """Wake every consumer."""
         for group in self.groups:
-            for instance in [name for name, limbo in group.limbo.items() if limbo.deadline <= now]:
-                self._put_back(group, group.limbo.pop(instance).slots)
-            if group.awaited and group.awaited_until <= now:
-                lost, group.awaited = group.awaited, set()
-                group.wake_all()
-                for instance in lost:
-                    self._note_left(group, instance)
-            for sink in group.sinks:
-                if sink.acknowledges:
-                    self._reap_leases(sink, now)
-
-    def _reap_leases(self, sink: Sink, now: float) -> None:
-        for delivery in sink.held.values():
-            if delivery.deadline <= now:
-                self._expire(sink, delivery)
-        for delivery in sink.flight:
-            if delivery.deadline > now:
-                return
-            self._expire(sink, delivery)
-
-    def _expire(self, sink: Sink, delivery: Delivery) -> None:
-        if delivery.end:
-            sink.given_up = True
-            sink.cut()
-        elif delivery.slot is not None:
-            slot, delivery.slot = delivery.slot, None
-            self._put_back(sink.group, [slot])
+            group.wake_all()
 
     def drop(self, cause: int) -> None:
         """What waits for somebody will not be delivered; what is on its way still may be."""
         for group in self.groups:
-            for limbo in group.limbo.values():
-                self._put_back(group, limbo.slots)
-            group.limbo.clear()
+            self.returns.wait_for_nobody(group)
         for slot in list(self._holdings):
             self._holdings.lose(slot, cause)
-        for group in self.groups:
-            group.wake_all()
+        self.wake_all()
 
     def give_up(self) -> None:
         """Cut every consumer off."""

@@ -1,4 +1,4 @@
-"""The stream in a cache, shared by all its threads: one lock around producers, consumers, and where it is in its life.
+"""The stream in a cache, shared by all its threads: one lock around producers, consumers, and the life of the stream.
 
 Nothing here touches a socket while the lock is held, except to interrupt it.
 """
@@ -17,14 +17,15 @@ from beamwire.mesh.stream.writer import MESSAGE_LENGTH
 from beamwire.services.buffer.cache import ledger as at
 from beamwire.services.buffer.cache.config import CacheConfig
 from beamwire.services.buffer.cache.durability import Durability
-from beamwire.services.buffer.cache.ending import Seal, cut_short, end_message, ending
+from beamwire.services.buffer.cache.ending import cut_short, end_message
 from beamwire.services.buffer.cache.groups import Sink, Step
 from beamwire.services.buffer.cache.holdings import Holdings
 from beamwire.services.buffer.cache.intake import Intake, Stored
+from beamwire.services.buffer.cache.life import StreamLife
 from beamwire.services.buffer.cache.outlet import Outlet, Peer
 from beamwire.services.buffer.cache.peers import Entrance, RefusedError
 from beamwire.services.buffer.cache.ring import Slot
-from beamwire.services.buffer.cache.status import balance, flow_of, received_by_producer, to_counters
+from beamwire.services.buffer.cache.status import balance, flow_of, to_counters
 from beamwire.services.buffer.cache.vault import Vault
 from beamwire.services.buffer.control import CacheState, CacheStatus
 from beamwire.stream.v1.frame_pb2 import FrameHeader, StreamEnd
@@ -49,10 +50,7 @@ class Relay:
         self._holdings = Holdings(vault, config)
         self._outlet = Outlet(config, self._holdings, vault)
         self._intake = Intake(config, self._holdings, vault, self._lock)
-        self._state: CacheState = "READY"
-        self._seal: Seal | None = None
-        self._keeps = False
-        self._released = False
+        self._life = StreamLife(config, vault, self._holdings, self._intake, self._outlet)
         self._refused = (0, "")
         self._durability: Durability | None = None
         self._restore()
@@ -70,11 +68,7 @@ class Relay:
             self._outlet.add_group(group.name, group.consumers)
             if group.cause:
                 self._outlet.end_group(group.name, account_pb2.EndCause.Value(f"END_CAUSE_{group.cause}"), group.detail)
-        seal = self._vault.facts.seal
-        if seal is not None:
-            self._seal = Seal(seal["cause"], seal["detail"], forced=seal["cause"] != account_pb2.END_CAUSE_DONE)
-            self._intake.seal()
-        self._settle()
+        self._life.restore()
 
     # Producers' threads.
 
@@ -108,7 +102,7 @@ class Relay:
         """A HEADER came. The first one is kept for the consumers."""
         with self._lock:
             if self._intake.describe(number, message):
-                self._wake_consumers()
+                self._outlet.wake_all()
         self._on_change(False)
 
     def commit(self, slot: Slot, header: FrameHeader, entrance: Entrance) -> bool:
@@ -133,7 +127,7 @@ class Relay:
         """A producer sent END."""
         with self._lock:
             self._intake.ended(header, message, entrance)
-            changed = self._settle()
+            changed = self._life.settle()
         self._received(changed)
 
     def wait_until_stored(self, number: int, seconds: float) -> bool:
@@ -191,7 +185,7 @@ class Relay:
     def end_message(self, sink: Sink) -> bytes:
         """The END of the stream for a consumer as a message with its length in front."""
         with self._lock:
-            end, cut = self._ending(), sink.group.end
+            end, cut = self._life.ending(), sink.group.end
             return end_message(self.epoch, end if cut is None else cut_short(end, *cut))
 
     def sent(self, sink: Sink, slots: list[Slot]) -> None:
@@ -227,7 +221,7 @@ class Relay:
         """A consumer is gone; see `Outlet.leave`. One that was given up did not confirm: it was closed from here."""
         with self._lock:
             self._outlet.leave(sink, confirmed=confirmed, taken=taken)
-            changed = self._settle()
+            changed = self._life.settle()
         self._on_change(changed)
 
     def hang_up(self, sink: Sink) -> None:
@@ -247,8 +241,8 @@ class Relay:
     def reap(self) -> None:
         """Carry out what has come to its time."""
         with self._lock:
-            self._outlet.reap(time.monotonic())
-            changed = self._settle()
+            self._outlet.returns.reap(time.monotonic())
+            changed = self._life.settle()
         if changed:
             self._on_change(True)
 
@@ -265,27 +259,24 @@ class Relay:
         Only the first seal counts, but one that says DONE gives way to one that does not. Unless the cause is DONE, the
         stream ends as soon as no consumer is connected. One that is not noted does not count for the next process.
         """
-        done = cause == account_pb2.END_CAUSE_DONE
-        with self._lock:
-            superseded = self._seal is None or (self._seal.cause == account_pb2.END_CAUSE_DONE and not done)
-            if self._state in ("KEPT", "ENDED") or not superseded:
-                return
-            self._seal = Seal(cause, detail, forced=not done)
-            self._intake.seal()
-            if not (done if deliver is None else deliver):
-                self._drop()
-            changed = self._settle()
-            if note:
-                # Last: a disk that is full must not keep the stream from ending.
-                self._vault.journal.note(fact="seal", cause=cause, detail=detail)
-        self._on_change(changed)
+        changed = False
+        try:
+            with self._lock:
+                if not self._life.seal(cause, detail, deliver=deliver):
+                    return
+                changed = self._life.settle()
+                if note:
+                    # Last: a disk that is full must not keep the stream from ending.
+                    self._vault.journal.note(fact="seal", cause=cause, detail=detail)
+        finally:
+            self._on_change(changed)
 
     # Groups that come later.
 
     def add_group(self, name: str, members: frozenset[str]) -> None:
         """One more group is to have all that is kept. RefusedError if that is not all, or there are too many groups."""
         with self._lock:
-            if not self.is_whole:
+            if not self._life.is_whole:
                 raise RefusedError("what came first is gone")
             self._outlet.add_group(name, members)
         self._on_change(False)
@@ -304,24 +295,18 @@ class Relay:
     def release(self) -> None:
         """Keep nothing any longer for those who come later."""
         with self._lock:
-            self._released = True
-            changed = self._settle()
+            self._life.release()
+            changed = self._life.settle()
         self._on_change(changed)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether every frame that ever came is there, and will be; with the lock held."""
-        if not self.config.keep or self._vault.afresh:
-            return False
-        return self._holdings.is_whole(sum(frames for frames, _ in self._received_by_producer().values()))
 
     def stop(self) -> None:
         """The process is to end: take no more, deliver to the consumers that are there.
 
         What is in a file stays there: another process may go on with it.
         """
-        self._keeps = self._vault.descriptor >= 0
-        if self._state == "READY":
+        if self._vault.descriptor >= 0:
+            self._life.leave_to_the_next()
+        if self.state == "READY":
             self.seal(account_pb2.END_CAUSE_TRUNCATED, "the cache was asked to stop", deliver=True, note=False)
         with self._lock:
             nobody = not self._outlet.has_sinks
@@ -331,11 +316,8 @@ class Relay:
     def give_up(self) -> None:
         """Wait for nobody any more: what is held or not confirmed is lost."""
         with self._lock:
-            seal = self._seal or Seal(self._ending().cause, "", forced=True)
-            self._seal = Seal(seal.cause, seal.detail, forced=True)
-            self._outlet.give_up()
-            self._drop()
-            changed = self._settle()
+            self._life.give_up()
+            changed = self._life.settle()
         self._on_change(changed)
 
     def _disk_failed(self, error: OSError) -> None:
@@ -345,70 +327,33 @@ class Relay:
     @property
     def state(self) -> CacheState:
         """Where the stream is in its life."""
-        return self._state
+        return self._life.state
 
     @property
     def balance(self) -> int:
         """Events received that nobody can account for: always 0."""
         with self._lock:
-            received = self._received_by_producer()
-            return balance(self._holdings, self._outlet, received.values())
+            return balance(self._holdings, self._outlet, self._life.received().values())
 
     def status(self) -> CacheStatus:
         """Everything there is to know."""
         with self._lock:
-            ready = self._state == "READY"
-            end = StreamEnd() if ready else self._ending()
+            ready = self._life.state == "READY"
+            end = StreamEnd() if ready else self._life.ending()
             words = self._holdings.ledger.words
             return CacheStatus(
-                state=self._state,
+                state=self._life.state,
                 address=self.address,
                 epoch=self.epoch,
                 flow=flow_of(self._intake, self._outlet) if ready else "",
                 restarted=self._vault.restored,
-                whole=self.is_whole,
+                whole=self._life.is_whole,
                 end_cause=account_pb2.EndCause.Name(end.cause).removeprefix("END_CAUSE_") if end.cause else "",
                 end_detail=end.detail,
                 counters=to_counters(self._holdings, self._intake, self._outlet, self._refused),
                 first_frame_time=words[at.FIRST_TIME] * _NANOSECOND,
                 last_frame_time=words[at.LAST_TIME] * _NANOSECOND,
             )
-
-    def _ending(self) -> StreamEnd:
-        ends = {number: source.end for number, source in self._intake.sources.items()}
-        received = self._received_by_producer()
-        return ending(ends, received, self._seal, len(self.config.expected_producers))
-
-    def _received_by_producer(self) -> dict[int, tuple[int, int]]:
-        return received_by_producer(self._intake, self._holdings.ledger)
-
-    def _settle(self) -> bool:
-        """Move on to the state that the facts allow; whether it changed."""
-        before = self._state
-        if self._state == "READY" and (self._seal is not None or self._intake.all_ended):
-            self._state = "DRAINING"
-            self._outlet.ending = True
-            self._wake_consumers()
-        if self._state == "DRAINING" and not self._outlet.has_sinks:
-            forced = self._seal is not None and self._seal.forced
-            if forced:
-                self._drop()
-            if forced or self._outlet.is_done:
-                self._state = "KEPT" if not forced and self._is_kept() else "ENDED"
-        if self._state == "KEPT" and (self._released or (self._seal is not None and self._seal.forced)):
-            self._state = "ENDED"
-        return self._state != before
-
-    def _is_kept(self) -> bool:
-        return self.is_whole and self._ending().cause == account_pb2.END_CAUSE_DONE
-
-    def _drop(self) -> None:
-        if not self._keeps:
-            self._outlet.drop(account_pb2.LOSS_CAUSE_UNDELIVERED)
-
-    def _wake_consumers(self) -> None:
-        for group in self._outlet.groups:
-            group.wake_all()
 
 
 def wire_size(message: bytes) -> int:

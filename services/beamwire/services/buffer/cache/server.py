@@ -211,9 +211,10 @@ class CacheServer:
 
     def _seal(self, question: _Question) -> None:
         cause = account_pb2.EndCause.Value(f"END_CAUSE_{question.cause}")
-        self._relay.seal(cause, question.detail)
         if cause != account_pb2.END_CAUSE_DONE:
+            # Before it is sealed, which fails on a full disk, and counts all the same.
             self._loop.call_later(_SEAL_GRACE, self._relay.give_up)
+        self._relay.seal(cause, question.detail)
 
     def _seal_group(self, question: _Question) -> None:
         self._relay.end_group(
