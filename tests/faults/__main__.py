@@ -7,16 +7,22 @@ import json
 import math
 import os
 import secrets
+import statistics
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from tests.faults.control import REPORT, STORES
+from tests.faults.recovery import GOAL, Recovery, read_report
 from tests.faults.suite import Plan, Result, run
 
 MEGABYTE = 2**20
+SERVICES = ("control", "statements", "creates", "places")
 WRITTEN = Path("bench-results") / "faults.json"
 
 
@@ -64,7 +70,7 @@ def main() -> int:
                 console.print(failure, markup=False)
     # A part of that is in `make test` already, which is enough for less than the full size.
     wanted = asked.only == "control" or (asked.only is None and asked.scale >= 1)
-    control = _control(asked.scale) if wanted else 0
+    control = _control(console, asked.scale) if wanted else 0
     if asked.only == "control":
         return control
     console.print(_table(results))
@@ -74,16 +80,43 @@ def main() -> int:
     return control or int(any(result.failures for result in results))
 
 
-def _control(scale: float) -> int:
-    """Kill the services after every transition, and lose answers; at the full size more, and on PostgreSQL too."""
-    files = [str(Path(__file__).parent / f"test_faults_{name}.py") for name in ("control", "creates", "places")]
-    environment = {**os.environ, "BEAMWIRE_FAULTS_FULL": "2" if scale >= 1 else "1"}
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *files], env=environment, check=False).returncode
+def _control(console: Console, scale: float) -> int:
+    """Kill whatever there is after every transition, on both stores, and lose answers, more at full size."""
+    files = [str(Path(__file__).parent / f"test_faults_{name}.py") for name in SERVICES]
+    with tempfile.TemporaryDirectory() as directory:
+        report = Path(directory) / "report"
+        environment = {**os.environ, "BEAMWIRE_FAULTS_FULL": "2" if scale >= 1 else "1", REPORT: str(report)}
+        # With what each test prints of what it did, at the end.
+        command = [sys.executable, "-m", "pytest", "-q", "-rP", "--show-capture=stdout", "--durations=10", *files]
+        code = subprocess.run(command, env=environment, check=False).returncode
+        console.print(_recoveries(read_report(report)))
+    return code
+
+
+def _recoveries(found: list[Recovery]) -> Table:
+    """How long the services took after they were killed."""
+    groups = [(store, [recovery for recovery in found if recovery.store == store]) for store in STORES]
+    table = Table("", *STORES, title=f"Starts after a death; the goal is {GOAL:g} s from the first answer")
+    table.add_row("starts", *(str(len(group)) for _, group in groups))
+    table.add_row("with something to recover", *(str(sum(bool(one.found) for one in group)) for _, group in groups))
+    for what, number in (("to the first answer", "starting"), ("from there to the end of it", "recovering")):
+        table.add_row(f"seconds {what}", *(_spread([getattr(one, number) for one in group]) for _, group in groups))
+    whole = ([one.starting + one.recovering for one in group] for _, group in groups)
+    table.add_row("seconds from the start of the process", *map(_spread, whole))
+    table.add_row("later than the goal", *(str(sum(one.recovering > GOAL for one in group)) for _, group in groups))
+    return table
+
+
+def _spread(seconds: list[float]) -> str:
+    if len(seconds) < 2:
+        return "".join(f"{value:.2f}" for value in seconds)
+    parts = statistics.quantiles(seconds, n=100, method="inclusive")
+    return f"p50 {parts[49]:.2f}, p95 {parts[94]:.2f}, p99 {parts[98]:.2f}, most {max(seconds):.2f}"
 
 
 def _table(results: list[Result]) -> Table:
     table = Table("", *(result.name for result in results), title="The fault suite")
-    rows: list[tuple[str, list[object]]] = [
+    rows: list[tuple[str, Sequence[object]]] = [
         ("frames", [result.frames for result in results]),
         ("bytes each", [result.size for result in results]),
         ("seconds", [result.seconds for result in results]),
@@ -97,8 +130,8 @@ def _table(results: list[Result]) -> Table:
             values = [getattr(result.groups[place], what) if result.groups else "?" for result in results]
             rows.append((f"{group}: {what}", [value or 0 for value in values]))
     rows.append(("verdict", ["FAILED" if result.failures else "accounted for" for result in results]))
-    for name, values in rows:
-        table.add_row(name, *map(str, values))
+    for name, cells in rows:
+        table.add_row(name, *map(str, cells))
     return table
 
 

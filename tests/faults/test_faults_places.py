@@ -17,10 +17,9 @@ from beamwire.mesh.errors import BeamwireError
 from beamwire.testing.postgres import Postgres, find_postgres
 from beamwire.testing.slurm import missing, throwaway_slurm
 from tests.conftest import wait_until
-from tests.faults.control import TIDY_PATIENCE, Survivor, User, alice, surviving
+from tests.faults.control import TIDY_PATIENCE, Survivor, surviving
 from tests.faults.scenarios import SCENARIOS, assert_ran, counting
-from tests.faults.served import Fault
-from tests.faults.test_faults_control import FULL, played
+from tests.faults.user import User, alice
 
 # Seconds.
 AWAY = 4.0
@@ -91,23 +90,6 @@ async def test_a_database_that_goes_away_ends_nothing(postgres: Postgres, on_pos
     await tidy(on_postgres)
 
 
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize(
-    "case", played() if FULL > 1 else [case for case in played() if case[1:] == ("QUEUED", "ACTIVE")], ids=str
-)
-async def test_a_death_is_taken_up_with_postgresql_too(on_postgres: Survivor, case) -> None:
-    scenario, start, finish = case
-    deaths = len(on_postgres.deaths)
-    Fault(scenario.kind, start, finish).write(on_postgres.fault)
-    try:
-        async with alice(on_postgres) as user:
-            await scenario.act(user, f"{scenario.name[:30]}-{time.time_ns() % 10**9}")
-            await asyncio.to_thread(wait_until, lambda: len(on_postgres.deaths) > deaths, 5, "the death of the service")
-    finally:
-        on_postgres.fault.unlink(missing_ok=True)
-    await tidy(on_postgres)
-
-
 @contextmanager
 def small_disk(directory: Path) -> Iterator[Path]:
     """A file system of its own at a directory."""
@@ -133,6 +115,9 @@ if may_mount():
                 path = tmp_path / "before"
                 get = await user.job("before", f"echo run >> {path}; sleep 3")
                 await user.until(get, "ACTIVE")
+                transfer = await user.transfer("streams", events_per_second=20)
+                await user.until(transfer, "STREAMING")
+                taking = asyncio.create_task(user.consume("streams"))
                 filler = disk / "filler"
                 with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
                     while True:
@@ -144,9 +129,13 @@ if may_mount():
                         await user.jobs.CreateJob(request, timeout=30)
                 assert "room" in refused.value.message or "No space" in refused.value.message
                 assert survivor.deaths == []
+                # Both come to their ends meanwhile, which cannot be stored.
+                await asyncio.sleep(AWAY)
                 filler.unlink()
                 await user.until(get, "COMPLETED")
                 assert_ran(path, 1)
+                await taking
+                await user.until(transfer, "SUCCEEDED")
                 await play(user, "job-completes", "buffer-is-cancelled")
             await tidy(survivor)
 
@@ -155,25 +144,23 @@ if may_mount():
 async def test_slurm_that_goes_away_ends_nothing_and_runs_nothing_twice(tmp_path: Path) -> None:
     if problem := missing():
         pytest.skip(problem)
-    with throwaway_slurm(tmp_path / "slurm") as slurm:
-        environment = {"BEAMWIRE_BACKENDS__SLURM__KIND": "slurm", "BEAMWIRE_BACKENDS__SLURM__CONF": str(slurm.conf)}
-        with surviving(tmp_path, environment) as survivor:
-            async with alice(survivor) as user:
-                placed = {"placement": job_pb.Placement(backend="slurm")}
-                counted = [counting(user, f"slurm-{number}") for number in range(3)]
-                first = await user.job("slurm-0", f"{counted[0][0]}; sleep 4", **placed)
-                await user.until(first, "ACTIVE")
-                await asyncio.to_thread(slurm.stop_controller)
-                second = await user.job("slurm-1", counted[1][0], **placed)
-                await asyncio.sleep(AWAY)
-                survivor.kill()
-                await asyncio.to_thread(slurm.start_controller)
-                third = await user.job("slurm-2", counted[2][0], **placed)
-                for get in (first, second, third):
-                    await user.until(get, "COMPLETED")
-                for _, path in counted:
-                    assert_ran(path, 1)
-            await tidy(survivor)
-            assert slurm.command("squeue", "--noheader").stdout.strip() == ""
-            done = survivor.facility.beamwired("gc", "--dry-run", "--dir", str(survivor.facility.directory))
-            assert done.stdout.startswith("0 to remove")
+    with throwaway_slurm(tmp_path / "slurm") as slurm, surviving(tmp_path, slurm=slurm) as survivor:
+        async with alice(survivor) as user:
+            placed = {"placement": job_pb.Placement(backend="slurm")}
+            counted = [counting(user, f"slurm-{number}") for number in range(3)]
+            first = await user.job("slurm-0", f"{counted[0][0]}; sleep 4", **placed)
+            await user.until(first, "ACTIVE")
+            await asyncio.to_thread(slurm.stop_controller)
+            second = await user.job("slurm-1", counted[1][0], **placed)
+            await asyncio.sleep(AWAY)
+            survivor.kill()
+            await asyncio.to_thread(slurm.start_controller)
+            third = await user.job("slurm-2", counted[2][0], **placed)
+            for get in (first, second, third):
+                await user.until(get, "COMPLETED")
+            for _, path in counted:
+                assert_ran(path, 1)
+        await tidy(survivor)
+        assert slurm.command("squeue", "--noheader").stdout.strip() == ""
+        done = survivor.facility.beamwired("gc", "--dry-run", "--dir", str(survivor.facility.directory))
+        assert done.stdout.startswith("0 to remove")
