@@ -92,9 +92,14 @@ def _is_ours(thread: threading.Thread) -> bool:
 
 def _lives(process: psutil.Process) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
+        return process.status() != psutil.STATUS_ZOMBIE and not _is_kept_ready(process)
     except psutil.NoSuchProcess:
         return False
+
+
+def _is_kept_ready(process: psutil.Process) -> bool:
+    """Whether it is an interpreter that a served facility keeps ready, or its shim; with a program it is elsewhere."""
+    return "beamwire.mesh.warm" in process.cmdline() and process.cwd() == "/"
 
 
 def _listening(process: psutil.Process) -> list[tuple[str, int]]:

@@ -31,6 +31,7 @@ from beamwire.services.job.backends.local import LocalBackend
 from beamwire.services.job.domain import JobLimits, Jobs
 from beamwire.services.job.driver import Surroundings
 from beamwire.services.job.model import JobRecord
+from beamwire.services.job.receivers import Receivers
 from beamwire.services.job.service import JobService
 from beamwire.services.job.webhooks import Deliverer
 from beamwire.testing.facility import Facility
@@ -55,6 +56,9 @@ class Play:
     backends: Mapping[str, Backend] = field(default_factory=lambda: {"local": LocalBackend()})
     executables: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     database: Any = None
+    # Its receivers are on this host.
+    private_receivers: tuple[str, ...] = ("127.0.0.0/8",)
+    address: str = "127.0.0.1:0"
 
     @property
     def jobs_directory(self) -> Path:
@@ -70,20 +74,22 @@ class Play:
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[Served]:
         async with AsyncExitStack() as stack:
-            database = await Database.open(self.database or self.directory / "job.sqlite")
+            database = await Database.open(self.database or self.directory / "job.sqlite", "job")
             stack.push_async_callback(database.close)
             store: Store[JobRecord] = Store(database, JobRecord)
             runner = TaskRunner()
-            policy = self.policy()
-            jobs = Jobs(store, self.jobs_directory, self.backends, mint, runner, Surroundings(), policy, self.limits)
+            policy, receivers = self.policy(), Receivers(self.private_receivers)
+            around = (mint, runner, Surroundings(), policy, self.limits, receivers)
+            jobs = Jobs(store, self.jobs_directory, self.backends, *around)
             await stack.enter_async_context(runner)
             runner.start("drivers", jobs.drivers.run)
-            runner.start("events", Deliverer(store, Outbox(database)).run)
+            runner.start("events", Deliverer(store, Outbox(database), receivers).run)
             await jobs.resume()
             credentials = self.facility.member("service/job", ["localhost", "127.0.0.1", "services.facility.test"])
             servicer = JobService(jobs, store, Pager(b"k" * 32), self.facility.trust_domain, 4)
             server = Server(
                 credentials,
+                address=self.address,
                 services=[Service(FULL_NAME, pb_grpc.add_JobServiceServicer_to_server, servicer)],
                 idempotency={FULL_NAME: Idempotency(database)},
                 gate=Gate(credentials, policy),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -146,11 +146,15 @@ class FakeJobs:
         self.created: list[str] = []
         self.cancelled: list[str] = []
         self.output = b""
+        self.wait: tuple[timedelta | None, str] = (timedelta(0), "")
 
     async def check(self, record: TransferRecord) -> None: ...
 
     async def create(self, record: TransferRecord, connect_string: str) -> None:
         self._create(record.job)
+
+    async def queue_wait(self, record: TransferRecord) -> tuple[timedelta | None, str]:
+        return self.wait
 
     async def create_check(self, record: TransferRecord, job: str) -> None:
         self._create(job)
@@ -221,6 +225,13 @@ class FakePreflight:
         return self.fitness
 
 
+@dataclass
+class Rulebook:
+    """The policy of a facility, which a test may change."""
+
+    current: Policy
+
+
 class World:
     """One Request service on its store, between services of the test's own; it may be killed and come back."""
 
@@ -228,6 +239,7 @@ class World:
         self.target = target
         self.buffers, self.jobs, self.preflight = FakeBuffers(), FakeJobs(), FakePreflight()
         self.limits = limits or Limits()
+        self.policy = Rulebook(Policy("a.test"))
         self.database: Database
         self.store: Store[TransferRecord]
         self.transfers: Transfers
@@ -246,7 +258,7 @@ class World:
             self._runner,
             self.limits,
             Datasets(),
-            Policy("a.test"),
+            self.policy,
             FakeConsumers(),
         )
         await self.transfers.drivers.resume()

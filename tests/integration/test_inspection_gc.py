@@ -23,9 +23,13 @@ from beamwire.mesh.store import Record, Store, utcnow
 from beamwire.services.backends import make_backends
 from beamwire.services.buffer.model import BufferRecord, BufferSpec
 from beamwire.services.buffer.placement import Rings
-from beamwire.services.config import Layout, load_facility
+from beamwire.services.config import Layout, ServiceName, load_facility
+from beamwire.services.inspection import remains
+from beamwire.services.inspection.records import Kept, read
 from beamwire.services.job.backends.interface import Step
+from beamwire.services.job.files import adopt
 from beamwire.services.job.model import JobRecord, JobSpec, Placement
+from beamwire.testing.postgres import Postgres
 from beamwire.testing.slurm import Slurm
 from tests.conftest import BIN, run, wait_until
 
@@ -132,6 +136,37 @@ async def test_what_nobody_knows_goes_and_what_is_needed_stays(layout: Layout, r
                 await process.terminate()
 
 
+@pytest.mark.parametrize("adopted", [False, True])
+async def test_jobs_of_an_earlier_release_have_their_processes(layout: Layout, *, adopted: bool) -> None:
+    await keep(layout, old(job("runs", "ACTIVE")), old(job("ended", "COMPLETED")))
+    needed, needless = await sleeper(layout.jobs / "runs"), await sleeper(layout.jobs / "ended")
+    try:
+        if adopted:
+            adopt(layout.jobs)
+        host = remains.look(layout)
+        assert len(host.running) == 2
+        _, settings = load_facility(layout.directory)
+        kept: dict[ServiceName, Kept] = {"job": await read(layout, settings, "job")}
+        assert list(remains.without_process(host, kept)) == []
+        assert [Path(each.place).parts[-3 if adopted else -1] for each in remains.left_behind(host, kept)] == ["ended"]
+        assert not {each["place"] for each in collect(layout) if each["what"] == "process"} & {str(needed.directory)}
+        assert needed.alive()
+        assert not needless.alive()
+    finally:
+        for process in (needed, needless):
+            if process.directory.exists():
+                await process.terminate()
+
+
+async def test_a_program_that_has_removed_what_says_so_is_found(layout: Layout) -> None:
+    await keep(layout, old(job("ended", "COMPLETED")))
+    for at, harm in (("gone", Path.unlink), ("ended", lambda path: path.write_text("garbage"))):
+        process = await sleeper(layout.jobs / at / "steps" / "1")
+        harm(process.directory / "process.json")
+        assert str(process.directory) in {each["place"] for each in collect(layout) if each["what"] == "process"}
+        assert not process.alive()
+
+
 async def test_a_program_whose_directory_is_gone_is_ended(layout: Layout) -> None:
     process = await sleeper(layout.jobs / "gone" / "steps" / "1")
     shutil.rmtree(layout.jobs / "gone")
@@ -213,3 +248,65 @@ def test_where_there_is_no_facility_nothing_is_removed(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "beamwired facility init" in done.stderr
+
+
+def beamwired(layout: Layout, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(BIN / "beamwired"), *command, "--dir", str(layout.directory)],
+        env={**os.environ, **environment}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["gc", "clean"])
+async def test_nothing_is_removed_where_the_records_are_elsewhere(layout: Layout, command: str) -> None:
+    # Served with BEAMWIRE_DATABASE__URL, which the shell of the operator does not have.
+    needed = await sleeper(layout.jobs / "runs" / "steps" / "1")
+    try:
+        done = beamwired(layout, command)
+        assert done.returncode == 1
+        assert "there are no records of it" in done.stderr
+        assert "BEAMWIRE_DATABASE__URL" in done.stderr
+        assert needed.alive()
+        assert "there are no records of what it has on this host" in beamwired(layout, "doctor", "--offline").stdout
+    finally:
+        await needed.terminate()
+
+
+async def test_what_replicas_over_postgres_use_is_not_cleaned_away(layout: Layout, postgres: Postgres) -> None:
+    url = postgres.create_database("cleaned")
+    needed = await sleeper(layout.jobs / "runs" / "steps" / "1")
+    databases = [await Database.open(url, service) for service in ("buffer", "job")]
+    try:
+        served = beamwired(layout, "clean", BEAMWIRE_DATABASE__URL=url)
+        assert served.returncode == 1
+        assert "is being served (127.0.0.1), and what it runs is in use" in served.stderr
+        assert needed.alive()
+        for database in databases:
+            await database.close()
+        databases = []
+        left = beamwired(layout, "clean", BEAMWIRE_DATABASE__URL=url)
+        assert left.stdout == "ended 1 job or cache\n"
+        assert not needed.alive()
+    finally:
+        for database in databases:
+            await database.close()
+        await needed.terminate()
+        postgres.drop_database("cleaned")
+
+
+async def test_of_what_has_ended_only_its_time_is_read(
+    layout: Layout, target: Path | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(target, str):
+        monkeypatch.setenv("BEAMWIRE_DATABASE__URL", target)
+    _, settings = load_facility(layout.directory)
+    database = await Database.open(layout.database_target(settings, "buffer"), "buffer")
+    try:
+        store = Store(database, BufferRecord)
+        await store.insert(buffer("on", "READY"))
+        await store.insert(buffer("over", "ENDED", end_time=LONG_AGO))
+    finally:
+        await database.close()
+    rows = {row.id: row for row in (await read(layout, settings, "buffer")).rows}
+    assert rows["on"].document["spec"]["shard_count"] == 1
+    assert (rows["over"].end_time, list(rows["over"].document)) == (LONG_AGO, ["end_time"])

@@ -117,7 +117,7 @@ class Member:
             async with connect(self.address, self.credentials) as channel:
                 stub = pb_grpc.BufferServiceStub(channel)
                 answer = await stub.IssueTicket(pb.IssueTicketRequest(name=buffer.name, role=role))
-            return Ticket(answer.ticket, answer.expire_time.ToNanoseconds() / 1e9)
+            return Ticket(answer.ticket, answer.expire_time.ToNanoseconds() / 1e9, answer.connect_string)
 
         return lambda: asyncio.run(issue())
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import ssl
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,39 @@ async def test_a_cache_that_is_killed_on_its_node_comes_back_with_all_it_held(sl
     assert sorted(ids) == list(range(60))
     ended = await until(buffers, buffer.name, pb.Buffer.STATE_ENDED)
     assert (ended.restart_count, ended.epoch, len(ended.counters.losses)) == (1, 1, 0)
+    await nothing_left(slurm, buffer)
+
+
+async def serve_again(facility: LiveFacility, nodes: str) -> None:
+    serving = facility.processes.pop()
+    serving.terminate()
+    assert serving.wait(15) == 0
+    serving.stdout.close()
+    path = facility.directory / "facility.toml"
+    path.write_text(re.sub(r"nodes = \[.*\]", f"nodes = [{nodes}]", path.read_text()))
+    await asyncio.to_thread(facility.start)
+
+
+async def test_a_cache_that_comes_back_at_another_address_is_found_there(facility, slurm, buffers, alice):
+    await serve_again(facility, '"127.0.0.1", "127.0.0.2"')
+    buffer = await ready(buffers)
+    before = ConnectString.parse(buffer.connect_string)
+    go_on = threading.Event()
+    sending = asyncio.create_task(asyncio.to_thread(alice.send, buffer, 40, 0, go_on))
+    receiving = asyncio.create_task(asyncio.to_thread(alice.receive, buffer))
+    await seen(buffers, buffer.name, lambda b: b.counters.received_event_count == 60)
+    # As if it were on the other node: the first name that is its host's is what it takes.
+    await serve_again(facility, '"127.0.0.2", "127.0.0.1"')
+    (process,) = cache_processes(buffer.name)
+    process.send_signal(signal.SIGKILL)
+    await seen(buffers, buffer.name, lambda b: b.restart_count == 1 and b.connect_string != buffer.connect_string)
+    go_on.set()
+    await sending
+    assert sorted(await receiving) == list(range(120))
+    ended = await until(buffers, buffer.name, pb.Buffer.STATE_ENDED)
+    after = ConnectString.parse(ended.connect_string)
+    assert (before.hosts[0][0], after.hosts[0][0]) == ("127.0.0.1", "127.0.0.2")
+    assert (ended.restart_count, ended.counters.delivered_event_count) == (1, 120)
     await nothing_left(slurm, buffer)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -149,10 +150,10 @@ async def clocked(tmp_path: Path):
     """A registrar whose clock is moved by hand."""
     database = await Database.open(tmp_path / "certificate.sqlite")
     now = [datetime.now(UTC)]
-    generations = Generations.create(tmp_path / "authority", "facility.test", clock=lambda: now[0])
+    Generations.create(tmp_path / "authority", "facility.test", clock=lambda: now[0])
     office = await Office.open(
         database,
-        generations,
+        partial(Generations.load, tmp_path / "authority", clock=lambda: now[0]),
         Policy("facility.test"),
         Lifetimes(dict.fromkeys(Role, 10 * DAY)),
         address="127.0.0.1:1",

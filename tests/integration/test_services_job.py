@@ -13,6 +13,8 @@ import grpc
 import psutil
 import pytest
 
+from beamwire.certificate.v1 import certificate_service_pb2 as certificate_pb
+from beamwire.certificate.v1 import certificate_service_pb2_grpc as certificate_grpc
 from beamwire.job.v1 import job_service_pb2 as pb
 from beamwire.job.v1 import job_service_pb2_grpc as pb_grpc
 from beamwire.mesh.errors import BeamwireError, Reason
@@ -21,6 +23,14 @@ from beamwire.mesh.rpc.channel import connect
 from tests.conftest import wait_until
 
 PYTHON = sys.executable
+# A job that becomes a member, and takes its credentials away.
+ENROLL = """
+import os, pathlib, shutil, sys
+from beamwire.mesh.identity.enrollment import JoinToken, enroll
+directory = pathlib.Path(os.environ["BEAMWIRE_CREDENTIALS_DIR"])
+enroll(JoinToken.parse(pathlib.Path(os.environ["BEAMWIRE_JOIN_TOKEN_FILE"]).read_text()), directory)
+shutil.copytree(directory, sys.argv[1], dirs_exist_ok=True)
+"""
 
 
 def operator(live_facility) -> Credentials:
@@ -263,6 +273,34 @@ async def test_a_deleted_job_is_gone_with_its_directory(live_facility, jobs):
         await jobs.GetJob(pb.GetJobRequest(name=job.name))
     assert refused.value.reason is Reason.RESOURCE_NOT_FOUND
     assert not (live_facility.directory / "state" / job.name).exists()
+
+
+async def test_an_id_is_free_again_when_nobody_can_be_taken_for_its_job(live_facility, jobs, tmp_path):
+    async def again(job_id: str) -> pb.Job:
+        spec = pb.JobSpec(executable=PYTHON, arguments=["-c", ENROLL, str(tmp_path / job_id)], enroll=True)
+        job = await jobs.CreateJob(pb.CreateJobRequest(job=pb.Job(spec=spec), job_id=job_id))
+        job, _ = await ended(jobs, job.name)
+        return job
+
+    job_id = f"reused-{uuid.uuid4().hex[:8]}"
+    job = await again(job_id)
+    assert job.state == pb.Job.STATE_COMPLETED, job.error.message
+    # A step more is the same job's.
+    await jobs.RestartJob(pb.RestartJobRequest(name=job.name))
+    assert (await ended(jobs, job.name))[0].state == pb.Job.STATE_COMPLETED
+    await jobs.DeleteJob(pb.DeleteJobRequest(name=job.name))
+    # What the job has taken away of its credentials is still its identity.
+    assert Credentials.load(tmp_path / job_id).identity.path == f"job/{job_id}"
+    second = await again(job_id)
+    assert second.state == pb.Job.STATE_FAILED
+    assert "its certificate is good until" in second.error.message
+    assert job.identity in second.error.message
+    await jobs.DeleteJob(pb.DeleteJobRequest(name=job.name))
+    async with connect(live_facility.address, operator(live_facility)) as channel:
+        office = certificate_grpc.CertificateServiceStub(channel)
+        await office.RevokeMember(certificate_pb.RevokeMemberRequest(identity=job.identity, reason="deleted"))
+        await office.ReinstateMember(certificate_pb.ReinstateMemberRequest(identity=job.identity))
+    assert (await again(job_id)).state == pb.Job.STATE_COMPLETED
 
 
 async def test_a_stranger_is_refused(live_facility, tmp_path):

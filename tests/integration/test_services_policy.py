@@ -43,6 +43,21 @@ identities = ["user/guest"]
 datasets = ["exp:open", "path:{data}/open/**"]
 
 [[rule]]
+name = "placed"
+identities = ["user/placed"]
+datasets = ["**"]
+executables = ["{python}", "module:json.tool"]
+
+[[rule.placement]]
+backends = ["local"]
+processes = 2
+
+[[rule.placement]]
+backends = ["slurm"]
+queues = ["short"]
+accounts = ["", "mfx*"]
+
+[[rule]]
 name = "own users"
 identities = ["user/*"]
 datasets = ["**"]
@@ -122,6 +137,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     (data / "open" / "facility").symlink_to(live.directory)
     made = World(live, other, data)
     made.policy(POLICY)
+    settings = live.directory / "facility.toml"
+    # Nobody submits anything to it: what may not run there is refused before.
+    settings.write_text(f'{settings.read_text()}\n[backends.slurm]\nkind = "slurm"\n')
     live.start()
     try:
         asyncio.run(_introduce(made))
@@ -325,6 +343,64 @@ async def test_a_foreign_operator_or_namesake_sees_nothing_of_ours(world, calls)
         await asyncio.to_thread(wait_until, lambda: not running(world.live), 60, "the end of the transfer")
 
 
+SHORT: dict[str, Any] = {"backend": "slurm", "queue": "short"}
+MAIN: dict[str, Any] = {"backend": "slurm", "queue": "main"}
+
+
+@pytest.mark.parametrize(
+    ("placement", "processes", "field"),
+    [
+        (SHORT, 8, ""),
+        ({**SHORT, "account": "mfx1"}, 8, ""),
+        ({}, 2, ""),
+        (MAIN, 1, "transfer.streamer_placement.queue"),
+        ({"backend": "slurm"}, 1, "transfer.streamer_placement.queue"),
+        ({**SHORT, "account": "other"}, 1, "transfer.streamer_placement.account"),
+        ({}, 3, "transfer.process_count"),
+    ],
+)
+async def test_a_streamer_runs_where_the_rule_lets_it(calls, placement, processes, field):
+    requests = (await calls("user/placed")).requests
+    wanted = transfer("none", source="SyntheticEventSource", number_of_events=3)
+    wanted.process_count = processes
+    wanted.streamer_placement.CopyFrom(job_pb.Placement(**placement))
+    if not field:
+        await requests.CreateTransfer(asked(wanted))
+        return
+    error = await refused(requests.CreateTransfer(asked(wanted)))
+    assert ([violation.field for violation in error.violations], error.metadata["rule"]) == ([field], "placed")
+    assert "where it may: backend local, 2 processes at most; or backend slurm, queue short, account" in error.message
+    assert "an operator of this facility can change that in policy.toml" in error.message
+    await (await calls("user/alice")).requests.CreateTransfer(asked(wanted))
+
+
+async def test_jobs_caches_and_consumers_run_where_the_rule_lets_them(calls):
+    placed = await calls("user/placed")
+    job = job_pb.JobSpec(executable=sys.executable, placement=job_pb.Placement(**MAIN))
+    error = await refused(placed.jobs.CreateJob(job_pb.CreateJobRequest(job=job_pb.Job(spec=job))))
+    assert error.violations[0].field == "job.spec.placement.queue"
+    job.placement.CopyFrom(job_pb.Placement(**SHORT))
+    await placed.jobs.CreateJob(job_pb.CreateJobRequest(job=job_pb.Job(spec=job), validate_only=True))
+    job.ClearField("placement")
+    job.resources.process_count, job.mpi, job.executable = 3, True, "json.tool"
+    error = await refused(placed.jobs.CreateJob(job_pb.CreateJobRequest(job=job_pb.Job(spec=job))))
+    assert error.violations[0].field == "job.spec.resources.process_count"
+
+    wanted = transfer("none", source="SyntheticEventSource", number_of_events=3)
+    consumer = wanted.consumer_jobs.add()
+    consumer.spec.CopyFrom(job_pb.JobSpec(executable=sys.executable, placement=job_pb.Placement(**MAIN)))
+    error = await refused(placed.requests.CreateTransfer(asked(wanted)))
+    assert error.violations[0].field == "transfer.consumer_jobs[0].spec.placement.queue"
+
+    spec = buffer_pb.BufferSpec(placement=job_pb.Placement(**MAIN))
+    request = buffer_pb.CreateBufferRequest(buffer=buffer_pb.Buffer(spec=spec), validate_only=True)
+    error = await refused(placed.buffers.CreateBuffer(request))
+    assert error.violations[0].field == "buffer.spec.placement.queue"
+    del wanted.consumer_jobs[:]
+    wanted.buffer_spec.placement.CopyFrom(spec.placement)
+    assert "'placed'" in (await refused(placed.requests.CreateTransfer(asked(wanted)))).message
+
+
 async def test_the_quota_of_buffers_is_that_of_all_members_together(calls):
     bob, ben = [(await calls(f"user/{name}", foreign=True)).buffers for name in ("bob", "ben")]
     made = await bob.CreateBuffer(buffer_pb.CreateBufferRequest(buffer=buffer_pb.Buffer(spec=buffer_pb.BufferSpec())))
@@ -477,8 +553,23 @@ def test_can_and_whoami_answer_in_words_and_by_their_exit_code(world):
         (["consume", "buffers/nothing"], 1, "is not among its consumers"),
         (["eat", "transfer"], 2, "nobody can 'eat'"),
         (["read", "exp:open", "--as", "user/alice"], 3, "only operators"),
+        (["use", "slurm/main"], 0, "names no placements"),
+        (["use", "slurm/main/mfx/beam/time"], 2, "must be backend/queue/account/reservation"),
     ):
         done = beamwire("can", *words)
         assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done
     answer = json.loads(beamwire("can", "read", "exp:closed", "--json").stdout)
     assert (answer["allowed"], answer["rule"]) == (False, "guests")
+    world.member("user/placed")
+    home = world.data.parent / "user-placed"
+    for place, code, said in (
+        ("slurm/short/mfx1/beamtime", 0, "'placed' allows slurm, queue short, account mfx1, reservation beamtime"),
+        (
+            "slurm/main",
+            1,
+            "its queue must be others; where it may: backend local, 2 processes at most; or backend slurm",
+        ),
+        ("pbs", 1, "its backend must be others"),
+    ):
+        done = beamwire("can", "use", place)
+        assert (done.returncode, said in done.stdout) == (code, True), done

@@ -83,6 +83,36 @@ async def test_a_request_in_flight_says_when_to_ask_again(db: Database) -> None:
     assert await kept.run("alice", "/x/Create", "id", b"body", action) == b"answer 1"
 
 
+async def test_all_who_ask_at_one_time_get_the_answer_that_is_kept(db: Database) -> None:
+    kept, action = Idempotency(db), Counter()
+    await kept.run("alice", "/x/Create", "id", b"body", action)
+    again = [kept.run("alice", "/x/Create", "id", b"body", action) for _ in range(8)]
+    assert set(await asyncio.gather(*again)) == {b"answer 1"}
+    others = [kept.run("alice", "/x/Create", "id", b"body" * n, action) for n in (2, 3)]
+    refused = await asyncio.gather(*others, return_exceptions=True)
+    assert [isinstance(error, BeamwireError) and error.reason for error in refused] == [Reason.REQUEST_ID_REUSED] * 2
+    assert action.runs == 1
+
+
+async def test_an_answer_counts_from_the_moment_that_it_is_kept(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, action = Idempotency(db), Counter()
+    change, is_kept, go = kept._change, asyncio.Event(), asyncio.Event()
+
+    async def slow(statement: object) -> None:
+        await change(statement)
+        is_kept.set()
+        await go.wait()
+
+    monkeypatch.setattr(kept, "_change", slow)
+    first = asyncio.create_task(kept.run("alice", "/x/Create", "id", b"body", action))
+    await is_kept.wait()
+    assert await kept.run("alice", "/x/Create", "id", b"body", action) == b"answer 1"
+    assert not first.done()
+    go.set()
+    assert await first == b"answer 1"
+    assert action.runs == 1
+
+
 async def test_an_error_is_not_kept(db: Database) -> None:
     kept, action = Idempotency(db), Counter()
     action.error = BeamwireError(Reason.LIMIT_REACHED, "full")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sqlite3
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
+from pathlib import Path
 
 import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
 
-from beamwire.mesh.database import Database
+from beamwire.mesh.database import Database, patience
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.idempotency import Idempotency
 from beamwire.mesh.outbox import Outbox, OutboxItem
@@ -167,6 +170,18 @@ async def test_a_deletion(wire: tuple[Wire, Store[Thing]], when: str) -> None:
     assert await store.delete("things/a") is False
 
 
+async def test_a_claim_of_what_is_to_be_told(wire: tuple[Wire, Store[Thing]], when: str) -> None:
+    line, store = wire
+    outbox = Outbox(store.db)
+    await store.insert(thing(), outbox=lambda r: [OutboxItem("item", r.name, "event", "")])
+    setattr(line, when, once())
+    (item,) = await outbox.claim()
+    assert (item.id, line.cuts) == ("item", 1)
+    assert await outbox.claim() == []
+    await outbox.retry(item, 0.0)
+    assert [again.id for again in await outbox.claim()] == ["item"]
+
+
 async def test_a_request(wire: tuple[Wire, Store[Thing]], when: str) -> None:
     line, store = wire
     kept, runs = Idempotency(store.db), 0
@@ -201,3 +216,83 @@ async def test_many_changes_over_a_line_that_loses_every_tenth_commit(wire: tupl
     for n in range(counters):
         record = await store.require(f"things/{n}")
         assert (record.count, record.revision) == (3 * each, 3 * each + 1)
+
+
+class Disk:
+    """Has transactions on a SQLite file come about, and then tell of a fault."""
+
+    def __init__(self, database: Database) -> None:
+        self.codes: list[int] = []
+        self._write = database.write
+        database.write = self.write  # type: ignore[method-assign]
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        async with self._write() as connection:
+            yield connection
+        if self.codes:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = self.codes.pop(0)
+            raise error
+
+
+@pytest.fixture
+async def disk(tmp_path: Path) -> AsyncIterator[tuple[Disk, Store[Thing]]]:
+    database = await Database.open(tmp_path / "job.sqlite")
+    yield Disk(database), Store(database, Thing)
+    await database.close()
+
+
+async def test_a_change_on_a_disk_that_told_of_a_fault_is_read_again(disk: tuple[Disk, Store[Thing]]) -> None:
+    faulty, store = disk
+    await store.insert(thing())
+    seen = []
+
+    async def watch() -> None:
+        async with aclosing(store.watch("things/a")) as versions:
+            async for record in versions:
+                seen.append(record.count)
+                if record.count:
+                    return
+
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(0)
+    faulty.codes = [sqlite3.SQLITE_IOERR]
+    with pytest.raises(BeamwireError) as caught:
+        await store.change("things/a", lambda r: {"count": r.count + 1})
+    assert caught.value.reason is Reason.SERVICE_UNAVAILABLE
+    async with asyncio.timeout(5):
+        await watching
+        # Not from what was known before, again and again.
+        assert (await store.change("things/a", lambda r: {"count": r.count + 1})).count == 2
+    assert seen == [0, 1]
+
+
+async def test_who_drives_waits_until_there_is_room(disk: tuple[Disk, Store[Thing]]) -> None:
+    faulty, store = disk
+    await store.insert(thing())
+
+    async def drive() -> Thing:
+        patience.set(float("inf"))
+        faulty.codes = [sqlite3.SQLITE_FULL] * 3
+        return await store.change("things/a", lambda r: {"count": r.count + 1})
+
+    async with asyncio.timeout(10):
+        assert (await asyncio.create_task(drive())).count == 1
+    assert (await store.require("things/a")).revision == 2
+
+
+async def test_what_is_known_does_not_go_back_when_an_old_change_is_found_to_have_come_about(
+    disk: tuple[Disk, Store[Thing]],
+) -> None:
+    faulty, store = disk
+    record = await store.insert(thing())
+    faulty.codes = [sqlite3.SQLITE_BUSY]
+    updating = asyncio.create_task(store.update(record.model_copy(update={"count": 1})))
+    while faulty.codes:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    # As another task that read it from the file.
+    store._known.clear()
+    await store.change("things/a", lambda r: {"count": r.count + 10})
+    assert (await updating).count == 1
+    assert (await store.require("things/a")).count == 11

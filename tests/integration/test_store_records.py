@@ -128,6 +128,16 @@ def test_a_time_without_zone_is_refused() -> None:
         thing(create_time=datetime(2026, 1, 1))  # noqa: DTZ001
 
 
+async def test_numbers_of_an_owner_are_added_up(db: Database, store: Store[Thing]) -> None:
+    assert await store.total("size_bytes", owner="alice") == 0
+    for name, owner, size in (("a", "alice", 2**40), ("b", "alice", 3), ("c", "bob", 7)):
+        await store.insert(thing(f"things/{name}", owner=owner, size_bytes=size))
+    await Store(db, Other).insert(Other(name="others/a", owner="alice", state="NEW"))
+    assert await store.total("size_bytes", owner="alice") == 2**40 + 3
+    # Stored before there was such a number.
+    assert await store.total("no_such", owner="alice") == 0
+
+
 async def test_kinds_do_not_mix(db: Database, store: Store[Thing]) -> None:
     await store.insert(thing())
     others = Store(db, Other)

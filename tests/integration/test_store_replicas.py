@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from beamwire.mesh import claims, drivers
 from beamwire.mesh.database import Database, patience
@@ -349,6 +350,47 @@ async def test_what_one_replica_has_changed_every_other_reads_at_once(two: list[
         found = await two[(n + 1) % 2].get("things/a")
         assert found is not None
         assert found.count == n
+
+
+async def test_who_watches_is_told_although_a_change_could_not_be_read_at_first(
+    two: list[Store[Thing]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await two[0].insert(thing())
+    ask, refused = two[1].db.ask, 0
+
+    async def full_disk(work: Any) -> Any:
+        nonlocal refused
+        if refused < 2:
+            refused += 1
+            raise BeamwireError(Reason.SERVICE_UNAVAILABLE, "the server refuses (DiskFullError); make room")
+        return await ask(work)
+
+    async with aclosing(two[1].watch("things/a")) as versions:
+        assert (await anext(versions)).state == "NEW"
+        await until(lambda: not two[1]._following._reading)
+        monkeypatch.setattr(two[1].db, "ask", full_disk)
+        await two[0].change("things/a", to(state="DONE"))
+        async with asyncio.timeout(5):
+            assert (await anext(versions)).state == "DONE"
+    assert refused == 2
+
+
+async def test_more_is_claimed_and_published_than_a_statement_has_parameters(two: list[Store[Thing]]) -> None:
+    many = 33_000
+    model = await two[0].insert(thing("things/00000"))
+    copies = text(
+        "INSERT INTO resources (name, kind, owner, state, create_time, update_time, revision, document, trail, host)"
+        " SELECT 'things/' || lpad(n::text, 5, '0'), kind, owner, state, create_time, update_time, revision, document,"
+        " trail, host FROM resources, generate_series(1, :last) AS n"
+    )
+    await two[0].db.change(lambda connection: connection.execute(copies, {"last": many - 1}))
+    names = await claims.Claims(two[0].db, two[0].kind).take(TERMINAL, None)
+    assert names == [f"things/{n:05}" for n in range(many)]
+    for name in names[:9000]:
+        two[0].publish(model.model_copy(update={"name": name, "count": 7}))
+    await two[0]._following.flush()
+    count = text("SELECT count(*) FROM published")
+    assert (await two[1].db.ask(lambda connection: connection.execute(count))).scalar() == 9000
 
 
 async def test_a_limit_is_looked_at_by_one_at_a_time(two: list[Store[Thing]]) -> None:

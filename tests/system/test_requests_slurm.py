@@ -73,7 +73,8 @@ def test_what_does_not_exist_there_fails_before_anything_is_made(facility: LiveF
         assert gone.value.reason is Reason.NOT_OWNER, "there is none"
         estimate = client.estimate_transfer(request)
         assert "it is checked when the transfer has begun" in estimate.warnings[0]
-        assert not estimate.HasField("queue_duration")
+        assert estimate.HasField("queue_duration")
+        assert estimate.queue_duration.seconds < 10, "nobody else wants the nodes"
 
 
 def test_a_backend_that_does_not_exist_is_refused_with_those_that_do(facility: LiveFacility) -> None:

@@ -15,6 +15,7 @@ from beamwire.mesh.policy_file import (
     DelegationSection,
     Document,
     IntroductionEntry,
+    PlacementEntry,
     QuotaEntry,
     RuleEntry,
 )
@@ -22,6 +23,7 @@ from beamwire.mesh.policy_file import (
 TEXT = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
 SECTIONS: dict[str, type[BaseModel]] = {
     "[[rule]]": RuleEntry,
+    "[[rule.placement]]": PlacementEntry,
     "[[quota]]": QuotaEntry,
     "[[certificate]]": CertificateEntry,
     "[[introduction]]": IntroductionEntry,
@@ -51,13 +53,14 @@ def test_the_defaults_of_quotas_are_those(key):
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_example_of_a_key_can_be_used(section):
     entry = "\n".join(f"{key} = {row[3].strip(' |').strip('`')}" for key, row in rows(section).items() if key != "deny")
-    Policy.of("a.test", Document.model_validate(tomllib.loads(f"{section}\n{entry}\n")))
+    above = '[[rule]]\nname = "r"\nidentities = ["user/*"]\n' if section == "[[rule.placement]]" else ""
+    Policy.of("a.test", Document.model_validate(tomllib.loads(f"{above}{section}\n{entry}\n")))
 
 
 def test_every_example_can_be_used():
     blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", TEXT, re.MULTILINE)
     examples = [re.sub(r"^    ", "", block, flags=re.MULTILINE) for block in blocks if "[[rule]]" in block]
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         policy = Policy.of("a.test", Document.model_validate(tomllib.loads(example)))
         assert policy.rules

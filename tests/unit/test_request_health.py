@@ -152,3 +152,17 @@ def test_a_lease_that_ends_is_said_before(watchman: Watchman, clock: Clock, leas
     (issue,) = watchman.issues(record(lease))
     assert issue.type == "LEASE_ENDING"
     assert "beamwire extend t1 1h" in issue.detail
+
+
+def test_what_does_not_end_is_said_with_the_reason_until_it_has(watchman: Watchman, clock: Clock):
+    watchman.unended["jobs/j1"] = "its service is away"
+    (issue,) = watchman.issues(record())
+    assert (issue.type, issue.detail) == (
+        "ENDING_LATE",
+        "jobs/j1 has not ended: its service is away; it is tried again until it has",
+    )
+    watchman.unended.clear()
+    clock.go(timedelta(days=1) - timedelta(seconds=1))
+    ending = record().model_copy(update={"state": "CANCELLING"})
+    assert watchman.issues(ending) == (), "nobody extends what is ending"
+    assert types(watchman.issues(record())) == ["LEASE_ENDING"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -354,3 +356,87 @@ async def test_a_buffer_that_was_failing_when_the_service_stopped_fails_when_it_
     assert (failed.error, failed.end_cause) == (failure, cause)
     assert failed.counters is not None
     assert (failed.counters.losses, failed.counters.held_frame_count) == ({"CACHE_FAILED": 5}, 0)
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[Store[BufferRecord]]:
+    database = await Database.open(tmp_path / "buffer.sqlite")
+    yield Store(database, BufferRecord)
+    await database.close()
+
+
+class NoCaches(Sites):
+    """Where no cache is started, and what is left can be removed only the second time."""
+
+    def __init__(self, directory: Path) -> None:
+        async def mint(identity: str, names: tuple[str, ...]) -> str:
+            raise AssertionError(f"a cache was started for {identity}")
+
+        super().__init__(directory, "facility.test", Placement(active_buffers=1), mint)
+        self.discarded: list[str] = []
+
+    async def discard(self, record: BufferRecord) -> None:
+        self.discarded.append(record.state)
+        if len(self.discarded) == 1:
+            raise PermissionError("it cannot be removed")
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110  (what is waited for happens in a task of the runner)
+            await asyncio.sleep(0.01)
+
+
+async def test_what_is_left_of_a_failed_buffer_is_removed_although_it_could_not_be_at_first(
+    tmp_path: Path, store: Store[BufferRecord]
+):
+    failure = Failure(reason="CACHE_FAILED", message="it died")
+    changes = {"state": "READY", "error": failure, "expire_time": NOW + timedelta(hours=1)}
+    await store.insert(make_record().model_copy(update=changes))
+    sites = NoCaches(tmp_path / "buffers")
+    async with TaskRunner() as runner:
+        await Buffers(store, sites, "facility.test", Placement(), runner, Policy("facility.test")).resume()
+        await until(lambda: len(sites.discarded) == 2 and not runner.kept())
+    assert (await store.require("buffers/b")).state == "FAILED"
+
+
+async def test_a_buffer_does_not_fail_because_its_record_could_not_be_stored(
+    tmp_path: Path, store: Store[BufferRecord], monkeypatch: pytest.MonkeyPatch
+):
+    await store.insert(make_record().model_copy(update={"state": "READY", "expire_time": NOW + timedelta(hours=1)}))
+    attempts = 0
+
+    async def run(driver: Driver) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            raise BeamwireError(Reason.SERVICE_UNAVAILABLE, "the disk was full for a moment")
+        await store.change("buffers/b", lambda r: {"state": "ENDED", "end_cause": "DONE"})
+
+    monkeypatch.setattr(Driver, "run", run)
+    monkeypatch.setattr("beamwire.services.buffer.domain.LINGER", 0.0)
+    sites = NoCaches(tmp_path / "buffers")
+    sites.discarded.append("")
+    async with TaskRunner() as runner:
+        await Buffers(store, sites, "facility.test", Placement(), runner, Policy("facility.test")).resume()
+        await until(lambda: not runner.kept())
+    record = await store.require("buffers/b")
+    assert (record.state, record.error, attempts) == ("ENDED", None, 2)
+
+
+async def test_at_the_limit_a_buffer_that_is_asked_for_again_is_found(
+    tmp_path: Path, store: Store[BufferRecord], monkeypatch: pytest.MonkeyPatch
+):
+    async def run(driver: Driver) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Driver, "run", run)
+    owner, placement = "spiffe://facility.test/user/alice", Placement(active_buffers=1)
+    async with TaskRunner() as runner:
+        sites = NoCaches(tmp_path / "buffers")
+        buffers = Buffers(store, sites, "facility.test", placement, runner, Policy("facility.test"))
+        made = await buffers.create("buffers/b", owner, "", BufferSpec())
+        # The service died before it had answered, say, and the client asks again.
+        assert (await buffers.create("buffers/b", owner, "", BufferSpec())).create_time == made.create_time
+        with pytest.raises(BeamwireError, match="the limit here"):
+            await buffers.create("buffers/another", owner, "", BufferSpec())

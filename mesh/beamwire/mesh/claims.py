@@ -9,7 +9,7 @@ from collections.abc import Collection
 from contextvars import ContextVar
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, or_, select, update
+from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from beamwire.mesh.database import Database
@@ -62,7 +62,8 @@ class Claims:
         )
         if self._db.shared:
             return await self._db.change(lambda connection: self._take(connection, unfinished))
-        return await self._db.ask(lambda connection: _oldest_first(connection, _found(unfinished)))
+        found = select(resources.c.create_time, resources.c.name).where(unfinished)
+        return await self._db.ask(lambda connection: _oldest_first(connection, found))
 
     async def renew(self) -> set[str]:
         """Renew every lease of this replica; returns the names of what it holds."""
@@ -85,22 +86,16 @@ class Claims:
         holders = select(columns.holder).where(unfinished, columns.holder.is_not(None)).distinct()
         dead = [holder for holder in await _names(connection, holders) if has_died(holder)]
         free = or_(columns.holder.is_(None), columns.held_until < self._db.now(), columns.holder.in_(dead))
-        # Who is there first has it; nobody waits.
-        query = _found(and_(unfinished, columns.host.in_(["", self._db.host]), free))
-        found = await _oldest_first(connection, query.with_for_update(skip_locked=True))
-        if found:
-            await connection.execute(update(resources).where(columns.name.in_(found)).values(self._lease()))
-        return found
+        # Who is there first has it; nobody waits. They may be more than a statement can have parameters.
+        query = select(columns.name).where(unfinished, columns.host.in_(["", self._db.host]), free)
+        taken = update(resources).where(columns.name.in_(query.with_for_update(skip_locked=True))).values(self._lease())
+        return await _oldest_first(connection, taken.returning(columns.create_time, columns.name))
 
     def _lease(self) -> dict[str, Any]:
         return {"holder": self._db.replica, "held_until": self._db.now() + LEASE_SECONDS}
 
 
-def _found(which: ColumnElement[bool]) -> Select[str, str]:
-    return select(resources.c.create_time, resources.c.name).where(which)
-
-
-async def _oldest_first(connection: AsyncConnection, query: Select[str, str]) -> list[str]:
+async def _oldest_first(connection: AsyncConnection, query: Any) -> list[str]:
     return [row.name for row in sorted((await connection.execute(query)).all())]
 
 

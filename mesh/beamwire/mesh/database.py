@@ -178,6 +178,11 @@ class Database(abc.ABC):
         """Awaits `work`, which goes on to its end even if the caller is cancelled, so that no change is half made."""
         return await asyncio.shield(self.spawn(work))
 
+    @property
+    def closing(self) -> bool:
+        """Whether `close` waits for what was begun."""
+        return self._closing_at != float("inf")
+
     def spawn(self, work: Awaitable[T]) -> asyncio.Future[T]:
         """Begins `work`, which `close` waits for."""
         task = asyncio.ensure_future(work)
@@ -214,7 +219,9 @@ class Database(abc.ABC):
                 fault = self.fault(error)
                 if fault is None:
                     raise
-                if not fault.passing or time.monotonic() + pause > min(until, self._closing_at):
+                # Who has nobody waiting for an answer waits for what a person has to mend, a full disk, as well.
+                lasting = not fault.passing and until < float("inf")
+                if lasting or time.monotonic() + pause > min(until, self._closing_at):
                     raise _unavailable(fault) from error
                 if not self._away:
                     log.warning("%s; it is tried again", fault.message)

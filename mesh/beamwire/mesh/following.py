@@ -7,17 +7,25 @@ itself.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any, Generic
 
 from sqlalchemy import Row, or_, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from beamwire.mesh.database import Database, patience
+from beamwire.mesh.database import LONGEST_PAUSE, Database, patience
+from beamwire.mesh.errors import BeamwireError
 from beamwire.mesh.queries import left_since, one
 from beamwire.mesh.records import R, time_text
 from beamwire.mesh.tables import published
 from beamwire.mesh.watching import Watchers
+
+log = logging.getLogger(__name__)
+
+FLUSHED_AT_ONCE = 1000
+"""Versions that one statement writes down: it can have so many parameters."""
 
 _Row = Row[*tuple[Any, ...]]
 
@@ -96,8 +104,10 @@ class Following(Generic[R]):
     async def flush(self) -> None:
         """Write down what was published, for the other replicas."""
         records = list(self._unwritten.values())
-        if not records:
-            return
+        for begin in range(0, len(records), FLUSHED_AT_ONCE):
+            await self._write(records[begin : begin + FLUSHED_AT_ONCE])
+
+    async def _write(self, records: list[R]) -> None:
         values = [
             {
                 "name": record.name,
@@ -133,7 +143,15 @@ class Following(Generic[R]):
         try:
             while name in self._again:
                 self._again.discard(name)
-                await self._tell_once(name)
+                try:
+                    await self._tell_once(name)
+                except BeamwireError as error:
+                    if self._db.closing:
+                        return
+                    # A fault that lasts, a full disk say. Nobody tells of the change once more.
+                    log.warning("who watches %s is not told of a change: %s; it is tried again", name, error)
+                    self._again.add(name)
+                    await asyncio.sleep(LONGEST_PAUSE)
         finally:
             self._reading.discard(name)
 

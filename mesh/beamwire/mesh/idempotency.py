@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 from sqlalchemy import ColumnElement, Row, and_, delete, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -52,7 +53,9 @@ class Idempotency:
     def __init__(self, db: Database, *, clock: Callable[[], float] = time.time) -> None:
         self._db = db
         self._clock = clock
+        # What this replica carries out, and the locks of those who look whether somebody does.
         self._in_flight: set[_Key] = set()
+        self._looking: WeakValueDictionary[_Key, asyncio.Lock] = WeakValueDictionary()
         self._pruned = float("-inf")
 
     async def run(
@@ -67,16 +70,17 @@ class Idempotency:
         if not request_id:
             return await self._db.carry_out(action())
         key = _Key(caller, method, request_id)
-        if key in self._in_flight:
-            raise _in_flight(key)
-        self._in_flight.add(key)
         return await self._db.carry_out(self._run(key, hashlib.sha256(body).digest(), action))
 
     async def _run(self, key: _Key, digest: bytes, action: Callable[[], Awaitable[bytes]]) -> bytes:
-        try:
+        looking = self._looking.setdefault(key, asyncio.Lock())
+        # Of those who come at one time, each is told of an answer that is kept.
+        async with looking:
             kept = await self._begin(key, digest)
             if kept is not None:
                 return kept
+            self._in_flight.add(key)
+        try:
             try:
                 async with self._held(key):
                     answer = await action()
@@ -90,7 +94,13 @@ class Idempotency:
 
     async def _begin(self, key: _Key, digest: bytes) -> bytes | None:
         """The answer kept; None after noting, durably, that this replica carries the request out."""
-        row = await self._db.change(lambda connection: self._note(connection, key, digest))
+        if key in self._in_flight:
+            # Its answer may be kept by now, a moment before that is known here.
+            row = await self._db.ask(lambda connection: _found(connection, key))
+            if row is None:
+                raise _in_flight(key)
+        else:
+            row = await self._db.change(lambda connection: self._note(connection, key, digest))
         if row is None:
             return None
         if row.body_sha256 != digest:
@@ -111,7 +121,7 @@ class Idempotency:
         new = self._db.insert(answers).values(noted).on_conflict_do_nothing()
         if (await connection.execute(new)).rowcount:
             return None
-        row = (await connection.execute(select(answers).where(key.row()))).one_or_none()
+        row = await _found(connection, key)
         if row is None:
             # Removed in this moment: by who failed, and may be asked again.
             raise _in_flight(key)
@@ -158,6 +168,10 @@ class Idempotency:
         if now - self._pruned >= PRUNE_INTERVAL:
             self._pruned = now
             await connection.execute(delete(answers).where(answers.c.begun < now - KEPT))
+
+
+async def _found(connection: AsyncConnection, key: _Key) -> Row[Any] | None:
+    return (await connection.execute(select(answers).where(key.row()))).one_or_none()
 
 
 def _in_flight(key: _Key) -> BeamwireError:

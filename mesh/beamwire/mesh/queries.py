@@ -13,6 +13,7 @@ from sqlalchemy import (
     and_,
     bindparam,
     exists,
+    func,
     literal,
     null,
     select,
@@ -93,6 +94,12 @@ def is_unfinished(kind: str, terminal: Collection[str]) -> ColumnElement[bool]:
     ranges = [state < ends[0], *between, state > ends[-1]] if ends else [true()]
     names = [select(other.c.name).where(other.c.kind == kind, each, state.not_in(ends)) for each in ranges]
     return resources.c.name.in_(union_all(*names))
+
+
+def total(kind: str, path: str, owner: str) -> Select[float]:
+    """The sum of a number that the documents of one owner's records have."""
+    number = resources.c.document[_check(path)].as_float()
+    return select(func.coalesce(func.sum(number), 0.0)).where(resources.c.kind == kind, resources.c.owner == owner)
 
 
 def left_since(name: str, create_time: str, revision: int) -> SelectRows:

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta
 from typing import Generic, TypeVar
 
-from beamwire.mesh.errors import BeamwireError
+from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.store import Record, Store, utcnow
 
 log = logging.getLogger(__name__)
@@ -63,10 +63,20 @@ class Retention(Generic[R]):
             for record in page:
                 ended = self._end_time(record)
                 if ended is not None and ended <= due:
-                    await self._forget(record.name)
-                    forgotten += 1
+                    forgotten += await self._forgotten(record.name)
             after = page[-1].cursor
         return forgotten
+
+    async def _forgotten(self, name: str) -> bool:
+        """Whether a record could be forgotten; one that cannot be keeps no other from it."""
+        try:
+            await self._forget(name)
+        except (BeamwireError, OSError) as error:
+            if isinstance(error, BeamwireError) and error.reason is Reason.SERVICE_UNAVAILABLE:
+                raise
+            log.exception("%s, which ended long ago, could not be forgotten; it is tried again", name)
+            return False
+        return True
 
 
 def _cursor(moment: datetime) -> str:

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from beamwire.mesh import queries
 from beamwire.mesh.claims import LEASE_SECONDS, ClaimLost, driving
-from beamwire.mesh.database import Database
+from beamwire.mesh.database import Database, patience
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.following import Following
 from beamwire.mesh.outbox import OutboxItem, post
@@ -81,7 +81,7 @@ class Store(Generic[R]):
             "trail": token,
             **columns_of(stored, document),
         }
-        claims = self.claims_new and self.db.shared and stored.host in ("", self.db.host)
+        claims = self.claims_new and self.db.shared and self.is_here(stored)
         if claims:
             values |= {"holder": self.db.replica, "held_until": self.db.now() + LEASE_SECONDS}
         statement = self.db.insert(resources).values(values).on_conflict_do_nothing()
@@ -112,6 +112,10 @@ class Store(Generic[R]):
             if existing is None or contents(existing) != contents(record):
                 raise
             return existing
+
+    def is_here(self, record: Record) -> bool:
+        """Whether what runs for a record, if anything does, runs on this host, whatever that was called then."""
+        return not self.db.shared or record.host in ("", self.db.host)
 
     async def get(self, name: str) -> R | None:
         """The newest version, published ones included; None if there is no such record."""
@@ -227,6 +231,15 @@ class Store(Generic[R]):
             return []
         return await self._records(queries.page(self.kind, wanted, after, limit, shared=self.db.shared))
 
+    async def total(self, path: str, *, owner: str) -> int:
+        """The sum of a number at a dotted path in the documents of all records of an owner."""
+        query = queries.total(self.kind, path, owner)
+
+        async def asked(connection: AsyncConnection) -> int:
+            return int((await connection.execute(query)).scalar_one())
+
+        return await self.db.ask(asked)
+
     async def watch(self, name: str, *, etag: str = "") -> AsyncGenerator[R, None]:
         """The record at once, unless it still has `etag`, and again after every change; ends when it is deleted.
 
@@ -253,13 +266,32 @@ class Store(Generic[R]):
             self._following.ended(name)
 
     async def _stored(self, stored: R, change: Callable[[AsyncConnection], Any], *, told: bool) -> R:
-        await self.db.change(change)
-        self._remember(stored)
+        try:
+            await self.db.change(change)
+        except BeamwireError as error:
+            if not self.db.shared:
+                # It may have come about all the same: what is known of it is read again, and told to who waits for it.
+                self._known.pop(stored.name, None)
+                if error.reason is Reason.SERVICE_UNAVAILABLE:
+                    self.db.spawn(self._look_again(stored.name))
+            raise
+        known = self._known.get(stored.name)
+        # One of whose end was not heard at once may have been built upon meanwhile.
+        newest = known is None or known.create_time != stored.create_time or known.revision <= stored.revision
+        if newest:
+            self._remember(stored)
         if told:
             self.db.posted.set()
-        if not self.db.shared:
+        if newest and not self.db.shared:
             self._tell(stored, urgent=True)
         return stored
+
+    async def _look_again(self, name: str) -> None:
+        # Nobody waits for an answer.
+        patience.set(float("inf"))
+        record = await self.get(name)
+        if record is not None:
+            self._tell(record, urgent=True)
 
     async def _forget(self, names: builtins.list[str], also: Any = None) -> builtins.list[str]:
         which = and_(resources.c.kind == self.kind, resources.c.name.in_(names), true() if also is None else also)

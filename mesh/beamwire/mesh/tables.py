@@ -77,6 +77,8 @@ outbox = Table(
     Column("resource", Text, nullable=False),
     Column("event_id", Text, nullable=False),
     Column("payload", Text, nullable=False),
+    # Whom it is told; empty: nobody knows.
+    Column("receiver", Text, nullable=False),
     # All times in seconds since 1970.
     Column("created", Float, nullable=False),
     Column("not_before", Float, nullable=False),

@@ -19,7 +19,7 @@ from beamwire.job.v1 import job_service_pb2_grpc
 from beamwire.mesh import telemetry
 from beamwire.mesh.addresses import replicas
 from beamwire.mesh.database import Database
-from beamwire.mesh.errors import BeamwireError, invalid_field
+from beamwire.mesh.errors import BeamwireError
 from beamwire.mesh.idempotency import Idempotency
 from beamwire.mesh.identity.biscuits import TokenChecker, TokenKey
 from beamwire.mesh.identity.credentials import Credentials
@@ -36,10 +36,12 @@ from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
 from beamwire.request.v1 import request_service_pb2_grpc
+from beamwire.services import spares
 from beamwire.services.backends import make_backends
 from beamwire.services.buffer.batch import BatchSystems
 from beamwire.services.buffer.clients import CacheJobs, TransferClient
 from beamwire.services.buffer.domain import Buffers
+from beamwire.services.buffer.keeping import Keeping
 from beamwire.services.buffer.model import BufferRecord
 from beamwire.services.buffer.placement import Placement
 from beamwire.services.buffer.reconciliation import Reconciler
@@ -51,11 +53,12 @@ from beamwire.services.certificate.federation import Federation
 from beamwire.services.certificate.office import Office
 from beamwire.services.certificate.rates import Rates
 from beamwire.services.certificate.service import CertificateService, Desks
-from beamwire.services.config import SERVICE_NAMES, FacilitySettings, Layout, ServiceName
+from beamwire.services.config import SERVICE_NAMES, FacilitySettings, Layout, ServiceName, listen_address
 from beamwire.services.facility import TOGETHER, open_office, renew_services
 from beamwire.services.job.domain import JobLimits, Jobs
 from beamwire.services.job.driver import Surroundings
 from beamwire.services.job.model import JobRecord
+from beamwire.services.job.receivers import Receivers
 from beamwire.services.job.service import JobService
 from beamwire.services.job.webhooks import Deliverer
 from beamwire.services.minter import Minter
@@ -124,16 +127,18 @@ async def _add_certificate(parts: _Parts) -> None:
     layout, settings, credentials = parts.layout, parts.settings, parts.credentials("certificate")
     database = await parts.database("certificate")
     office = await open_office(layout, settings, database, parts.policy)
-    renewal = partial(renew_services, layout, office.registrar, settings)
+    renewal = partial(renew_services, layout, office.registrar, settings, database)
     office.rotation.renew = renewal
     await renewal()
     # What was published while the services were away counts from their first call on.
     for name in (*SERVICE_NAMES, TOGETHER.removeprefix("service/")):
-        parts.credentials(name).save_trust(office.board.trust)
+        # Another replica may know more by now.
+        parts.credentials(name).change_trust(lambda trust: trust.told(office.board.trust.values(), complete=True))
     rates = Rates(settings.certificates.renewals_per_minute, settings.certificates.failed_enrollments_per_minute)
     federation = Federation(office.board, lambda: office.rotation.authority, office.audit, credentials)
     tokens = Store(database, DelegationRecord)
-    key = TokenKey.open(layout.token_key)
+    async with database.exclusive("token key"):
+        key = TokenKey.open(layout.token_key)
     desks = Desks(
         registrar=office.registrar,
         rotation=office.rotation,
@@ -148,7 +153,9 @@ async def _add_certificate(parts: _Parts) -> None:
     service = CertificateService(
         desks, office.certificates, office.audit_records, parts.pager, settings.addresses(), settings.enroll_address
     )
-    parts.start["authority"] = partial(_look_after, parts, office)
+    parts.start["authority"] = partial(_look_after, parts, office, renewal)
+    parts.start["trust"] = office.board.follow
+    parts.start["steps of rotations"] = office.stand_in
     parts.start["federation"] = federation.follow
     parts.start["guests"] = office.follow_homes
     add = certificate_service_pb2_grpc.add_CertificateServiceServicer_to_server
@@ -175,7 +182,8 @@ async def _add_buffer(parts: _Parts) -> None:
     mint = Minter(parts.channel("buffer", "certificate"))
     domain, retention = parts.settings.trust_domain, parts.settings.retention.buffers
     credentials = parts.credentials("buffer")
-    sites = Sites(parts.layout.buffers, domain, placement, mint)
+    kept_ready = spares.for_caches()
+    sites = Sites(parts.layout.buffers, domain, placement, mint, kept_ready)
     jobs = CacheJobs(parts.channel("buffer", "job"), str(credentials.identity))
     sites.add(BatchSystems(jobs, credentials, placement, sites.rings))
     buffers = Buffers(store, sites, domain, placement, parts.runner, parts.policy)
@@ -185,8 +193,10 @@ async def _add_buffer(parts: _Parts) -> None:
     parts.believers.append(buffers.believe)
     transfers = TransferClient(parts.channel("buffer", "request"))
     parts.start["buffers"] = buffers.run
+    parts.start["kept buffers"] = Keeping(store, parts.settings.limits.kept_bytes).run
     parts.start["remains of buffers"] = Reconciler(store, buffers, sites, retention, transfers).run
     parts.start["trust of caches"] = buffers.spread_trust
+    parts.start["spare caches"] = kept_ready.run
 
 
 async def _add_job(parts: _Parts) -> None:
@@ -194,22 +204,26 @@ async def _add_job(parts: _Parts) -> None:
     store = Store(database, JobRecord)
     surroundings = Surroundings(_trace_dir(parts), parts.settings.telemetry.otlp_endpoint)
     mint = Minter(parts.channel("job", "certificate"))
-    limits = parts.settings.limits
+    limits, receivers = parts.settings.limits, Receivers(parts.settings.webhooks.private_receivers)
+    kept_ready = spares.for_jobs()
     jobs = Jobs(
         store,
         parts.layout.jobs,
-        make_backends(parts.layout, parts.settings),
+        make_backends(parts.layout, parts.settings, kept_ready),
         mint,
         parts.runner,
         surroundings,
         parts.policy,
-        JobLimits(limits.active_jobs, limits.job_file_bytes, parts.settings.retention.jobs),
+        JobLimits(limits.active_jobs, limits.job_file_bytes, limits.owner_file_bytes, parts.settings.retention.jobs),
+        receivers,
+        mint.taken_until,
     )
     service = JobService(jobs, store, parts.pager, parts.settings.trust_domain, limits.processes)
     parts.add("JobService", job_service_pb2_grpc.add_JobServiceServicer_to_server, service, database)
     parts.resume.append(jobs.resume)
     parts.start["drivers of jobs"] = jobs.drivers.run
-    parts.start["events of jobs"] = Deliverer(store, Outbox(database)).run
+    parts.start["spare streamers"] = kept_ready.run
+    parts.start["events of jobs"] = Deliverer(store, Outbox(database), receivers).run
     parts.start["retention of jobs"] = Retention(
         store, jobs.limits.retention, lambda record: record.end_time, jobs.forget
     ).run
@@ -219,11 +233,12 @@ async def _add_request(parts: _Parts) -> None:
     database = await parts.database("request")
     store = Store(database, TransferRecord)
     limits, keep_for = parts.settings.limits, parts.settings.retention.transfers
+    kept_ready = spares.for_checks()
     transfers = Transfers(
         store,
         BufferClient(parts.channel("request", "buffer"), parts.settings.trust_domain, limits.lease),
         JobClient(parts.channel("request", "job"), limits.lease),
-        StreamerCheck(),
+        StreamerCheck(spares=kept_ready),
         parts.runner,
         Limits(
             active_transfers=limits.active_transfers,
@@ -240,17 +255,18 @@ async def _add_request(parts: _Parts) -> None:
     parts.add("RequestService", request_service_pb2_grpc.add_RequestServiceServicer_to_server, service, database)
     parts.resume.append(transfers.drivers.resume)
     parts.start["drivers of transfers"] = transfers.drivers.run
+    parts.start["spare checks"] = kept_ready.run
     parts.start["retention of transfers"] = Retention(store, keep_for, lambda record: record.end_time, store.delete).run
 
 
-async def _look_after(parts: _Parts, office: Office) -> None:
+async def _look_after(parts: _Parts, office: Office, renewal: Callable[..., Awaitable[None]]) -> None:
     """Do now and then what the authority has to do of itself, and renew what no process keeps renewed."""
     period = min(LOOK_AFTER_PERIOD, parts.settings.certificates.service.total_seconds() / 20)
     while True:
         await asyncio.sleep(period)
         try:
             await office.look_after()
-            await renew_services(parts.layout, office.registrar, parts.settings, late=LATE)
+            await renewal(late=LATE)
         except (BeamwireError, OSError):
             # A full disk, say: what was signed before is good for a while, and it is tried again before.
             _log.exception("the authority could not be looked after; it is tried again")
@@ -278,20 +294,6 @@ _ADD: dict[ServiceName, Callable[[_Parts], Awaitable[None]]] = {
     "job": _add_job,
     "request": _add_request,
 }
-
-
-def listen_address(settings: FacilitySettings, names: Sequence[ServiceName]) -> str:
-    """Return where a process that serves these services listens; INVALID_FIELD if that does not follow from the file.
-
-    It does not if they are configured apart, or if each has several addresses, those of its replicas.
-    """
-    addresses = {settings.addresses().of(name) for name in names}
-    if len(addresses) > 1:
-        raise invalid_field("services", f"{', '.join(names)} have different addresses; serve each by itself")
-    (address,) = addresses
-    if len(replicas(address)) > 1:
-        raise invalid_field("listen", f"{', '.join(names)} may be at any of {address}; say with --listen at which one")
-    return address
 
 
 async def serve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from beamwire.mesh.spares import ShimSpare, Spares
 from beamwire.services.config import FacilitySettings, Layout
 from beamwire.services.job.backends.interface import Backend
 from beamwire.services.job.backends.local import LocalBackend
@@ -10,9 +11,11 @@ from beamwire.services.job.backends.slurm import SlurmBackend
 from beamwire.services.job.backends.slurm_commands import SlurmCommands
 
 
-def make_backends(layout: Layout, settings: FacilitySettings) -> dict[str, Backend]:
-    """Return where jobs can run here, by name."""
-    found: dict[str, Backend] = {"local": LocalBackend()}
+def make_backends(
+    layout: Layout, settings: FacilitySettings, spares: Spares[ShimSpare] | None = None
+) -> dict[str, Backend]:
+    """Return where jobs can run here, by name; `spares` are interpreters for those on this host."""
+    found: dict[str, Backend] = {"local": LocalBackend(spares)}
     # Two facilities may share a scheduler, and its user.
     facility = f"{settings.trust_domain} {layout.jobs}"
     for name, system in settings.backends.items():

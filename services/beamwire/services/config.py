@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Literal, get_args
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 
 from beamwire.mesh import policy
-from beamwire.mesh.addresses import Addresses, check_address
+from beamwire.mesh.addresses import Addresses, check_address, replicas
 from beamwire.mesh.config import Section, Settings, load
-from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
+from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason, invalid_field
 from beamwire.mesh.identity.ids import OWN_ROLES, Role, is_trust_domain
 from beamwire.mesh.rpc.limits import CALLS, STREAMS
 
@@ -101,9 +102,13 @@ class Limits(Section):
     active_buffers: int = Field(default=16, gt=0, description="besides those of transfers")
     active_jobs: int = Field(default=64, gt=0, description="besides those of transfers and of the services themselves")
     job_file_bytes: int = Field(default=16 * 1024**3, gt=0, description="the files of one job, to be uploaded to")
+    owner_file_bytes: int = Field(
+        default=64 * 1024**3, gt=0, description="the files of all jobs of one owner, those that have ended included"
+    )
     processes: int = Field(default=64, gt=0, description="MPI ranks of one streamer, processes of a user's job")
     owner_processes: int = Field(default=256, gt=0, description="MPI ranks of all streamers of one owner")
     buffer_bytes: int = Field(default=64 * 1024**3, gt=0, description="the rings of all transfers of one owner")
+    kept_bytes: int = Field(default=64 * 1024**3, ge=0, description="what all kept buffers hold together")
     lease: timedelta = Field(default=timedelta(days=7), description="how long a transfer may take altogether")
     calls_in_progress: int = Field(
         default=CALLS, gt=1, description="of all users at one process, half of them of one alone; services besides"
@@ -119,6 +124,23 @@ class Retention(Section):
         default=timedelta(days=30), gt=timedelta(0), description="with what they left in their files"
     )
     buffers: timedelta = Field(default=timedelta(days=30), gt=timedelta(0))
+
+
+class Webhooks(Section):
+    """Where the events of jobs may go."""
+
+    private_receivers: tuple[str, ...] = Field(
+        default=(),
+        description="networks that are not public and may receive events all the same: `10.1.2.0/24`, or `127.0.0.0/8` "
+        "for this host",
+    )
+
+    @field_validator("private_receivers")
+    @classmethod
+    def _are_networks(cls, networks: tuple[str, ...]) -> tuple[str, ...]:
+        for network in networks:
+            ip_network(network)
+        return networks
 
 
 class DatabaseServer(Section):
@@ -177,6 +199,7 @@ class FacilitySettings(Settings):
     certificates: Certificates = Certificates()
     limits: Limits = Limits()
     retention: Retention = Retention()
+    webhooks: Webhooks = Webhooks()
     database: DatabaseServer = DatabaseServer()
     telemetry: Telemetry = Telemetry()
     backends: dict[str, BatchSystem] = Field(default={}, description="by the name that jobs say; besides `local`")
@@ -205,6 +228,20 @@ class FacilitySettings(Settings):
         """Return where the services are called."""
         own = {name: getattr(self.services, name) for name in SERVICE_NAMES}
         return Addresses(self.address, {name: address for name, address in own.items() if address})
+
+
+def listen_address(settings: FacilitySettings, names: Sequence[ServiceName]) -> str:
+    """Return where a process that serves these services listens; INVALID_FIELD if that does not follow from the file.
+
+    It does not if they are configured apart, or if each has several addresses, those of its replicas.
+    """
+    addresses = {settings.addresses().of(name) for name in names}
+    if len(addresses) > 1:
+        raise invalid_field("services", f"{', '.join(names)} have different addresses; serve each by itself")
+    (address,) = addresses
+    if len(replicas(address)) > 1:
+        raise invalid_field("listen", f"{', '.join(names)} may be at any of {address}; say with --listen at which one")
+    return address
 
 
 class Layout:

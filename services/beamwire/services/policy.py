@@ -30,6 +30,13 @@ datasets = ["**"]
 # identities = ["user/guest-*"]
 # datasets = ["exp:tmoc00118", "path:/data/open/**"]
 #
+# And where they may have something run, if not anywhere. Goes on with the rule before it; there may be several:
+#
+# [[rule.placement]]
+# backends = ["slurm"]
+# queues = ["short"]
+# processes = 16
+#
 # Users of another facility, after `beamwire trust accept`:
 #
 # [[rule]]
@@ -91,6 +98,7 @@ def explain(policy: Policy, identity: SpiffeId) -> dict[str, Any]:
         "methods": ["all of the role"] if grant.methods is ANYTHING else list(grant.methods.texts),
         "datasets": list(grant.datasets.texts),
         "executables": list(grant.executables.texts),
+        "placements": list(grant.placements.texts),
     }
     if policy.is_own(identity):
         certificate = policy.certificate(identity)

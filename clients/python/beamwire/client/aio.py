@@ -226,7 +226,7 @@ class AsyncClient:
         issued = await self.buffers.IssueTicket(
             buffer_pb2.IssueTicketRequest(name=full_name("buffers", name), role=role)
         )
-        return Ticket(issued.ticket, issued.expire_time.ToNanoseconds() / 1e9)
+        return Ticket(issued.ticket, issued.expire_time.ToNanoseconds() / 1e9, issued.connect_string)
 
     def tickets(self, connect: ConnectString, role: LinkRole.ValueType) -> TicketSource | None:
         """Return what gets tickets for a buffer, for threads other than that of the running event loop.
@@ -307,10 +307,12 @@ class AsyncClient:
         return await self._certificates.WhoAmI(certificate_pb2.WhoAmIRequest(), timeout=_ASK_SECONDS)
 
     async def check_access(
-        self, method: str = "", dataset: str = "", identity: str = ""
+        self, method: str = "", dataset: str = "", identity: str = "", placement: str = ""
     ) -> certificate_pb2.CheckAccessResponse:
-        """Ask whether a method, a dataset or both would be allowed, to the caller or, for operators, to anybody."""
-        request = certificate_pb2.CheckAccessRequest(method=method, dataset=dataset, identity=identity)
+        """Ask whether all of what is named would be allowed, to the caller or, for operators, to anybody."""
+        request = certificate_pb2.CheckAccessRequest(
+            method=method, dataset=dataset, identity=identity, placement=placement
+        )
         return await self._certificates.CheckAccess(request)
 
     @property

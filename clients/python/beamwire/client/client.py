@@ -202,9 +202,11 @@ class Client:
         """Ask the facility who the caller is there: its role, the rule of the policy, the datasets that it may read."""
         return self._portal.call(self._client.who_am_i())
 
-    def check_access(self, method: str = "", dataset: str = "", identity: str = "") -> CheckAccessResponse:
-        """Ask whether a method, a dataset or both would be allowed, to the caller or, for operators, to anybody."""
-        return self._portal.call(self._client.check_access(method, dataset, identity))
+    def check_access(
+        self, method: str = "", dataset: str = "", identity: str = "", placement: str = ""
+    ) -> CheckAccessResponse:
+        """Ask whether all of what is named would be allowed, to the caller or, for operators, to anybody."""
+        return self._portal.call(self._client.check_access(method, dataset, identity, placement))
 
     @property
     def jobs(self) -> Jobs:

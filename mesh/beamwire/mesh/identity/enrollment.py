@@ -6,7 +6,9 @@ import base64
 import binascii
 import json
 import logging
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -16,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
+from beamwire.certificate.v1.certificate_service_pb2 import Certificate
 from beamwire.mesh.addresses import target
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.credentials import MEMBER_FILE, PUBLIC, Credentials, new_key_and_csr, write_file
@@ -26,6 +29,13 @@ from beamwire.mesh.identity.verifier import Verifier
 from beamwire.mesh.rpc.status import error_from_rpc
 
 _PREFIX: Final = "bwj1"
+
+FIRST_PAUSE: Final = 0.1
+LONGEST_PAUSE: Final = 1.0
+"""Seconds before services that are away are asked again."""
+STARTING_PATIENCE: Final = 20.0
+"""Seconds for which a program that was started by a service waits for it: it may be started again just then."""
+_AWAY: Final = (Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.OVERLOADED, Reason.REQUEST_IN_FLIGHT)
 
 _log = logging.getLogger(__name__)
 
@@ -77,12 +87,16 @@ class JoinToken:
         return x509.load_der_x509_certificate(self.root_der).public_bytes(serialization.Encoding.PEM)
 
 
-def enroll(token: JoinToken, directory: Path, *, timeout: float = 30) -> Credentials:
+def enroll(token: JoinToken, directory: Path, *, timeout: float = 30, patience: float = 0) -> Credentials:
     """Exchange a join token for credentials, and save them with `member.json` in a directory.
 
-    The key is made here and never leaves. The listener is believed only if it leads to the root in the token. Raises
-    BeamwireError: INVALID_JOIN_TOKEN if the token is spent or expired, CERTIFICATE_INVALID if the listener is another,
-    SERVICE_UNAVAILABLE or TIMED_OUT (after `timeout` seconds) if it cannot be reached.
+    The key is made here and never leaves. The listener is believed only if it leads to the root in the token. If the
+    services are away they are asked again for `patience` seconds: also a token that was spent by a request whose answer
+    got lost is good for that.
+
+    Raises:
+        BeamwireError: INVALID_JOIN_TOKEN if the token is spent or expired, CERTIFICATE_INVALID if the listener is
+            another, SERVICE_UNAVAILABLE or TIMED_OUT (after `timeout` seconds) if it cannot be reached.
     """
     key_pem, csr_pem = new_key_and_csr()
     request = certificate_service_pb2.EnrollMemberRequest(
@@ -92,10 +106,7 @@ def enroll(token: JoinToken, directory: Path, *, timeout: float = 30) -> Credent
     options = [("grpc.ssl_target_name_override", services_name(token.trust_domain))]
     with grpc.secure_channel(target(token.enroll_address), roots, options) as channel:
         stub = certificate_service_pb2_grpc.CertificateServiceStub(channel)
-        try:
-            certificate = stub.EnrollMember(request, timeout=timeout)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error, address=token.enroll_address) from error
+        certificate = _certificate(token, lambda: stub.EnrollMember(request, timeout=timeout), patience)
         trust = _read_trust(token, stub, timeout)
     chain_pem = certificate.chain_pem.encode()
     chain = x509.load_pem_x509_certificates(chain_pem)
@@ -104,6 +115,20 @@ def enroll(token: JoinToken, directory: Path, *, timeout: float = 30) -> Credent
     credentials.save_trust(trust)
     _save_member(token, directory)
     return credentials
+
+
+def _certificate(token: JoinToken, ask: Callable[[], Certificate], patience: float) -> Certificate:
+    until, pause = time.monotonic() + patience, FIRST_PAUSE
+    while True:
+        try:
+            return ask()
+        except grpc.RpcError as error:
+            problem = error_from_rpc(error, address=token.enroll_address)
+            if problem.reason not in _AWAY or time.monotonic() + pause > until:
+                raise problem from error
+            _log.info("%s does not enrol now: %s; it is asked again", token.enroll_address, problem.message)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def _check_issued(token: JoinToken, chain: list[x509.Certificate]) -> None:

@@ -29,6 +29,8 @@ _ANSWER_TIMEOUT: Final = 10.0
 _HEARTBEAT_INTERVAL: Final = 2.0
 _INTERRUPT_PERIOD: Final = 0.1
 _LONG_LIFE: Final = 8.0
+# So long a cache that was lost is dialed at one address. Its service is asked for another one meanwhile.
+_ONE_PLACE: Final = 2.0
 # In milliseconds.
 _LEAST_PULSE: Final = 20
 _MOST_PULSE: Final = 60_000
@@ -80,7 +82,9 @@ class Dialer:
         self.tickets = TicketHolder(connect.ticket, tickets)
         self.epoch = connect.epoch
         self._connect = connect
-        self._host = host
+        self._host = self._given = host
+        self._number = connect.places.index(host)
+        self._told: Place | None = None
         self._credentials = credentials
         self._role = role
         self._hello = hello
@@ -126,9 +130,13 @@ class Dialer:
         """
         deadline = time.monotonic() + timeout
         delay, asked = _FIRST_DELAY, False
+        # What was somewhere before may be somewhere else now.
+        elsewhere = again and self.tickets.renewable
+        moved = time.monotonic()
         while True:
+            left = deadline - time.monotonic()
             try:
-                link, welcome = self._welcome(max(deadline - time.monotonic(), _FIRST_DELAY))
+                link, welcome = self._welcome(max(min(left, _ONE_PLACE) if elsewhere else left, _FIRST_DELAY))
             except _RefusedError as refused:
                 error = refused.error
                 if error.reason in _TICKET_REASONS and not asked and self.tickets.refuse():
@@ -146,12 +154,34 @@ class Dialer:
                 self._welcomed = time.monotonic()
                 if not again:
                     self.epoch = welcome.epoch
+                    self._told = self._place_told()
                 return link, welcome
             if self._stop.wait(delay):
                 raise ClosedError
             if time.monotonic() >= deadline:
                 raise error
             delay = min(2 * delay, _LONGEST_DELAY)
+            if elsewhere and time.monotonic() - moved >= _ONE_PLACE:
+                moved = time.monotonic()
+                self._move()
+
+    def _move(self) -> None:
+        """Dial where the cache is now, if its service says something else than at first: it may have another node.
+
+        In turns with where it was, and asking once more: what was heard may be old already.
+        """
+        present = self._place_told()
+        if present is None or present in (self._told, self._host):
+            present = self._given
+        self._host = present
+        self.address = spell(self._host)
+        self.tickets.look()
+
+    def _place_told(self) -> Place | None:
+        """Where the cache is by the last ticket. It may be given another address, of a tunnel say, to dial instead."""
+        text = self.tickets.connect_string
+        places = ConnectString.parse(text).places if text else ()
+        return places[self._number] if self._number < len(places) else None
 
     def reopen(self, why: object, timeout: float, *, useful: bool) -> tuple[Link, Welcome]:
         """Another connection after one that was lost; `useful` if that one got anything done. Errors as `open`."""

@@ -23,10 +23,14 @@ EARLY_SECONDS: Final = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """What a peer shows to a cache, and until when it is good, in seconds since 1970. The text is a secret."""
+    """What a peer shows to a cache, and until when it is good, in seconds since 1970. The text is a secret.
+
+    `connect_string` is where the buffer's caches are now, if whoever issued it says so; a secret too.
+    """
 
     text: str = field(repr=False)
     expire_time: float
+    connect_string: str = field(default="", repr=False)
 
 
 TicketSource = Callable[[], Ticket]

@@ -28,6 +28,21 @@ class TicketHolder:
         self._fetching = False
         self._fresh: str | None = None
         self._renew_time: float | None = None
+        self._connect_string = ""
+
+    @property
+    def connect_string(self) -> str:
+        """Where the buffer's caches were when the last ticket came; empty if nobody said. A secret."""
+        return self._connect_string
+
+    @property
+    def renewable(self) -> bool:
+        """Whether there is anybody to ask for another one."""
+        return self._source is not None
+
+    def look(self) -> None:
+        """Have a ticket asked for in the background, for where the caches are now."""
+        self._ask(lambda: None)
 
     def text(self) -> str:
         """The ticket to say Hello with; asks for one if there is none that is known to be good, and waits for it.
@@ -91,4 +106,5 @@ class TicketHolder:
         now = time.time()
         with self._lock:
             self._fresh = ticket.text
+            self._connect_string = ticket.connect_string
             self._renew_time = now + max((ticket.expire_time - now) * _RENEW_AFTER, _SOONEST)

@@ -11,6 +11,7 @@ from beamwire.services.cli.database import db
 from beamwire.services.cli.doctor import doctor, health
 from beamwire.services.cli.facility import facility
 from beamwire.services.cli.gc import gc
+from beamwire.services.cli.hosts import host
 from beamwire.services.cli.ledger import ledger
 from beamwire.services.cli.member import member
 from beamwire.services.cli.policy import policy
@@ -37,7 +38,22 @@ def main() -> None:
     """
 
 
-for _command in (facility, serve, validate, token, member, policy, ledger, authority, db, clean, doctor, health, gc):
+for _command in (
+    facility,
+    serve,
+    validate,
+    token,
+    member,
+    policy,
+    ledger,
+    authority,
+    db,
+    host,
+    clean,
+    doctor,
+    health,
+    gc,
+):
     main.add_command(_command)
 
 

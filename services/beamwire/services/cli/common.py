@@ -61,6 +61,16 @@ def whole_identity(settings: FacilitySettings, identity: str) -> str:
     return identity if identity.startswith("spiffe://") else f"spiffe://{settings.trust_domain}/{identity}"
 
 
+def no_records(layout: Layout, settings: FacilitySettings, service: str) -> BeamwireError:
+    """The error where it cannot be known what on this host somebody needs."""
+    where = "at [database] url" if settings.database.url.get_secret_value() else f"in {layout.database(service)}"
+    return BeamwireError(
+        Reason.ILLEGAL_STATE,
+        f"the {service} service has something on this host, and there are no records of it {where}: nobody can say "
+        "what is needed, and nothing was removed. Are they elsewhere, as BEAMWIRE_DATABASE__URL says to the service?",
+    )
+
+
 async def call_certificate_service(
     layout: Layout, settings: FacilitySettings, call: Callable[[Any], Awaitable[T]]
 ) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import click
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.services.cli.common import directory_option, json_option, print_json
-from beamwire.services.config import SERVICE_NAMES, FacilitySettings, Layout, load_facility
+from beamwire.services.config import SERVICE_NAMES, FacilitySettings, Layout, ServiceName, load_facility
 
 
 @click.group()
@@ -30,7 +30,7 @@ def show(directory: Path, as_json: bool) -> None:
     from beamwire.mesh import schema
 
     layout, settings = load_facility(directory)
-    found = asyncio.run(_show(layout, settings))
+    found = asyncio.run(databases(layout, settings))
     known = [{"revision": step.revision, "title": step.title} for step in schema.steps()]
     if as_json:
         print_json({"head": schema.HEAD, "revisions": known, "databases": found})
@@ -83,12 +83,15 @@ def _report(moved: list[dict[str, str]], as_json: bool) -> None:
         click.echo(f"{each['service']}: {each['before'] or 'nothing'} -> {each['after']}")
 
 
-async def _show(layout: Layout, settings: FacilitySettings) -> list[dict[str, Any]]:
+async def databases(
+    layout: Layout, settings: FacilitySettings, names: Sequence[ServiceName] = SERVICE_NAMES
+) -> list[dict[str, Any]]:
+    """Of each of some services: where its records are, the revision of their schema, who has them open."""
     from beamwire.mesh.postgres import PostgresDatabase
     from beamwire.mesh.sqlite import is_open, revision_of
 
     found: list[dict[str, Any]] = []
-    for name, target in _targets(layout, settings):
+    for name, target in _targets(layout, settings, names):
         if isinstance(target, Path):
             where, held = str(target), ["this host"] if target.exists() and is_open(target) else []
             found.append({"service": name, "where": where, "revision": revision_of(target), "open": held})
@@ -131,8 +134,10 @@ async def _move(layout: Layout, settings: FacilitySettings, way: str, revision: 
     return moved
 
 
-def _targets(layout: Layout, settings: FacilitySettings) -> Iterator[tuple[str, Path | str]]:
-    for name in SERVICE_NAMES:
+def _targets(
+    layout: Layout, settings: FacilitySettings, names: Sequence[ServiceName] = SERVICE_NAMES
+) -> Iterator[tuple[str, Path | str]]:
+    for name in names:
         yield name, layout.database_target(settings, name)
 
 

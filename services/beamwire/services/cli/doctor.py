@@ -104,16 +104,23 @@ async def _findings(layout: Layout, settings: FacilitySettings, offline: bool) -
             continue
         for finding in files.database(settings, service, kept[service]):
             yield finding
+    for service in remains.without_records(host, kept):
+        del kept[service]
+        remedy = "say where they are, as to the services: BEAMWIRE_DATABASE__URL, or [database] url; or restore them"
+        yield error("database", service, "there are no records of what it has on this host", remedy)
     served = served or any(content.replicas for content in kept.values())
     for checks in (
         reconciliation.reconcile(host, kept, served=served),
         reconciliation.stuck(kept, served=served),
+        reconciliation.stranded(kept, settings.backends),
         reconciliation.webhooks(kept),
     ):
         for finding in checks:
             yield finding
     if not offline:
-        jobs = await scheduled.look(layout, settings, lambda: records.read(layout, settings, "job"))
+        jobs = scheduled.Scheduled()
+        if "job" in kept and kept["job"].revision:
+            jobs = await scheduled.look(layout, settings, lambda: records.read(layout, settings, "job"))
         for finding in reconciliation.of_batch_systems(jobs):
             yield finding
         async for finding in online.services(layout, settings, served=served):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from beamwire.services.cli.common import directory_option, json_option, print_json
+from beamwire.services.cli.common import directory_option, json_option, no_records, print_json
 from beamwire.services.config import FacilitySettings, Layout, ServiceName, load_facility
 
 if TYPE_CHECKING:
@@ -49,11 +49,15 @@ async def _collect(layout: Layout, settings: FacilitySettings, dry_run: bool) ->
     # In this order: what is there now and has no record afterwards is nobody's.
     host = remains.look(layout)
     kept = await _records(layout, settings)
+    if unknown := remains.without_records(host, kept):
+        raise no_records(layout, settings, unknown[0])
     old = [] if settings.database.url.get_secret_value() else list(_old(layout, settings, kept))
     if not dry_run:
         await _forget(layout, old)
         kept = await _records(layout, settings)
-    jobs = await scheduled.look(layout, settings, lambda: records.read(layout, settings, "job"))
+    jobs = scheduled.Scheduled()
+    if kept["job"].revision:
+        jobs = await scheduled.look(layout, settings, lambda: records.read(layout, settings, "job"))
     for name, problem in jobs.silent.items():
         click.echo(f"beamwired: {name} could not be asked: {problem}", err=True)
     left = list(remains.left_behind(host, kept))
@@ -76,7 +80,8 @@ def _old(layout: Layout, settings: FacilitySettings, kept: dict[ServiceName, Kep
     """The records that ended longer ago than they are kept, of services that are not served."""
     from beamwire.mesh.sqlite import is_open
     from beamwire.mesh.store import utcnow
-    from beamwire.services.inspection.remains import TERMINAL, Remain, What
+    from beamwire.services.inspection.records import TERMINAL
+    from beamwire.services.inspection.remains import Remain, What
 
     lengths: dict[ServiceName, timedelta] = {
         "request": settings.retention.transfers,

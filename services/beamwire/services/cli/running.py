@@ -7,15 +7,19 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from beamwire.mesh import telemetry
 from beamwire.mesh.addresses import check_address, replicas
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.sqlite import is_open
-from beamwire.services.cli.common import directory_option
+from beamwire.services.cli.common import directory_option, no_records
+from beamwire.services.cli.database import databases
 from beamwire.services.config import FILE_NAME, SERVICE_NAMES, Layout, ServiceName, load_facility
+
+if TYPE_CHECKING:
+    from beamwire.mesh.processes import Process
 
 
 @click.command()
@@ -61,7 +65,7 @@ def serve(services: tuple[ServiceName, ...], directory: Path, config: Path | Non
 
     with ending:
         asyncio.run(serve_services(layout, settings, names, listen=listen, ready=ready, stopping=stopping))
-    still = sum(_running(layout))
+    still = len(_running(layout))
     if still:
         click.echo(f"beamwired: still running: {_count(still)}; `beamwired clean` would end them", err=True)
 
@@ -100,38 +104,40 @@ def clean(directory: Path) -> None:
 
     The frames that caches kept in shared memory are lost.
     """
-    layout, _ = load_facility(directory)
-    for name in ("buffer", "job"):
-        if is_open(layout.database(name)):
+    layout, settings = load_facility(directory)
+    running = [process.directory for process in _running(layout)]
+    tops: dict[ServiceName, Path] = {"buffer": layout.buffers, "job": layout.jobs}
+    for each in asyncio.run(databases(layout, settings, tuple(tops))):
+        name: ServiceName = each["service"]
+        if each["open"]:
             raise BeamwireError(
                 Reason.ILLEGAL_STATE,
-                f"the {name} service of {layout.directory} is being served, and what it runs is in use; stop it first",
+                f"the {name} service of {layout.directory} is being served ({', '.join(each['open'])}), and what it "
+                "runs is in use; stop it first",
             )
+        if not each["revision"] and any(tops[name] in directory.parents for directory in running):
+            raise no_records(layout, settings, name)
     click.echo(f"ended {_count(asyncio.run(_clean(layout)))}")
 
 
 async def _clean(layout: Layout) -> int:
-    from beamwire.mesh.processes import Process
     from beamwire.services.buffer.placement import Rings
 
-    ended = 0
-    for directory in layout.process_directories():
-        process = Process.attach(directory)
-        if process is not None and process.alive():
-            await process.terminate()
-            ended += 1
+    running = _running(layout)
+    for process in running:
+        await process.terminate()
     rings = Rings(layout.buffers)
     for buffer_id in list(rings.buffers()):
         rings.remove(buffer_id)
-    return ended
+    return len(running)
 
 
 def _count(processes: int) -> str:
     return f"{processes} job or cache" if processes == 1 else f"{processes} jobs and caches"
 
 
-def _running(layout: Layout) -> list[bool]:
+def _running(layout: Layout) -> list[Process]:
     from beamwire.mesh.processes import Process
 
     found = [Process.attach(directory) for directory in layout.process_directories()]
-    return [process.alive() for process in found if process is not None]
+    return [process for process in found if process is not None and process.alive()]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Final
+
+from pydantic import ValidationError
 
 from beamwire.mesh.store import utcnow
 from beamwire.services.config import ServiceName
 from beamwire.services.inspection.findings import Finding, error, ok, warning
-from beamwire.services.inspection.records import KINDS, Kept, Row
-from beamwire.services.inspection.remains import TERMINAL, Host, left_behind, without_process
+from beamwire.services.inspection.records import KINDS, TERMINAL, Kept, Row
+from beamwire.services.inspection.remains import LOCAL, Host, left_behind, without_process
 from beamwire.services.inspection.scheduled import Scheduled
+from beamwire.services.job.ending import left_at
+from beamwire.services.job.model import JobRecord
 
 LONGEST: Final[Mapping[str, timedelta]] = {
     "TransferRecord PENDING": timedelta(minutes=10),
@@ -66,12 +70,29 @@ def stuck(kept: Mapping[ServiceName, Kept], *, served: bool, now: datetime | Non
                 yield warning(
                     "records", row.name, _since(row, age), f"see the log of the {service} service for its name"
                 )
-            elif served and row.held_until is not None and _is_free(content, row, moment):
+            elif served and _is_free(content, row, moment):
                 none = False
                 remedy = f"see that a replica of the {service} service serves{_on(row)}"
                 yield error("records", row.name, f"is {row.state}, and no replica drives it", remedy)
     if none:
         yield ok("records", "all", "none is stuck")
+
+
+def stranded(kept: Mapping[ServiceName, Kept], backends: Collection[str]) -> Iterator[Finding]:
+    """The jobs that have not ended at backends which the facility has no more."""
+    for row in kept.get("job", Kept("")).rows:
+        record = None if row.state in TERMINAL["job"] else _job(row)
+        if record is not None and record.spec.placement.backend not in (LOCAL, *backends):
+            remedy = f"put it back, or cancel the job: beamwire job cancel {row.id}"
+            yield error("records", row.name, f"is {row.state}; {left_at(record)}", remedy)
+
+
+def _job(row: Row) -> JobRecord | None:
+    try:
+        return JobRecord.model_validate(row.document)
+    except ValidationError:
+        # Of a release that knew no backends.
+        return None
 
 
 def webhooks(kept: Mapping[ServiceName, Kept]) -> Iterator[Finding]:
@@ -90,9 +111,14 @@ def _since(row: Row, age: timedelta) -> str:
 
 
 def _is_free(content: Kept, row: Row, moment: datetime) -> bool:
+    if row.held_until is None:
+        # Given back: what is bound to a host is taken by none but those there.
+        return content.shared and bool(row.host) and (moment - row.update_time).total_seconds() > UNHELD
     clock = content.clock if content.clock is not None else moment.timestamp()
-    return row.held_until is not None and row.held_until + UNHELD < clock
+    return row.held_until + UNHELD < clock
 
 
 def _on(row: Row) -> str:
-    return f" on {row.host}" if row.host else ""
+    if not row.host:
+        return ""
+    return f" on {row.host}; if that host is gone, or has another name now: beamwired host rename {row.host} NEW"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -16,25 +16,47 @@ from sqlalchemy.exc import DBAPIError
 
 from beamwire.mesh import schema
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.services.buffer.model import BUFFER_STATES
 from beamwire.services.config import FacilitySettings, Layout, ServiceName
+from beamwire.services.job.model import JOB_STATES
+from beamwire.services.request.model import TRANSFER_STATES
 
 KINDS: dict[ServiceName, str] = {"request": "TransferRecord", "job": "JobRecord", "buffer": "BufferRecord"}
 """The resource of each service that has a life."""
 
+TERMINAL: Mapping[ServiceName, frozenset[str]] = {
+    "request": frozenset(TRANSFER_STATES.terminal),
+    "job": frozenset(JOB_STATES.terminal),
+    "buffer": frozenset(BUFFER_STATES.terminal),
+}
+"""The states of what has ended."""
+
+# What has ended is most of it, and only the time of that counts.
+_SQLITE_DOCUMENT = (
+    "CASE WHEN state IN (SELECT value FROM json_each(:ended))"
+    " THEN json_object('end_time', json_extract(document, '$.end_time')) ELSE document END"
+)
+_POSTGRES_DOCUMENT = (
+    "CASE WHEN state IN (SELECT json_array_elements_text(CAST(:ended AS json)))"
+    " THEN json_build_object('end_time', document->'end_time') ELSE document END"
+)
 _RECORDS = (
-    "SELECT name, owner, state, create_time, update_time, document, host, holder, held_until"
+    "SELECT name, owner, state, create_time, update_time, {document}, host, holder, held_until"
     " FROM resources WHERE kind = :kind"
 )
 # As the first revision of the schema had it.
 _RECORDS_BEFORE = (
-    "SELECT name, owner, state, create_time, create_time, document, '', NULL, NULL FROM resources WHERE kind = :kind"
+    "SELECT name, owner, state, create_time, create_time, {document}, '', NULL, NULL FROM resources WHERE kind = :kind"
 )
 _WAITING = "SELECT resource, attempts, last_error FROM outbox ORDER BY attempts DESC"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record as it is stored. `held_until` is in seconds since 1970, None if nobody ever drove it."""
+    """One record as it is stored. `held_until` is in seconds since 1970, None if nobody ever drove it.
+
+    Of the document of one that has ended there is only `end_time`.
+    """
 
     name: str
     owner: str
@@ -72,6 +94,11 @@ class Kept:
     clock: float | None = None
     replicas: Sequence[str] = field(default_factory=tuple)
 
+    @property
+    def shared(self) -> bool:
+        """Whether several replicas may have it open."""
+        return self.clock is not None
+
 
 async def read(layout: Layout, settings: FacilitySettings, service: ServiceName) -> Kept:
     """Read what a service keeps.
@@ -100,7 +127,7 @@ def _read_sqlite(path: Path, service: ServiceName) -> Kept:
             revision = str(connection.execute("SELECT version_num FROM alembic_version").fetchone()[0])
         columns = {str(row[1]) for row in connection.execute("PRAGMA table_info(resources)")}
         query = _RECORDS if "held_until" in columns else _RECORDS_BEFORE
-        rows = connection.execute(query, {"kind": KINDS.get(service, "")}).fetchall()
+        rows = connection.execute(query.format(document=_SQLITE_DOCUMENT), _asked(service)).fetchall()
         waiting = connection.execute(_WAITING).fetchall() if "outbox" in tables else []
         return Kept(revision, tuple(map(_row, rows)), tuple(waiting))
 
@@ -114,7 +141,8 @@ async def _read_postgres(url: str, service: ServiceName) -> Kept:
             revision = await connection.run_sync(schema.current)
             if not revision:
                 return Kept("")
-            found = await connection.execute(text(_RECORDS), {"kind": KINDS.get(service, "")})
+            query = text(_RECORDS.format(document=_POSTGRES_DOCUMENT))
+            found = await connection.execute(query, _asked(service))
             rows = tuple(_row(row) for row in found.all())
             waiting = tuple(tuple(row) for row in (await connection.execute(text(_WAITING))).all())
             clock = (await connection.execute(text("SELECT extract(epoch FROM clock_timestamp())"))).scalar()
@@ -124,6 +152,10 @@ async def _read_postgres(url: str, service: ServiceName) -> Kept:
         raise BeamwireError(Reason.SERVICE_UNAVAILABLE, fault.message if fault else str(problem)) from problem
     finally:
         await database.close()
+
+
+def _asked(service: ServiceName) -> dict[str, str]:
+    return {"kind": KINDS.get(service, ""), "ended": json.dumps(sorted(TERMINAL.get(service, ())))}
 
 
 def _row(values: Any) -> Row:

@@ -11,25 +11,17 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
 
-from beamwire.mesh import shim
 from beamwire.mesh.processes import Process
 from beamwire.mesh.replicas import this_host
+from beamwire.mesh.shims import directory_of_shim, shims
 from beamwire.mesh.store import utcnow
-from beamwire.services.buffer.model import BUFFER_STATES
 from beamwire.services.buffer.placement import Rings
 from beamwire.services.config import Layout, ServiceName
-from beamwire.services.inspection.records import Kept, Row
-from beamwire.services.job.model import JOB_STATES
-from beamwire.services.request.model import TRANSFER_STATES
+from beamwire.services.inspection.records import TERMINAL, Kept, Row
 
 SETTLING = timedelta(seconds=60)
 """What has just ended or begun is still being put in order by its service."""
 LOCAL = "local"
-TERMINAL: Mapping[ServiceName, frozenset[str]] = {
-    "request": frozenset(TRANSFER_STATES.terminal),
-    "job": frozenset(JOB_STATES.terminal),
-    "buffer": frozenset(BUFFER_STATES.terminal),
-}
 
 
 class What(StrEnum):
@@ -73,38 +65,19 @@ class Host:
 
 def look(layout: Layout) -> Host:
     """What this host has of a facility."""
-    shims = {pid: directory for pid, directory in _shims() if _below(directory, layout.state)}
-    known = {directory: Process.attach(directory) for directory in {*layout.process_directories(), *shims.values()}}
+    here = {pid: directory for pid, directory in shims() if _below(directory, layout.state)}
+    # What an earlier release ran in the job's directory itself is its first step too: looked at once.
+    directories: dict[Path, Path] = {}
+    for directory in [*layout.process_directories(), *here.values()]:
+        directories.setdefault(directory.resolve(), directory)
+    known = {directory: Process.find(directory) if directory.exists() else None for directory in directories.values()}
     return Host(
         running={path: process for path, process in sorted(known.items()) if process is not None and process.alive()},
-        strays={pid: directory for pid, directory in shims.items() if known[directory] is None},
+        strays={pid: directory for pid, directory in here.items() if known[directories[directory.resolve()]] is None},
         rings=tuple(Rings(layout.buffers).buffers()),
         jobs=tuple(sorted(layout.jobs.glob("*"))),
         buffers=tuple(sorted(layout.buffers.glob("*"))),
     )
-
-
-def _shims() -> Iterator[tuple[int, Path]]:
-    for pid in shim.process_ids():
-        directory = _directory_of(pid)
-        if directory is not None:
-            yield pid, directory
-
-
-def _directory_of(pid: int) -> Path | None:
-    """The directory of the program that a shim of this user runs; None if the process is none."""
-    process = Path(f"/proc/{pid}")
-    try:
-        # Anybody on this host can begin a process that says it is one in our directories.
-        if process.stat().st_uid != os.geteuid():
-            return None
-        arguments = (process / "cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    if not any(argument == os.fsencode(shim.__file__) for argument in arguments):
-        return None
-    specs = [argument for argument in arguments if argument.endswith(b"/spec.json")]
-    return Path(os.fsdecode(specs[0])).parent if specs else None
 
 
 def _below(directory: Path, top: Path) -> bool:
@@ -123,14 +96,17 @@ def left_behind(host: Host, kept: Mapping[ServiceName, Kept], now: datetime | No
             if directory.name not in jobs:
                 yield Remain(What.DIRECTORY, str(directory), "no job of this name is known", _size(directory))
         for directory in host.running:
-            if directory.parent.name == "steps":
-                job = jobs.get(directory.parent.parent.name)
+            if (step := _step(host, directory)) is not None:
+                job = jobs.get(step[0])
                 if story := _needless(job, TERMINAL["job"], settled):
                     yield Remain(What.PROCESS, str(directory), story)
     if "buffer" in kept:
         buffers = {row.id: row for row in kept["buffer"].rows}
         for directory in host.buffers:
-            if story := _needless(buffers.get(directory.name), TERMINAL["buffer"], settled):
+            row = buffers.get(directory.name)
+            # Of one on another host, with which the directory is shared, only that one knows what still runs.
+            elsewhere = kept["buffer"].shared and row is not None and row.host not in ("", this_host())
+            if story := "" if elsewhere else _needless(row, TERMINAL["buffer"], settled):
                 yield Remain(What.DIRECTORY, str(directory), story, _size(directory))
         for directory in host.running:
             if directory.name.startswith("shard-"):
@@ -140,6 +116,12 @@ def left_behind(host: Host, kept: Mapping[ServiceName, Kept], now: datetime | No
         for buffer in host.rings:
             if story := _needless(buffers.get(buffer), TERMINAL["buffer"], settled):
                 yield Remain(What.RING, buffer, story)
+
+
+def without_records(host: Host, kept: Mapping[ServiceName, Kept]) -> list[ServiceName]:
+    """The services of which there is something on this host, and whose database has nothing in it: it is another."""
+    here: dict[ServiceName, list[object]] = {"job": [*host.jobs], "buffer": [*host.buffers, *host.rings]}
+    return [service for service, found in here.items() if found and service in kept and not kept[service].revision]
 
 
 def _needless(row: Row | None, terminal: frozenset[str], settled: datetime) -> str:
@@ -153,24 +135,32 @@ def _needless(row: Row | None, terminal: frozenset[str], settled: datetime) -> s
 def without_process(host: Host, kept: Mapping[ServiceName, Kept], now: datetime | None = None) -> Iterator[Row]:
     """The records that should have a process on this host, for a while now, and have none."""
     settled = (now or utcnow()) - SETTLING
-    for row in kept.get("job", Kept("")).rows:
-        if row.state == "ACTIVE" and _is_here(row, "placement", settled):
+    jobs, buffers = (kept.get(service, Kept("")) for service in ("job", "buffer"))
+    for row in jobs.rows:
+        if row.state == "ACTIVE" and _is_here(jobs, row, "placement", settled):
             steps = row.document.get("steps") or [{"number": 1}]
-            if not any(_is_step(directory, row.id, int(steps[-1]["number"])) for directory in host.running):
+            if not any(_step(host, each) == (row.id, int(steps[-1]["number"])) for each in host.running):
                 yield row
-    for row in kept.get("buffer", Kept("")).rows:
-        should = row.state in ("READY", "DRAINING") and _is_here(row, "place", settled)
+    for row in buffers.rows:
+        should = row.state in ("READY", "DRAINING") and _is_here(buffers, row, "place", settled)
         if should and not any(directory.parent.name == row.id for directory in host.running):
             yield row
 
 
-def _is_here(row: Row, placement: str, settled: datetime) -> bool:
+def _is_here(content: Kept, row: Row, placement: str, settled: datetime) -> bool:
     backend = (row.document.get("spec") or {}).get(placement, {}).get("backend", LOCAL)
-    return backend == LOCAL and row.host in ("", this_host()) and row.update_time < settled
+    here = not content.shared or row.host in ("", this_host())
+    return backend == LOCAL and here and row.update_time < settled
 
 
-def _is_step(directory: Path, job: str, number: int) -> bool:
-    return directory.name == str(number) and directory.parent.parent.name == job
+def _step(host: Host, directory: Path) -> tuple[str, int] | None:
+    """The job and the step that a directory of a program is of; None if it is of none."""
+    if directory in host.jobs:
+        # As an earlier release ran them, and nobody has served them since.
+        return directory.name, 1
+    if directory.parent.name != "steps" or not directory.name.isdecimal():
+        return None
+    return directory.parent.parent.name, int(directory.name)
 
 
 async def remove(layout: Layout, remain: Remain) -> None:
@@ -178,7 +168,7 @@ async def remove(layout: Layout, remain: Remain) -> None:
     if remain.pid:
         _end_shim(remain.pid)
     elif remain.what is What.PROCESS:
-        process = Process.attach(Path(remain.place))
+        process = Process.find(Path(remain.place))
         if process is not None and process.alive():
             await process.terminate()
     elif remain.what is What.RING:
@@ -196,7 +186,7 @@ def _end_shim(pid: int) -> None:
     except ProcessLookupError:
         return
     try:
-        if _directory_of(pid) is not None:
+        if directory_of_shim(pid) is not None:
             signal.pidfd_send_signal(descriptor, signal.SIGTERM)
     except ProcessLookupError:
         return

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from beamwire.mesh.errors import BeamwireError
 from beamwire.services.backends import make_backends
 from beamwire.services.config import FacilitySettings, Layout
-from beamwire.services.inspection.records import Kept
-from beamwire.services.inspection.remains import TERMINAL, Remain, What
+from beamwire.services.inspection.records import TERMINAL, Kept
+from beamwire.services.inspection.remains import Remain, What
 from beamwire.services.job.backends.interface import Run
 
 ANSWER_TIMEOUT = 30.0

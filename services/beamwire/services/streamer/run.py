@@ -13,7 +13,7 @@ from typing import Any
 from beamwire.mesh import telemetry
 from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.identity.credentials import MEMBER_FILE, Credentials
-from beamwire.mesh.identity.enrollment import JoinToken, enroll
+from beamwire.mesh.identity.enrollment import STARTING_PATIENCE, JoinToken, enroll
 from beamwire.mesh.identity.renewal import certificate_address
 from beamwire.services.streamer import config as configuration
 from beamwire.services.streamer.config import StreamerConfig
@@ -141,7 +141,7 @@ def _reported(ranks: Ranks, environment: Mapping[str, str]) -> AbstractContextMa
 
 def _enroll(token_file: Path, directory: Path) -> None:
     try:
-        enroll(JoinToken.parse(token_file.read_text()), directory)
+        enroll(JoinToken.parse(token_file.read_text()), directory, patience=STARTING_PATIENCE)
     finally:
         # It is good once, and it is a secret.
         token_file.unlink()

@@ -50,7 +50,7 @@ async def _issue(address: str, credentials: Credentials, buffer: str) -> Ticket:
         ):
             with attempt:
                 answer = await stub.IssueTicket(request)
-                return Ticket(answer.ticket, answer.expire_time.ToNanoseconds() / 1e9)
+                return Ticket(answer.ticket, answer.expire_time.ToNanoseconds() / 1e9, answer.connect_string)
     raise AssertionError("a retry either returns or raises")
 
 

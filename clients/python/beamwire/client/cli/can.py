@@ -76,11 +76,12 @@ _ROLES: Final = {"consume": LINK_ROLE_CONSUME, "produce": LINK_ROLE_PRODUCE}
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked for: a method, a dataset, and the one resource that it is about, if there is one."""
+    """What is asked for: a method, a dataset, a placement, and the one resource that it is about, if there is one."""
 
     method: str = ""
     dataset: str = ""
     resource: str = ""
+    placement: str = ""
 
 
 @dataclass
@@ -106,6 +107,7 @@ def can(cli: Cli, action: str, resource: str, identity: str) -> None:
     beamwire can consume buffers/abc123
     beamwire can read exp:tmoc00118
     beamwire can read /data/run7/scan.h5
+    beamwire can use slurm/main/mfx      (backend/queue/account, or less of it)
     beamwire can call RequestService/CreateTransfer
     """
     question = understand(action, resource)
@@ -123,6 +125,8 @@ def understand(action: str, resource: str) -> Question:
     """What some words ask for; INVALID_FIELD with the words that are known."""
     if action == "call":
         return Question(method=resource)
+    if action == "use":
+        return Question(placement=resource)
     if resource.startswith("/"):
         resource = f"path:{resource}"
     if resource.startswith(_DATASETS):
@@ -147,7 +151,7 @@ def _nearest(word: str, known: dict[str, object] | dict[str, str] | dict[str, di
 
 def ask(client: Client, action: str, question: Question, identity: str) -> Answer:
     """Ask the policy, and then the service that has the resource."""
-    found = client.check_access(question.method, question.dataset, identity)
+    found = client.check_access(question.method, question.dataset, identity, question.placement)
     answer = Answer(found.allowed, list(found.reasons), found.rule)
     if answer.allowed and question.resource:
         _ask_owner(client, action, question.resource, identity, answer)

@@ -1911,7 +1911,10 @@ type CheckAccessRequest struct {
 	// The dataset, `exp:tmoc00118` or `path:/data/file.h5`.
 	Dataset string `protobuf:"bytes,2,opt,name=dataset,proto3" json:"dataset,omitempty"`
 	// Who: a SPIFFE id. Empty: the caller. Anybody else, operators only.
-	Identity      string `protobuf:"bytes,3,opt,name=identity,proto3" json:"identity,omitempty"`
+	Identity string `protobuf:"bytes,3,opt,name=identity,proto3" json:"identity,omitempty"`
+	// Where something would run: a backend, its queue, the account and the reservation, as many of them as are named,
+	// `slurm` or `slurm/main/mfx`.
+	Placement     string `protobuf:"bytes,4,opt,name=placement,proto3" json:"placement,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1963,6 +1966,13 @@ func (x *CheckAccessRequest) GetDataset() string {
 func (x *CheckAccessRequest) GetIdentity() string {
 	if x != nil {
 		return x.Identity
+	}
+	return ""
+}
+
+func (x *CheckAccessRequest) GetPlacement() string {
+	if x != nil {
+		return x.Placement
 	}
 	return ""
 }
@@ -2961,11 +2971,12 @@ const file_beamwire_certificate_v1_certificate_service_proto_rawDesc = "" +
 	"\fdelegated_by\x18\x06 \x01(\tR\vdelegatedBy\x12\x1e\n" +
 	"\n" +
 	"delegation\x18\a \x03(\tR\n" +
-	"delegation\"t\n" +
+	"delegation\"\x98\x01\n" +
 	"\x12CheckAccessRequest\x12\x1c\n" +
 	"\x06method\x18\x01 \x01(\tB\x04\xe2A\x01\x01R\x06method\x12\x1e\n" +
 	"\adataset\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\adataset\x12 \n" +
-	"\bidentity\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\bidentity\"]\n" +
+	"\bidentity\x18\x03 \x01(\tB\x04\xe2A\x01\x01R\bidentity\x12\"\n" +
+	"\tplacement\x18\x04 \x01(\tB\x04\xe2A\x01\x01R\tplacement\"]\n" +
 	"\x13CheckAccessResponse\x12\x18\n" +
 	"\aallowed\x18\x01 \x01(\bR\aallowed\x12\x18\n" +
 	"\areasons\x18\x02 \x03(\tR\areasons\x12\x12\n" +

@@ -2410,6 +2410,116 @@ func (x *Backend) GetJobCounts() map[string]int32 {
 	return nil
 }
 
+// A job that might be created.
+type EstimateQueueRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What would run, where and with what. What the program does is of no matter.
+	Spec *JobSpec `protobuf:"bytes,1,opt,name=spec,proto3" json:"spec,omitempty"`
+	// Whose job it would be: a SPIFFE id. Default: the caller.
+	Owner         string `protobuf:"bytes,2,opt,name=owner,proto3" json:"owner,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EstimateQueueRequest) Reset() {
+	*x = EstimateQueueRequest{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[30]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EstimateQueueRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EstimateQueueRequest) ProtoMessage() {}
+
+func (x *EstimateQueueRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[30]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EstimateQueueRequest.ProtoReflect.Descriptor instead.
+func (*EstimateQueueRequest) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{30}
+}
+
+func (x *EstimateQueueRequest) GetSpec() *JobSpec {
+	if x != nil {
+		return x.Spec
+	}
+	return nil
+}
+
+func (x *EstimateQueueRequest) GetOwner() string {
+	if x != nil {
+		return x.Owner
+	}
+	return ""
+}
+
+// How long a job would wait.
+type EstimateQueueResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// From now until it would start. Unset if the backend cannot tell.
+	QueueDuration *durationpb.Duration `protobuf:"bytes,1,opt,name=queue_duration,json=queueDuration,proto3" json:"queue_duration,omitempty"`
+	// Why the backend cannot tell.
+	Detail        string `protobuf:"bytes,2,opt,name=detail,proto3" json:"detail,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EstimateQueueResponse) Reset() {
+	*x = EstimateQueueResponse{}
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EstimateQueueResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EstimateQueueResponse) ProtoMessage() {}
+
+func (x *EstimateQueueResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EstimateQueueResponse.ProtoReflect.Descriptor instead.
+func (*EstimateQueueResponse) Descriptor() ([]byte, []int) {
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *EstimateQueueResponse) GetQueueDuration() *durationpb.Duration {
+	if x != nil {
+		return x.QueueDuration
+	}
+	return nil
+}
+
+func (x *EstimateQueueResponse) GetDetail() string {
+	if x != nil {
+		return x.Detail
+	}
+	return ""
+}
+
 // Names a job to delete.
 type DeleteJobRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -2423,7 +2533,7 @@ type DeleteJobRequest struct {
 
 func (x *DeleteJobRequest) Reset() {
 	*x = DeleteJobRequest{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[30]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2435,7 +2545,7 @@ func (x *DeleteJobRequest) String() string {
 func (*DeleteJobRequest) ProtoMessage() {}
 
 func (x *DeleteJobRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[30]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2448,7 +2558,7 @@ func (x *DeleteJobRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteJobRequest.ProtoReflect.Descriptor instead.
 func (*DeleteJobRequest) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{30}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *DeleteJobRequest) GetName() string {
@@ -2474,7 +2584,7 @@ type DeleteJobResponse struct {
 
 func (x *DeleteJobResponse) Reset() {
 	*x = DeleteJobResponse{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[31]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2486,7 +2596,7 @@ func (x *DeleteJobResponse) String() string {
 func (*DeleteJobResponse) ProtoMessage() {}
 
 func (x *DeleteJobResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[31]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2499,7 +2609,7 @@ func (x *DeleteJobResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteJobResponse.ProtoReflect.Descriptor instead.
 func (*DeleteJobResponse) Descriptor() ([]byte, []int) {
-	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{31}
+	return file_beamwire_job_v1_job_service_proto_rawDescGZIP(), []int{33}
 }
 
 // One step of its life.
@@ -2519,7 +2629,7 @@ type Job_Transition struct {
 
 func (x *Job_Transition) Reset() {
 	*x = Job_Transition{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[34]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2531,7 +2641,7 @@ func (x *Job_Transition) String() string {
 func (*Job_Transition) ProtoMessage() {}
 
 func (x *Job_Transition) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[34]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2596,7 +2706,7 @@ type Job_Step struct {
 
 func (x *Job_Step) Reset() {
 	*x = Job_Step{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[35]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2608,7 +2718,7 @@ func (x *Job_Step) String() string {
 func (*Job_Step) ProtoMessage() {}
 
 func (x *Job_Step) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[35]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2683,7 +2793,7 @@ type Job_CallbackStatus struct {
 
 func (x *Job_CallbackStatus) Reset() {
 	*x = Job_CallbackStatus{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[36]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2695,7 +2805,7 @@ func (x *Job_CallbackStatus) String() string {
 func (*Job_CallbackStatus) ProtoMessage() {}
 
 func (x *Job_CallbackStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[36]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2758,7 +2868,7 @@ type UploadFileRequest_Start struct {
 
 func (x *UploadFileRequest_Start) Reset() {
 	*x = UploadFileRequest_Start{}
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[39]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2770,7 +2880,7 @@ func (x *UploadFileRequest_Start) String() string {
 func (*UploadFileRequest_Start) ProtoMessage() {}
 
 func (x *UploadFileRequest_Start) ProtoReflect() protoreflect.Message {
-	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[39]
+	mi := &file_beamwire_job_v1_job_service_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3079,6 +3189,12 @@ const file_beamwire_job_v1_job_service_proto_rawDesc = "" +
 	"\x0eJobCountsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\x05R\x05value:\x028\x01\"f\n" +
+	"\x14EstimateQueueRequest\x122\n" +
+	"\x04spec\x18\x01 \x01(\v2\x18.beamwire.job.v1.JobSpecB\x04\xe2A\x01\x02R\x04spec\x12\x1a\n" +
+	"\x05owner\x18\x02 \x01(\tB\x04\xe2A\x01\x01R\x05owner\"q\n" +
+	"\x15EstimateQueueResponse\x12@\n" +
+	"\x0equeue_duration\x18\x01 \x01(\v2\x19.google.protobuf.DurationR\rqueueDuration\x12\x16\n" +
+	"\x06detail\x18\x02 \x01(\tR\x06detail\"f\n" +
 	"\x10DeleteJobRequest\x12-\n" +
 	"\x04name\x18\x01 \x01(\tB\x19\xe2A\x01\x02\xfaA\x12\n" +
 	"\x10beamwire.org/JobR\x04name\x12#\n" +
@@ -3088,7 +3204,7 @@ const file_beamwire_job_v1_job_service_proto_rawDesc = "" +
 	"\tLogStream\x12\x1a\n" +
 	"\x16LOG_STREAM_UNSPECIFIED\x10\x00\x12\x15\n" +
 	"\x11LOG_STREAM_STDOUT\x10\x01\x12\x15\n" +
-	"\x11LOG_STREAM_STDERR\x10\x022\x8b\v\n" +
+	"\x11LOG_STREAM_STDERR\x10\x022\xf5\v\n" +
 	"\n" +
 	"JobService\x12_\n" +
 	"\tCreateJob\x12!.beamwire.job.v1.CreateJobRequest\x1a\x14.beamwire.job.v1.Job\"\x19\xdaA\n" +
@@ -3120,7 +3236,9 @@ const file_beamwire_job_v1_job_service_proto_rawDesc = "" +
 	"\x02\x03\x04\x12g\n" +
 	"\fListBackends\x12$.beamwire.job.v1.ListBackendsRequest\x1a%.beamwire.job.v1.ListBackendsResponse\"\n" +
 	"\xaa\xcf\x18\x06\n" +
-	"\x04\x01\x02\x05\x06\x12g\n" +
+	"\x04\x01\x02\x05\x06\x12h\n" +
+	"\rEstimateQueue\x12%.beamwire.job.v1.EstimateQueueRequest\x1a&.beamwire.job.v1.EstimateQueueResponse\"\b\xaa\xcf\x18\x04\n" +
+	"\x02\x02\x05\x12g\n" +
 	"\tDeleteJob\x12!.beamwire.job.v1.DeleteJobRequest\x1a\".beamwire.job.v1.DeleteJobResponse\"\x13\xdaA\x04name\xaa\xcf\x18\b\n" +
 	"\x04\x01\x02\x05\x06\x10\x01BR\n" +
 	"\x13org.beamwire.job.v1P\x01Z9github.com/beamwire/beamwire/gen/go/beamwire/job/v1;jobv1b\x06proto3"
@@ -3138,7 +3256,7 @@ func file_beamwire_job_v1_job_service_proto_rawDescGZIP() []byte {
 }
 
 var file_beamwire_job_v1_job_service_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_beamwire_job_v1_job_service_proto_msgTypes = make([]protoimpl.MessageInfo, 42)
+var file_beamwire_job_v1_job_service_proto_msgTypes = make([]protoimpl.MessageInfo, 44)
 var file_beamwire_job_v1_job_service_proto_goTypes = []any{
 	(LogStream)(0),                  // 0: beamwire.job.v1.LogStream
 	(Dependency_Condition)(0),       // 1: beamwire.job.v1.Dependency.Condition
@@ -3173,96 +3291,102 @@ var file_beamwire_job_v1_job_service_proto_goTypes = []any{
 	(*ListBackendsRequest)(nil),     // 30: beamwire.job.v1.ListBackendsRequest
 	(*ListBackendsResponse)(nil),    // 31: beamwire.job.v1.ListBackendsResponse
 	(*Backend)(nil),                 // 32: beamwire.job.v1.Backend
-	(*DeleteJobRequest)(nil),        // 33: beamwire.job.v1.DeleteJobRequest
-	(*DeleteJobResponse)(nil),       // 34: beamwire.job.v1.DeleteJobResponse
-	nil,                             // 35: beamwire.job.v1.Placement.AttributesEntry
-	nil,                             // 36: beamwire.job.v1.JobSpec.EnvironmentEntry
-	(*Job_Transition)(nil),          // 37: beamwire.job.v1.Job.Transition
-	(*Job_Step)(nil),                // 38: beamwire.job.v1.Job.Step
-	(*Job_CallbackStatus)(nil),      // 39: beamwire.job.v1.Job.CallbackStatus
-	nil,                             // 40: beamwire.job.v1.Job.LabelsEntry
-	nil,                             // 41: beamwire.job.v1.Job.OutputsEntry
-	(*UploadFileRequest_Start)(nil), // 42: beamwire.job.v1.UploadFileRequest.Start
-	nil,                             // 43: beamwire.job.v1.ReportJobRequest.OutputsEntry
-	nil,                             // 44: beamwire.job.v1.Backend.JobCountsEntry
-	(*durationpb.Duration)(nil),     // 45: google.protobuf.Duration
-	(*status.Status)(nil),           // 46: google.rpc.Status
-	(*timestamppb.Timestamp)(nil),   // 47: google.protobuf.Timestamp
+	(*EstimateQueueRequest)(nil),    // 33: beamwire.job.v1.EstimateQueueRequest
+	(*EstimateQueueResponse)(nil),   // 34: beamwire.job.v1.EstimateQueueResponse
+	(*DeleteJobRequest)(nil),        // 35: beamwire.job.v1.DeleteJobRequest
+	(*DeleteJobResponse)(nil),       // 36: beamwire.job.v1.DeleteJobResponse
+	nil,                             // 37: beamwire.job.v1.Placement.AttributesEntry
+	nil,                             // 38: beamwire.job.v1.JobSpec.EnvironmentEntry
+	(*Job_Transition)(nil),          // 39: beamwire.job.v1.Job.Transition
+	(*Job_Step)(nil),                // 40: beamwire.job.v1.Job.Step
+	(*Job_CallbackStatus)(nil),      // 41: beamwire.job.v1.Job.CallbackStatus
+	nil,                             // 42: beamwire.job.v1.Job.LabelsEntry
+	nil,                             // 43: beamwire.job.v1.Job.OutputsEntry
+	(*UploadFileRequest_Start)(nil), // 44: beamwire.job.v1.UploadFileRequest.Start
+	nil,                             // 45: beamwire.job.v1.ReportJobRequest.OutputsEntry
+	nil,                             // 46: beamwire.job.v1.Backend.JobCountsEntry
+	(*durationpb.Duration)(nil),     // 47: google.protobuf.Duration
+	(*status.Status)(nil),           // 48: google.rpc.Status
+	(*timestamppb.Timestamp)(nil),   // 49: google.protobuf.Timestamp
 }
 var file_beamwire_job_v1_job_service_proto_depIdxs = []int32{
-	45, // 0: beamwire.job.v1.Resources.duration:type_name -> google.protobuf.Duration
-	35, // 1: beamwire.job.v1.Placement.attributes:type_name -> beamwire.job.v1.Placement.AttributesEntry
+	47, // 0: beamwire.job.v1.Resources.duration:type_name -> google.protobuf.Duration
+	37, // 1: beamwire.job.v1.Placement.attributes:type_name -> beamwire.job.v1.Placement.AttributesEntry
 	1,  // 2: beamwire.job.v1.Dependency.condition:type_name -> beamwire.job.v1.Dependency.Condition
-	36, // 3: beamwire.job.v1.JobSpec.environment:type_name -> beamwire.job.v1.JobSpec.EnvironmentEntry
+	38, // 3: beamwire.job.v1.JobSpec.environment:type_name -> beamwire.job.v1.JobSpec.EnvironmentEntry
 	3,  // 4: beamwire.job.v1.JobSpec.resources:type_name -> beamwire.job.v1.Resources
-	45, // 5: beamwire.job.v1.JobSpec.grace:type_name -> google.protobuf.Duration
+	47, // 5: beamwire.job.v1.JobSpec.grace:type_name -> google.protobuf.Duration
 	4,  // 6: beamwire.job.v1.JobSpec.placement:type_name -> beamwire.job.v1.Placement
 	5,  // 7: beamwire.job.v1.JobSpec.input_files:type_name -> beamwire.job.v1.InputFile
 	6,  // 8: beamwire.job.v1.JobSpec.dependencies:type_name -> beamwire.job.v1.Dependency
 	7,  // 9: beamwire.job.v1.JobSpec.callback:type_name -> beamwire.job.v1.Callback
 	8,  // 10: beamwire.job.v1.Job.spec:type_name -> beamwire.job.v1.JobSpec
 	2,  // 11: beamwire.job.v1.Job.state:type_name -> beamwire.job.v1.Job.State
-	37, // 12: beamwire.job.v1.Job.transitions:type_name -> beamwire.job.v1.Job.Transition
-	46, // 13: beamwire.job.v1.Job.error:type_name -> google.rpc.Status
-	47, // 14: beamwire.job.v1.Job.create_time:type_name -> google.protobuf.Timestamp
-	47, // 15: beamwire.job.v1.Job.update_time:type_name -> google.protobuf.Timestamp
-	40, // 16: beamwire.job.v1.Job.labels:type_name -> beamwire.job.v1.Job.LabelsEntry
-	38, // 17: beamwire.job.v1.Job.steps:type_name -> beamwire.job.v1.Job.Step
-	41, // 18: beamwire.job.v1.Job.outputs:type_name -> beamwire.job.v1.Job.OutputsEntry
-	39, // 19: beamwire.job.v1.Job.callback_status:type_name -> beamwire.job.v1.Job.CallbackStatus
-	47, // 20: beamwire.job.v1.Job.end_time:type_name -> google.protobuf.Timestamp
-	47, // 21: beamwire.job.v1.Job.purge_time:type_name -> google.protobuf.Timestamp
+	39, // 12: beamwire.job.v1.Job.transitions:type_name -> beamwire.job.v1.Job.Transition
+	48, // 13: beamwire.job.v1.Job.error:type_name -> google.rpc.Status
+	49, // 14: beamwire.job.v1.Job.create_time:type_name -> google.protobuf.Timestamp
+	49, // 15: beamwire.job.v1.Job.update_time:type_name -> google.protobuf.Timestamp
+	42, // 16: beamwire.job.v1.Job.labels:type_name -> beamwire.job.v1.Job.LabelsEntry
+	40, // 17: beamwire.job.v1.Job.steps:type_name -> beamwire.job.v1.Job.Step
+	43, // 18: beamwire.job.v1.Job.outputs:type_name -> beamwire.job.v1.Job.OutputsEntry
+	41, // 19: beamwire.job.v1.Job.callback_status:type_name -> beamwire.job.v1.Job.CallbackStatus
+	49, // 20: beamwire.job.v1.Job.end_time:type_name -> google.protobuf.Timestamp
+	49, // 21: beamwire.job.v1.Job.purge_time:type_name -> google.protobuf.Timestamp
 	9,  // 22: beamwire.job.v1.CreateJobRequest.job:type_name -> beamwire.job.v1.Job
 	9,  // 23: beamwire.job.v1.ListJobsResponse.jobs:type_name -> beamwire.job.v1.Job
 	9,  // 24: beamwire.job.v1.WatchJobResponse.job:type_name -> beamwire.job.v1.Job
 	0,  // 25: beamwire.job.v1.TailLogsRequest.stream:type_name -> beamwire.job.v1.LogStream
 	0,  // 26: beamwire.job.v1.TailLogsResponse.stream:type_name -> beamwire.job.v1.LogStream
-	47, // 27: beamwire.job.v1.JobFile.update_time:type_name -> google.protobuf.Timestamp
-	42, // 28: beamwire.job.v1.UploadFileRequest.start:type_name -> beamwire.job.v1.UploadFileRequest.Start
+	49, // 27: beamwire.job.v1.JobFile.update_time:type_name -> google.protobuf.Timestamp
+	44, // 28: beamwire.job.v1.UploadFileRequest.start:type_name -> beamwire.job.v1.UploadFileRequest.Start
 	21, // 29: beamwire.job.v1.UploadFileResponse.file:type_name -> beamwire.job.v1.JobFile
 	21, // 30: beamwire.job.v1.DownloadFileResponse.file:type_name -> beamwire.job.v1.JobFile
 	21, // 31: beamwire.job.v1.ListJobFilesResponse.files:type_name -> beamwire.job.v1.JobFile
 	2,  // 32: beamwire.job.v1.ReportJobRequest.state:type_name -> beamwire.job.v1.Job.State
-	43, // 33: beamwire.job.v1.ReportJobRequest.outputs:type_name -> beamwire.job.v1.ReportJobRequest.OutputsEntry
+	45, // 33: beamwire.job.v1.ReportJobRequest.outputs:type_name -> beamwire.job.v1.ReportJobRequest.OutputsEntry
 	32, // 34: beamwire.job.v1.ListBackendsResponse.backends:type_name -> beamwire.job.v1.Backend
-	44, // 35: beamwire.job.v1.Backend.job_counts:type_name -> beamwire.job.v1.Backend.JobCountsEntry
-	2,  // 36: beamwire.job.v1.Job.Transition.state:type_name -> beamwire.job.v1.Job.State
-	47, // 37: beamwire.job.v1.Job.Transition.time:type_name -> google.protobuf.Timestamp
-	47, // 38: beamwire.job.v1.Job.Step.start_time:type_name -> google.protobuf.Timestamp
-	47, // 39: beamwire.job.v1.Job.Step.end_time:type_name -> google.protobuf.Timestamp
-	10, // 40: beamwire.job.v1.JobService.CreateJob:input_type -> beamwire.job.v1.CreateJobRequest
-	16, // 41: beamwire.job.v1.JobService.StartJob:input_type -> beamwire.job.v1.StartJobRequest
-	17, // 42: beamwire.job.v1.JobService.RestartJob:input_type -> beamwire.job.v1.RestartJobRequest
-	11, // 43: beamwire.job.v1.JobService.GetJob:input_type -> beamwire.job.v1.GetJobRequest
-	12, // 44: beamwire.job.v1.JobService.ListJobs:input_type -> beamwire.job.v1.ListJobsRequest
-	14, // 45: beamwire.job.v1.JobService.WatchJob:input_type -> beamwire.job.v1.WatchJobRequest
-	18, // 46: beamwire.job.v1.JobService.CancelJob:input_type -> beamwire.job.v1.CancelJobRequest
-	19, // 47: beamwire.job.v1.JobService.TailLogs:input_type -> beamwire.job.v1.TailLogsRequest
-	22, // 48: beamwire.job.v1.JobService.UploadFile:input_type -> beamwire.job.v1.UploadFileRequest
-	24, // 49: beamwire.job.v1.JobService.DownloadFile:input_type -> beamwire.job.v1.DownloadFileRequest
-	26, // 50: beamwire.job.v1.JobService.ListJobFiles:input_type -> beamwire.job.v1.ListJobFilesRequest
-	28, // 51: beamwire.job.v1.JobService.ReportJob:input_type -> beamwire.job.v1.ReportJobRequest
-	30, // 52: beamwire.job.v1.JobService.ListBackends:input_type -> beamwire.job.v1.ListBackendsRequest
-	33, // 53: beamwire.job.v1.JobService.DeleteJob:input_type -> beamwire.job.v1.DeleteJobRequest
-	9,  // 54: beamwire.job.v1.JobService.CreateJob:output_type -> beamwire.job.v1.Job
-	9,  // 55: beamwire.job.v1.JobService.StartJob:output_type -> beamwire.job.v1.Job
-	9,  // 56: beamwire.job.v1.JobService.RestartJob:output_type -> beamwire.job.v1.Job
-	9,  // 57: beamwire.job.v1.JobService.GetJob:output_type -> beamwire.job.v1.Job
-	13, // 58: beamwire.job.v1.JobService.ListJobs:output_type -> beamwire.job.v1.ListJobsResponse
-	15, // 59: beamwire.job.v1.JobService.WatchJob:output_type -> beamwire.job.v1.WatchJobResponse
-	9,  // 60: beamwire.job.v1.JobService.CancelJob:output_type -> beamwire.job.v1.Job
-	20, // 61: beamwire.job.v1.JobService.TailLogs:output_type -> beamwire.job.v1.TailLogsResponse
-	23, // 62: beamwire.job.v1.JobService.UploadFile:output_type -> beamwire.job.v1.UploadFileResponse
-	25, // 63: beamwire.job.v1.JobService.DownloadFile:output_type -> beamwire.job.v1.DownloadFileResponse
-	27, // 64: beamwire.job.v1.JobService.ListJobFiles:output_type -> beamwire.job.v1.ListJobFilesResponse
-	29, // 65: beamwire.job.v1.JobService.ReportJob:output_type -> beamwire.job.v1.ReportJobResponse
-	31, // 66: beamwire.job.v1.JobService.ListBackends:output_type -> beamwire.job.v1.ListBackendsResponse
-	34, // 67: beamwire.job.v1.JobService.DeleteJob:output_type -> beamwire.job.v1.DeleteJobResponse
-	54, // [54:68] is the sub-list for method output_type
-	40, // [40:54] is the sub-list for method input_type
-	40, // [40:40] is the sub-list for extension type_name
-	40, // [40:40] is the sub-list for extension extendee
-	0,  // [0:40] is the sub-list for field type_name
+	46, // 35: beamwire.job.v1.Backend.job_counts:type_name -> beamwire.job.v1.Backend.JobCountsEntry
+	8,  // 36: beamwire.job.v1.EstimateQueueRequest.spec:type_name -> beamwire.job.v1.JobSpec
+	47, // 37: beamwire.job.v1.EstimateQueueResponse.queue_duration:type_name -> google.protobuf.Duration
+	2,  // 38: beamwire.job.v1.Job.Transition.state:type_name -> beamwire.job.v1.Job.State
+	49, // 39: beamwire.job.v1.Job.Transition.time:type_name -> google.protobuf.Timestamp
+	49, // 40: beamwire.job.v1.Job.Step.start_time:type_name -> google.protobuf.Timestamp
+	49, // 41: beamwire.job.v1.Job.Step.end_time:type_name -> google.protobuf.Timestamp
+	10, // 42: beamwire.job.v1.JobService.CreateJob:input_type -> beamwire.job.v1.CreateJobRequest
+	16, // 43: beamwire.job.v1.JobService.StartJob:input_type -> beamwire.job.v1.StartJobRequest
+	17, // 44: beamwire.job.v1.JobService.RestartJob:input_type -> beamwire.job.v1.RestartJobRequest
+	11, // 45: beamwire.job.v1.JobService.GetJob:input_type -> beamwire.job.v1.GetJobRequest
+	12, // 46: beamwire.job.v1.JobService.ListJobs:input_type -> beamwire.job.v1.ListJobsRequest
+	14, // 47: beamwire.job.v1.JobService.WatchJob:input_type -> beamwire.job.v1.WatchJobRequest
+	18, // 48: beamwire.job.v1.JobService.CancelJob:input_type -> beamwire.job.v1.CancelJobRequest
+	19, // 49: beamwire.job.v1.JobService.TailLogs:input_type -> beamwire.job.v1.TailLogsRequest
+	22, // 50: beamwire.job.v1.JobService.UploadFile:input_type -> beamwire.job.v1.UploadFileRequest
+	24, // 51: beamwire.job.v1.JobService.DownloadFile:input_type -> beamwire.job.v1.DownloadFileRequest
+	26, // 52: beamwire.job.v1.JobService.ListJobFiles:input_type -> beamwire.job.v1.ListJobFilesRequest
+	28, // 53: beamwire.job.v1.JobService.ReportJob:input_type -> beamwire.job.v1.ReportJobRequest
+	30, // 54: beamwire.job.v1.JobService.ListBackends:input_type -> beamwire.job.v1.ListBackendsRequest
+	33, // 55: beamwire.job.v1.JobService.EstimateQueue:input_type -> beamwire.job.v1.EstimateQueueRequest
+	35, // 56: beamwire.job.v1.JobService.DeleteJob:input_type -> beamwire.job.v1.DeleteJobRequest
+	9,  // 57: beamwire.job.v1.JobService.CreateJob:output_type -> beamwire.job.v1.Job
+	9,  // 58: beamwire.job.v1.JobService.StartJob:output_type -> beamwire.job.v1.Job
+	9,  // 59: beamwire.job.v1.JobService.RestartJob:output_type -> beamwire.job.v1.Job
+	9,  // 60: beamwire.job.v1.JobService.GetJob:output_type -> beamwire.job.v1.Job
+	13, // 61: beamwire.job.v1.JobService.ListJobs:output_type -> beamwire.job.v1.ListJobsResponse
+	15, // 62: beamwire.job.v1.JobService.WatchJob:output_type -> beamwire.job.v1.WatchJobResponse
+	9,  // 63: beamwire.job.v1.JobService.CancelJob:output_type -> beamwire.job.v1.Job
+	20, // 64: beamwire.job.v1.JobService.TailLogs:output_type -> beamwire.job.v1.TailLogsResponse
+	23, // 65: beamwire.job.v1.JobService.UploadFile:output_type -> beamwire.job.v1.UploadFileResponse
+	25, // 66: beamwire.job.v1.JobService.DownloadFile:output_type -> beamwire.job.v1.DownloadFileResponse
+	27, // 67: beamwire.job.v1.JobService.ListJobFiles:output_type -> beamwire.job.v1.ListJobFilesResponse
+	29, // 68: beamwire.job.v1.JobService.ReportJob:output_type -> beamwire.job.v1.ReportJobResponse
+	31, // 69: beamwire.job.v1.JobService.ListBackends:output_type -> beamwire.job.v1.ListBackendsResponse
+	34, // 70: beamwire.job.v1.JobService.EstimateQueue:output_type -> beamwire.job.v1.EstimateQueueResponse
+	36, // 71: beamwire.job.v1.JobService.DeleteJob:output_type -> beamwire.job.v1.DeleteJobResponse
+	57, // [57:72] is the sub-list for method output_type
+	42, // [42:57] is the sub-list for method input_type
+	42, // [42:42] is the sub-list for extension type_name
+	42, // [42:42] is the sub-list for extension extendee
+	0,  // [0:42] is the sub-list for field type_name
 }
 
 func init() { file_beamwire_job_v1_job_service_proto_init() }
@@ -3276,14 +3400,14 @@ func file_beamwire_job_v1_job_service_proto_init() {
 		(*UploadFileRequest_Data)(nil),
 	}
 	file_beamwire_job_v1_job_service_proto_msgTypes[25].OneofWrappers = []any{}
-	file_beamwire_job_v1_job_service_proto_msgTypes[35].OneofWrappers = []any{}
+	file_beamwire_job_v1_job_service_proto_msgTypes[37].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_beamwire_job_v1_job_service_proto_rawDesc), len(file_beamwire_job_v1_job_service_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   42,
+			NumMessages:   44,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

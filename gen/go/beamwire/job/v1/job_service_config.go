@@ -21,6 +21,7 @@ const JobServiceConfig = `{
         {"service": "beamwire.job.v1.JobService", "method": "ListJobFiles"},
         {"service": "beamwire.job.v1.JobService", "method": "ReportJob"},
         {"service": "beamwire.job.v1.JobService", "method": "ListBackends"},
+        {"service": "beamwire.job.v1.JobService", "method": "EstimateQueue"},
         {"service": "beamwire.job.v1.JobService", "method": "DeleteJob"}
       ],
       "retryPolicy": {

@@ -21,20 +21,21 @@ import (
 const _ = grpc.SupportPackageIsVersion9
 
 const (
-	JobService_CreateJob_FullMethodName    = "/beamwire.job.v1.JobService/CreateJob"
-	JobService_StartJob_FullMethodName     = "/beamwire.job.v1.JobService/StartJob"
-	JobService_RestartJob_FullMethodName   = "/beamwire.job.v1.JobService/RestartJob"
-	JobService_GetJob_FullMethodName       = "/beamwire.job.v1.JobService/GetJob"
-	JobService_ListJobs_FullMethodName     = "/beamwire.job.v1.JobService/ListJobs"
-	JobService_WatchJob_FullMethodName     = "/beamwire.job.v1.JobService/WatchJob"
-	JobService_CancelJob_FullMethodName    = "/beamwire.job.v1.JobService/CancelJob"
-	JobService_TailLogs_FullMethodName     = "/beamwire.job.v1.JobService/TailLogs"
-	JobService_UploadFile_FullMethodName   = "/beamwire.job.v1.JobService/UploadFile"
-	JobService_DownloadFile_FullMethodName = "/beamwire.job.v1.JobService/DownloadFile"
-	JobService_ListJobFiles_FullMethodName = "/beamwire.job.v1.JobService/ListJobFiles"
-	JobService_ReportJob_FullMethodName    = "/beamwire.job.v1.JobService/ReportJob"
-	JobService_ListBackends_FullMethodName = "/beamwire.job.v1.JobService/ListBackends"
-	JobService_DeleteJob_FullMethodName    = "/beamwire.job.v1.JobService/DeleteJob"
+	JobService_CreateJob_FullMethodName     = "/beamwire.job.v1.JobService/CreateJob"
+	JobService_StartJob_FullMethodName      = "/beamwire.job.v1.JobService/StartJob"
+	JobService_RestartJob_FullMethodName    = "/beamwire.job.v1.JobService/RestartJob"
+	JobService_GetJob_FullMethodName        = "/beamwire.job.v1.JobService/GetJob"
+	JobService_ListJobs_FullMethodName      = "/beamwire.job.v1.JobService/ListJobs"
+	JobService_WatchJob_FullMethodName      = "/beamwire.job.v1.JobService/WatchJob"
+	JobService_CancelJob_FullMethodName     = "/beamwire.job.v1.JobService/CancelJob"
+	JobService_TailLogs_FullMethodName      = "/beamwire.job.v1.JobService/TailLogs"
+	JobService_UploadFile_FullMethodName    = "/beamwire.job.v1.JobService/UploadFile"
+	JobService_DownloadFile_FullMethodName  = "/beamwire.job.v1.JobService/DownloadFile"
+	JobService_ListJobFiles_FullMethodName  = "/beamwire.job.v1.JobService/ListJobFiles"
+	JobService_ReportJob_FullMethodName     = "/beamwire.job.v1.JobService/ReportJob"
+	JobService_ListBackends_FullMethodName  = "/beamwire.job.v1.JobService/ListBackends"
+	JobService_EstimateQueue_FullMethodName = "/beamwire.job.v1.JobService/EstimateQueue"
+	JobService_DeleteJob_FullMethodName     = "/beamwire.job.v1.JobService/DeleteJob"
 )
 
 // JobServiceClient is the client API for JobService service.
@@ -81,6 +82,9 @@ type JobServiceClient interface {
 	ReportJob(ctx context.Context, in *ReportJobRequest, opts ...grpc.CallOption) (*ReportJobResponse, error)
 	// Lists where jobs can run here. Everybody who may have jobs run.
 	ListBackends(ctx context.Context, in *ListBackendsRequest, opts ...grpc.CallOption) (*ListBackendsResponse, error)
+	// Says how long a job would wait in its queue, by what the backend says now; nothing is created. The
+	// specification must be one that could be created. Services and operators.
+	EstimateQueue(ctx context.Context, in *EstimateQueueRequest, opts ...grpc.CallOption) (*EstimateQueueResponse, error)
 	// Cancels the job if it runs, and forgets it with its directory. Owner, services, operators.
 	DeleteJob(ctx context.Context, in *DeleteJobRequest, opts ...grpc.CallOption) (*DeleteJobResponse, error)
 }
@@ -253,6 +257,16 @@ func (c *jobServiceClient) ListBackends(ctx context.Context, in *ListBackendsReq
 	return out, nil
 }
 
+func (c *jobServiceClient) EstimateQueue(ctx context.Context, in *EstimateQueueRequest, opts ...grpc.CallOption) (*EstimateQueueResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EstimateQueueResponse)
+	err := c.cc.Invoke(ctx, JobService_EstimateQueue_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *jobServiceClient) DeleteJob(ctx context.Context, in *DeleteJobRequest, opts ...grpc.CallOption) (*DeleteJobResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(DeleteJobResponse)
@@ -307,6 +321,9 @@ type JobServiceServer interface {
 	ReportJob(context.Context, *ReportJobRequest) (*ReportJobResponse, error)
 	// Lists where jobs can run here. Everybody who may have jobs run.
 	ListBackends(context.Context, *ListBackendsRequest) (*ListBackendsResponse, error)
+	// Says how long a job would wait in its queue, by what the backend says now; nothing is created. The
+	// specification must be one that could be created. Services and operators.
+	EstimateQueue(context.Context, *EstimateQueueRequest) (*EstimateQueueResponse, error)
 	// Cancels the job if it runs, and forgets it with its directory. Owner, services, operators.
 	DeleteJob(context.Context, *DeleteJobRequest) (*DeleteJobResponse, error)
 	mustEmbedUnimplementedJobServiceServer()
@@ -357,6 +374,9 @@ func (UnimplementedJobServiceServer) ReportJob(context.Context, *ReportJobReques
 }
 func (UnimplementedJobServiceServer) ListBackends(context.Context, *ListBackendsRequest) (*ListBackendsResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method ListBackends not implemented")
+}
+func (UnimplementedJobServiceServer) EstimateQueue(context.Context, *EstimateQueueRequest) (*EstimateQueueResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method EstimateQueue not implemented")
 }
 func (UnimplementedJobServiceServer) DeleteJob(context.Context, *DeleteJobRequest) (*DeleteJobResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteJob not implemented")
@@ -584,6 +604,24 @@ func _JobService_ListBackends_Handler(srv interface{}, ctx context.Context, dec 
 	return interceptor(ctx, in, info, handler)
 }
 
+func _JobService_EstimateQueue_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EstimateQueueRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(JobServiceServer).EstimateQueue(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: JobService_EstimateQueue_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(JobServiceServer).EstimateQueue(ctx, req.(*EstimateQueueRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _JobService_DeleteJob_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(DeleteJobRequest)
 	if err := dec(in); err != nil {
@@ -644,6 +682,10 @@ var JobService_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "ListBackends",
 			Handler:    _JobService_ListBackends_Handler,
+		},
+		{
+			MethodName: "EstimateQueue",
+			Handler:    _JobService_EstimateQueue_Handler,
 		},
 		{
 			MethodName: "DeleteJob",

@@ -1069,7 +1069,7 @@ type EstimateTransferResponse struct {
 	EventsPerSecond float64 `protobuf:"fixed64,4,opt,name=events_per_second,json=eventsPerSecond,proto3" json:"events_per_second,omitempty"`
 	// How long the streaming would take; unset if nobody can know before.
 	StreamingDuration *durationpb.Duration `protobuf:"bytes,5,opt,name=streaming_duration,json=streamingDuration,proto3" json:"streaming_duration,omitempty"`
-	// How long the streamer would wait to be started; unset if its backend does not tell.
+	// How long the streamer would wait to be started; unset if its backend cannot tell, which `warnings` say why.
 	QueueDuration *durationpb.Duration `protobuf:"bytes,6,opt,name=queue_duration,json=queueDuration,proto3" json:"queue_duration,omitempty"`
 	// Whether the lease covers both.
 	LeaseSufficient bool `protobuf:"varint,7,opt,name=lease_sufficient,json=leaseSufficient,proto3" json:"lease_sufficient,omitempty"`

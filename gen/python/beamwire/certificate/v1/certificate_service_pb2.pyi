@@ -967,22 +967,28 @@ class CheckAccessRequest(_message.Message):
     METHOD_FIELD_NUMBER: _builtins.int
     DATASET_FIELD_NUMBER: _builtins.int
     IDENTITY_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """The method, `beamwire.request.v1.RequestService/CreateTransfer` or `RequestService/CreateTransfer`."""
     dataset: _builtins.str
     """The dataset, `exp:tmoc00118` or `path:/data/file.h5`."""
     identity: _builtins.str
     """Who: a SPIFFE id. Empty: the caller. Anybody else, operators only."""
+    placement: _builtins.str
+    """Where something would run: a backend, its queue, the account and the reservation, as many of them as are named,
+    `slurm` or `slurm/main/mfx`.
+    """
     def __init__(
         self,
         *,
         method: _builtins.str = ...,
         dataset: _builtins.str = ...,
         identity: _builtins.str = ...,
+        placement: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "identity", b"identity", "method", b"method"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "identity", b"identity", "method", b"method", "placement", b"placement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1475,6 +1475,62 @@ class Backend(_message.Message):
 Global___Backend: _TypeAlias = Backend  # noqa: Y015
 
 @_typing.final
+class EstimateQueueRequest(_message.Message):
+    """A job that might be created."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    owner: _builtins.str
+    """Whose job it would be: a SPIFFE id. Default: the caller."""
+    @_builtins.property
+    def spec(self) -> Global___JobSpec:
+        """What would run, where and with what. What the program does is of no matter."""
+
+    def __init__(
+        self,
+        *,
+        spec: Global___JobSpec | None = ...,
+        owner: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateQueueRequest: _TypeAlias = EstimateQueueRequest  # noqa: Y015
+
+@_typing.final
+class EstimateQueueResponse(_message.Message):
+    """How long a job would wait."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_DURATION_FIELD_NUMBER: _builtins.int
+    DETAIL_FIELD_NUMBER: _builtins.int
+    detail: _builtins.str
+    """Why the backend cannot tell."""
+    @_builtins.property
+    def queue_duration(self) -> _duration_pb2.Duration:
+        """From now until it would start. Unset if the backend cannot tell."""
+
+    def __init__(
+        self,
+        *,
+        queue_duration: _duration_pb2.Duration | None = ...,
+        detail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["queue_duration", b"queue_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detail", b"detail", "queue_duration", b"queue_duration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateQueueResponse: _TypeAlias = EstimateQueueResponse  # noqa: Y015
+
+@_typing.final
 class DeleteJobRequest(_message.Message):
     """Names a job to delete."""
 

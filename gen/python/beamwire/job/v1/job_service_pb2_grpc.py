@@ -102,6 +102,11 @@ class JobServiceStub:
                 request_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ListBackendsRequest.SerializeToString,
                 response_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ListBackendsResponse.FromString,
                 _registered_method=True)
+        self.EstimateQueue = channel.unary_unary(
+                '/beamwire.job.v1.JobService/EstimateQueue',
+                request_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.EstimateQueueRequest.SerializeToString,
+                response_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.EstimateQueueResponse.FromString,
+                _registered_method=True)
         self.DeleteJob = channel.unary_unary(
                 '/beamwire.job.v1.JobService/DeleteJob',
                 request_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.DeleteJobRequest.SerializeToString,
@@ -216,6 +221,14 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EstimateQueue(self, request, context):
+        """Says how long a job would wait in its queue, by what the backend says now; nothing is created. The
+        specification must be one that could be created. Services and operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteJob(self, request, context):
         """Cancels the job if it runs, and forgets it with its directory. Owner, services, operators.
         """
@@ -290,6 +303,11 @@ def add_JobServiceServicer_to_server(servicer, server):
                     servicer.ListBackends,
                     request_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ListBackendsRequest.FromString,
                     response_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.ListBackendsResponse.SerializeToString,
+            ),
+            'EstimateQueue': grpc.unary_unary_rpc_method_handler(
+                    servicer.EstimateQueue,
+                    request_deserializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.EstimateQueueRequest.FromString,
+                    response_serializer=beamwire_dot_job_dot_v1_dot_job__service__pb2.EstimateQueueResponse.SerializeToString,
             ),
             'DeleteJob': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteJob,
@@ -651,6 +669,33 @@ class JobService:
             '/beamwire.job.v1.JobService/ListBackends',
             beamwire_dot_job_dot_v1_dot_job__service__pb2.ListBackendsRequest.SerializeToString,
             beamwire_dot_job_dot_v1_dot_job__service__pb2.ListBackendsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateQueue(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/beamwire.job.v1.JobService/EstimateQueue',
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.EstimateQueueRequest.SerializeToString,
+            beamwire_dot_job_dot_v1_dot_job__service__pb2.EstimateQueueResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -81,6 +81,10 @@ class JobServiceStub:
     """
     ListBackends: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.ListBackendsRequest, _job_service_pb2.ListBackendsResponse]
     """Lists where jobs can run here. Everybody who may have jobs run."""
+    EstimateQueue: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.EstimateQueueRequest, _job_service_pb2.EstimateQueueResponse]
+    """Says how long a job would wait in its queue, by what the backend says now; nothing is created. The
+    specification must be one that could be created. Services and operators.
+    """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]
     """Cancels the job if it runs, and forgets it with its directory. Owner, services, operators."""
 
@@ -137,6 +141,10 @@ class JobServiceAsyncStub(JobServiceStub):
     """
     ListBackends: _aio.UnaryUnaryMultiCallable[_job_service_pb2.ListBackendsRequest, _job_service_pb2.ListBackendsResponse]  # type: ignore[assignment]
     """Lists where jobs can run here. Everybody who may have jobs run."""
+    EstimateQueue: _aio.UnaryUnaryMultiCallable[_job_service_pb2.EstimateQueueRequest, _job_service_pb2.EstimateQueueResponse]  # type: ignore[assignment]
+    """Says how long a job would wait in its queue, by what the backend says now; nothing is created. The
+    specification must be one that could be created. Services and operators.
+    """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_job_service_pb2.DeleteJobRequest, _job_service_pb2.DeleteJobResponse]  # type: ignore[assignment]
     """Cancels the job if it runs, and forgets it with its directory. Owner, services, operators."""
 
@@ -268,6 +276,16 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_job_service_pb2.ListBackendsResponse, _abc.Awaitable[_job_service_pb2.ListBackendsResponse]]:
         """Lists where jobs can run here. Everybody who may have jobs run."""
+
+    @_abc_1.abstractmethod
+    def EstimateQueue(
+        self,
+        request: _job_service_pb2.EstimateQueueRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_job_service_pb2.EstimateQueueResponse, _abc.Awaitable[_job_service_pb2.EstimateQueueResponse]]:
+        """Says how long a job would wait in its queue, by what the backend says now; nothing is created. The
+        specification must be one that could be created. Services and operators.
+        """
 
     @_abc_1.abstractmethod
     def DeleteJob(

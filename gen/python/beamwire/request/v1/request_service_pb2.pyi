@@ -764,7 +764,7 @@ class EstimateTransferResponse(_message.Message):
 
     @_builtins.property
     def queue_duration(self) -> _duration_pb2.Duration:
-        """How long the streamer would wait to be started; unset if its backend does not tell."""
+        """How long the streamer would wait to be started; unset if its backend cannot tell, which `warnings` say why."""
 
     @_builtins.property
     def arrays(self) -> _containers.RepeatedCompositeFieldContainer[Global___EstimateTransferResponse.Array]:

@@ -1059,6 +1059,14 @@ export declare type CheckAccessRequest = Message<"beamwire.certificate.v1.CheckA
    * @generated from field: string identity = 3;
    */
   identity: string;
+
+  /**
+   * Where something would run: a backend, its queue, the account and the reservation, as many of them as are named,
+   * `slurm` or `slurm/main/mfx`.
+   *
+   * @generated from field: string placement = 4;
+   */
+  placement: string;
 };
 
 /**

@@ -1532,6 +1532,60 @@ export declare type Backend = Message<"beamwire.job.v1.Backend"> & {
 export declare const BackendSchema: GenMessage<Backend>;
 
 /**
+ * A job that might be created.
+ *
+ * @generated from message beamwire.job.v1.EstimateQueueRequest
+ */
+export declare type EstimateQueueRequest = Message<"beamwire.job.v1.EstimateQueueRequest"> & {
+  /**
+   * What would run, where and with what. What the program does is of no matter.
+   *
+   * @generated from field: beamwire.job.v1.JobSpec spec = 1;
+   */
+  spec?: JobSpec | undefined;
+
+  /**
+   * Whose job it would be: a SPIFFE id. Default: the caller.
+   *
+   * @generated from field: string owner = 2;
+   */
+  owner: string;
+};
+
+/**
+ * Describes the message beamwire.job.v1.EstimateQueueRequest.
+ * Use `create(EstimateQueueRequestSchema)` to create a new message.
+ */
+export declare const EstimateQueueRequestSchema: GenMessage<EstimateQueueRequest>;
+
+/**
+ * How long a job would wait.
+ *
+ * @generated from message beamwire.job.v1.EstimateQueueResponse
+ */
+export declare type EstimateQueueResponse = Message<"beamwire.job.v1.EstimateQueueResponse"> & {
+  /**
+   * From now until it would start. Unset if the backend cannot tell.
+   *
+   * @generated from field: google.protobuf.Duration queue_duration = 1;
+   */
+  queueDuration?: Duration | undefined;
+
+  /**
+   * Why the backend cannot tell.
+   *
+   * @generated from field: string detail = 2;
+   */
+  detail: string;
+};
+
+/**
+ * Describes the message beamwire.job.v1.EstimateQueueResponse.
+ * Use `create(EstimateQueueResponseSchema)` to create a new message.
+ */
+export declare const EstimateQueueResponseSchema: GenMessage<EstimateQueueResponse>;
+
+/**
  * Names a job to delete.
  *
  * @generated from message beamwire.job.v1.DeleteJobRequest
@@ -1752,6 +1806,17 @@ export declare const JobService: GenService<{
     methodKind: "unary";
     input: typeof ListBackendsRequestSchema;
     output: typeof ListBackendsResponseSchema;
+  },
+  /**
+   * Says how long a job would wait in its queue, by what the backend says now; nothing is created. The
+   * specification must be one that could be created. Services and operators.
+   *
+   * @generated from rpc beamwire.job.v1.JobService.EstimateQueue
+   */
+  estimateQueue: {
+    methodKind: "unary";
+    input: typeof EstimateQueueRequestSchema;
+    output: typeof EstimateQueueResponseSchema;
   },
   /**
    * Cancels the job if it runs, and forgets it with its directory. Owner, services, operators.

@@ -834,7 +834,7 @@ export declare type EstimateTransferResponse = Message<"beamwire.request.v1.Esti
   streamingDuration?: Duration | undefined;
 
   /**
-   * How long the streamer would wait to be started; unset if its backend does not tell.
+   * How long the streamer would wait to be started; unset if its backend cannot tell, which `warnings` say why.
    *
    * @generated from field: google.protobuf.Duration queue_duration = 6;
    */
