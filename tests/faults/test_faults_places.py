@@ -161,6 +161,7 @@ async def test_slurm_that_goes_away_ends_nothing_and_runs_nothing_twice(tmp_path
             for _, path in counted:
                 assert_ran(path, 1)
         await tidy(survivor)
-        assert slurm.command("squeue", "--noheader").stdout.strip() == ""
+        # A job tells of its end itself, a moment before Slurm knows it.
+        await asyncio.to_thread(wait_until, lambda: not slurm.command("squeue", "--noheader").stdout.strip())
         done = survivor.facility.beamwired("gc", "--dry-run", "--dir", str(survivor.facility.directory))
         assert done.stdout.startswith("0 to remove")

@@ -613,3 +613,10 @@ async def test_old_records_are_forgotten(target: Path | str) -> None:
         assert {record.name for record in await store.list(limit=9)} == {"things/1", "things/3"}
     finally:
         await database.close()
+
+
+async def test_a_host_that_vanishes_does_not_keep_its_locks_for_hours(two: list[Store[Thing]]) -> None:
+    shown = "SELECT sum(setting::int) FROM pg_settings WHERE name IN ('tcp_keepalives_idle', 'tcp_keepalives_interval')"
+    async with two[0].db.read() as connection:
+        assert (await connection.execute(text(shown))).scalar() == 15
+        assert (await connection.execute(text("SHOW tcp_keepalives_count"))).scalar() == "3"

@@ -70,7 +70,7 @@ def test_a_get_that_fails_prints_the_receipt_that_there_is(live_facility, tmp_pa
 
 
 def test_a_failure_is_one_line_of_json_for_programs(live_facility, tmp_path):
-    request = request_file(tmp_path, events=100_000, rate=100, lease=3)
+    request = request_file(tmp_path, events=100_000, rate=100, lease=6)
     done = live_facility.beamwire("--json", "get", str(request), "--format", "none", check=False)
     assert done.returncode == 1
     last = json.loads(done.stdout.splitlines()[-1])

@@ -113,13 +113,13 @@ def test_the_estimate_command(live_facility, tmp_path):
 
 
 def test_more_time_is_given_to_one_that_runs(live_facility, client):
-    with client.stream(synthetic(800, rate=100, lease=6)) as stream:
+    with client.stream(synthetic(1200, rate=100, lease=10)) as stream:
         name = stream.transfer.name
         first = client.get_transfer(name)
         assert [issue.type for issue in first.health_issues if issue.type == "LEASE_ENDING"] == []
         printed = live_facility.beamwire("extend", name, "1h").stdout
         assert printed.startswith(f"{name} expires ")
-        assert sum(len(batch.event_ids) for batch in stream) == 800
+        assert sum(len(batch.event_ids) for batch in stream) == 1200
     transfer = client.get_transfer(name)
     assert transfer.expire_time.seconds - first.expire_time.seconds > 3000
     assert any("extended" in line.reason for line in transfer.transitions)

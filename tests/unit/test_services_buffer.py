@@ -270,6 +270,17 @@ def test_counters_are_summed_and_groups_found_by_name():
     assert found == [("a", 12, 2), ("peek", 1, 0)]
 
 
+def test_a_group_has_not_ended_before_every_shard_knows_it():
+    ended = GroupStatus(group="again", added=True, ended=True)
+    own = GroupStatus(group="own", ended=True)
+    first, second = status(groups=(ended, own)), status()
+    assert {group.group: group.ended for group in merge([first, second]).counters.groups} == {
+        "again": False,
+        "own": True,
+    }
+    assert all(group.ended for group in merge([first, status(groups=(ended,))]).counters.groups)
+
+
 def test_a_cache_that_ran_well_for_a_while_has_its_restarts_back():
     shard = Shard(address="h:1")
     for number in range(MOST_RESTARTS):

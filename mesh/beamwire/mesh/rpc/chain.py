@@ -321,7 +321,11 @@ async def _write(answers: AsyncGenerator[Message, None] | Awaitable[None], conte
     # grpcio would drop the generator of a cancelled call without closing it.
     async with aclosing(answers):
         async for answer in answers:
-            await context.write(answer)
+            try:
+                await context.write(answer)
+            except grpc.aio.InternalError:
+                # The call ended in this moment, which is told by cancelling this task a moment later.
+                return
 
 
 def _check_uuid(request_id: str) -> None:

@@ -77,11 +77,13 @@ def _groups(parts: Sequence[Counters]) -> tuple[GroupStatus, ...]:
     for part in parts:
         for group in part.groups:
             named.setdefault(group.group, []).append(group)
-    merged = [_group(found) for found in named.values()]
+    merged = [_group(found, everywhere=len(found) == len(parts)) for found in named.values()]
     return tuple(sorted(merged, key=lambda group: not group.declared))
 
 
-def _group(parts: Sequence[GroupStatus]) -> GroupStatus:
+def _group(parts: Sequence[GroupStatus], *, everywhere: bool) -> GroupStatus:
+    # A shard that has not said a word of a group that it was told of has not brought it to its end.
+    told = any(part.declared or part.added for part in parts)
     return GroupStatus(
         group=parts[0].group,
         declared=any(part.declared for part in parts),
@@ -94,7 +96,7 @@ def _group(parts: Sequence[GroupStatus]) -> GroupStatus:
         in_flight_frame_count=sum(part.in_flight_frame_count for part in parts),
         redelivered_frame_count=sum(part.redelivered_frame_count for part in parts),
         losses=_sum(part.losses for part in parts),
-        ended=all(part.ended for part in parts),
+        ended=all(part.ended for part in parts) and (everywhere or not told),
         added=any(part.added for part in parts),
     )
 
