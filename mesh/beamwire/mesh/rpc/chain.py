@@ -22,6 +22,7 @@ from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.identity.delegation import METADATA_KEY
 from beamwire.mesh.rpc import access, fields
 from beamwire.mesh.rpc.admission import Admission
+from beamwire.mesh.rpc.facts import CallFacts, Context
 from beamwire.mesh.rpc.limits import CallLimits
 from beamwire.mesh.rpc.live import Kind, LiveCall, LiveCalls
 from beamwire.mesh.rpc.status import Refusal
@@ -34,8 +35,6 @@ _log = logging.getLogger(__name__)
 
 # What a method was given to be answered by; grpcio types the handlers of its two servers alike.
 Handler: TypeAlias = Any
-# grpcio is generic in its stubs only.
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 # What answers a call once it is let in.
 Work = Callable[[Context], Awaitable[Any]]
 
@@ -243,26 +242,6 @@ class Chain(grpc.GenericRpcHandler):
 
     def _check(self, method: _Method, connection: Mapping[str, Iterable[bytes]], token: str) -> None:
         access.check_method(method.path, self._identify(connection, token))
-
-
-class CallFacts:
-    """What a handler may ask of its call when that may have ended: it was read while the call was there.
-
-    What changes something goes on to its end although its caller has gone, and grpcio's own context reads memory that
-    is freed when it is asked then.
-    """
-
-    def __init__(self, context: Context) -> None:
-        self._peer = context.peer()
-        self._auth_context = context.auth_context()
-
-    def peer(self) -> str:
-        """Where the caller is, `ipv4:127.0.0.1:5000`."""
-        return self._peer
-
-    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
-        """What the transport knows of the caller, its certificate for one."""
-        return self._auth_context
 
 
 def _answering(handler: Handler) -> Work:
