@@ -18,6 +18,7 @@ import pytest
 from beamwire.mesh import processes, shim
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.processes import Exit, Process, launch
+from beamwire.testing.disks import disks_missing, small_disk
 
 ENV = {"PATH": os.environ["PATH"]}
 
@@ -383,3 +384,21 @@ async def test_of_two_shims_on_one_directory_the_second_runs_nothing(tmp_path: P
     assert (tmp_path / "p/stdout").read_text() == "once\n"
     assert process.alive()
     await process.terminate()
+
+
+async def test_the_end_of_a_program_is_known_although_the_disk_was_full(tmp_path: Path) -> None:
+    if problem := disks_missing():
+        pytest.skip(problem)
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        go, filler = tmp_path / "go", disk / "filler"
+        waits = f"until [ -e {go} ]; do sleep 0.05; done; exit 7"
+        process = await launch(["sh", "-c", waits], directory=disk / "p", env=ENV)
+        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(bytes(4096))
+        go.touch()
+        await until(lambda: not psutil.pid_exists(process.pid))
+        assert process.alive()
+        assert not (disk / "p" / "exit.json").exists()
+        filler.unlink()
+        assert await process.wait() == Exit(7, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 
 import psutil
 
@@ -25,10 +26,18 @@ def request(events: int, rate: float | None = None) -> dict:
 def kept_ready(facility: LiveFacility) -> list[psutil.Process]:
     """The interpreters that wait: each a child of the facility, or below a shim that is one."""
     (serving,) = facility.processes
-    below = psutil.Process(serving.pid).children(recursive=True)
-    return [
-        each for each in below if each.status() != psutil.STATUS_ZOMBIE and each.cmdline()[1:4] == ["-P", "-m", WARM]
-    ]
+    return [each for each in psutil.Process(serving.pid).children(recursive=True) if waits(each)]
+
+
+def waits(process: psutil.Process) -> bool:
+    """Whether it is an interpreter that has imported all it should, and reads its standard input."""
+    try:
+        if process.cmdline()[1:4] != ["-P", "-m", WARM]:
+            return False
+        # The number of a system call and its arguments, the first of which is a descriptor here.
+        return Path(f"/proc/{process.pid}/syscall").read_text().split()[1] == "0x0"
+    except (psutil.NoSuchProcess, psutil.ZombieProcess, OSError, IndexError):
+        return False
 
 
 def run_by(facility: LiveFacility, pattern: str) -> list[list[str]]:

@@ -14,6 +14,7 @@ spec comes on standard input, that runs the program. Both end if the input does 
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import select
@@ -30,6 +31,8 @@ APPEND = os.O_CREAT | os.O_WRONLY | os.O_APPEND
 SIGNALS = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1}
 LOOK_AGAIN = 0.1
 """Seconds after which the process table is read again while waiting for something that gives no signal."""
+LOOK_FOR_ROOM = 0.5
+"""Seconds between two looks at whether a full disk has room."""
 LOOK_AT_MEMORY = 0.25
 """Seconds between two looks at how much memory a program that has a limit of it uses, with all that it started."""
 
@@ -55,7 +58,7 @@ def main(spec_path: str, spare: "subprocess.Popen[bytes] | None" = None) -> int:
         child = _start(spec) if spare is None else _hand_over(spare, spec)
     except OSError as error:
         code = 127 if isinstance(error, FileNotFoundError) else 126
-        write_json(Path("exit.json"), {"exit_code": code, "signal": None, "error": str(error)})
+        _note_end({"exit_code": code, "signal": None, "error": str(error)})
         _say("failed")
         return code
     write_json(Path("process.json"), {**me, "pid": child, "start": start_time(child)})
@@ -68,7 +71,7 @@ def main(spec_path: str, spare: "subprocess.Popen[bytes] | None" = None) -> int:
         cause = "out_of_memory"
     code = 128 + number if number else status
     causes = {name: cause == name for name in ("asked", "timed_out", "out_of_memory")}
-    write_json(Path("exit.json"), {"exit_code": code, "signal": number, "error": "", **causes})
+    _note_end({"exit_code": code, "signal": number, "error": "", **causes})
     return code
 
 
@@ -150,6 +153,17 @@ def write_json(path: Path, document: dict[str, Any]) -> None:
         path.rename(_beside(path))
         part.replace(path)
     _sync_directory(path.parent)
+
+
+def _note_end(document: dict[str, Any]) -> None:
+    """Writes down how the program ended, and waits for room on a disk that is full: nobody else knows it."""
+    while True:
+        try:
+            return write_json(Path("exit.json"), document)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+        time.sleep(LOOK_FOR_ROOM)
 
 
 def _write_part(path: Path, document: dict[str, Any]) -> Path:

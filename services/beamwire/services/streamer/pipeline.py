@@ -229,9 +229,10 @@ class Progress:
 
 
 def say(text: str) -> None:
-    """One line to standard error."""
-    sys.stderr.write(f"beamwire-streamer: {text}\n")
-    sys.stderr.flush()
+    """One line to standard error; nothing if there is no room for it, which is no reason to stop."""
+    with suppress(OSError):
+        sys.stderr.write(f"beamwire-streamer: {text}\n")
+        sys.stderr.flush()
 
 
 def one_line(error: BaseException) -> str:

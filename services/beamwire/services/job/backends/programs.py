@@ -67,8 +67,9 @@ def variables(step: Step, base: Mapping[str, str]) -> dict[str, str]:
         **base,
         # A launcher that is killed leaves its temporary files: here they go with the job.
         "TMPDIR": str(step.directory),
-        # A module comes from where it is installed, not from what somebody has put into the job's directory.
-        **({"PYTHONSAFEPATH": "1"} if step.spec.mpi else {}),
+        # A module comes from where it is installed, not from what somebody has put into the job's directory. What it
+        # prints is there at once; and if there is no room for it, nothing is left to be written at its end.
+        **({"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} if step.spec.mpi else {}),
         **step.spec.environment,
         **step.environment,
     }
