@@ -144,7 +144,11 @@ class FaultyStore:
         killed = []
         for directory, process in look(self._layout).running.items():
             kind = "cache" if directory.name.startswith("shard-") else "job"
-            above = json.loads((directory / "process.json").read_text())["shim_pid"]
+            try:
+                above = json.loads((directory / "process.json").read_text())["shim_pid"]
+            except FileNotFoundError:
+                # Its job was put in order between the look and now.
+                continue
             if victim in ("shims", "host"):
                 killed += [above]
             if victim in (kind, "host") and process.pid:

@@ -135,7 +135,7 @@ async def test_a_full_disk_is_said_so_and_harms_nothing(tmp_path: Path) -> None:
 async def test_slurm_that_goes_away_ends_nothing_and_runs_nothing_twice(tmp_path: Path) -> None:
     if problem := missing():
         pytest.skip(problem)
-    with throwaway_slurm(tmp_path / "slurm") as slurm, surviving(tmp_path, slurm=slurm) as survivor:
+    with throwaway_slurm() as slurm, surviving(tmp_path, slurm=slurm) as survivor:
         async with alice(survivor) as user:
             placed = {"placement": job_pb.Placement(backend="slurm")}
             counted = [counting(user, f"slurm-{number}") for number in range(3)]

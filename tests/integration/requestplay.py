@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
@@ -138,6 +138,10 @@ class FakeBuffers:
         return self.buffers[name]
 
 
+IN_A_QUEUE: Final[dict[str, Any]] = {"buffer_options": {"placement": {"backend": "slurm"}}}
+"""Of a transfer whose caches may have to wait for their turn."""
+
+
 class FakeJobs:
     """The Job service. Creating what exists changes nothing, as there."""
 
@@ -150,7 +154,7 @@ class FakeJobs:
 
     async def check(self, record: TransferRecord) -> None: ...
 
-    async def create(self, record: TransferRecord, connect_string: str) -> None:
+    async def create(self, record: TransferRecord) -> None:
         self._create(record.job)
 
     async def queue_wait(self, record: TransferRecord) -> tuple[timedelta | None, str]:

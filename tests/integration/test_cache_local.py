@@ -66,13 +66,16 @@ def producing(cache: CacheProcess, count: int, size: int = 1000) -> Iterator[Non
     assert not failures
 
 
-def consume(consumer: Consumer, numbers: list[int], size: int | None = None) -> None:
+def consume(
+    consumer: Consumer, numbers: list[int], size: int | None = None, then: Callable[[], object] = lambda: None
+) -> None:
     for taken in consumer:
         number = int(taken.event_ids[0])
         data = taken.arrays["data"]
         assert (data == number % 251).all()
         assert size is None or data.shape == (1, size)
         numbers.append(number)
+        then()
 
 
 @pytest.fixture
@@ -155,12 +158,20 @@ def test_a_cache_that_is_killed_goes_on_where_it_was(
         monkeypatch.setattr(MappedRing, "__init__", barred)
     cache = start_cache(delivery="ACKED", transport="ipc", capacity_bytes=8 * MIB)
     numbers: list[int] = []
+    killed = threading.Event()
+
+    def wait_once() -> None:
+        # All of it may be here sooner than the cache is killed.
+        if len(numbers) == 100:
+            killed.wait(TIMEOUT)
+
     with producing(cache, 300, 100_000), Consumer(cache.connect, None) as consumer:
-        reading = threading.Thread(target=consume, args=(consumer, numbers))
+        reading = threading.Thread(target=consume, args=(consumer, numbers, None, wait_once))
         reading.start()
         for threshold in (50, 120, 200):
             cache.wait(partial(has_delivered, threshold))
             cache.kill()
+            killed.set()
             # What it leaves there is replaced.
             assert (cache.directory / "data.sock").is_socket()
             cache.restart()

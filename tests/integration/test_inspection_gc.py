@@ -29,6 +29,7 @@ from beamwire.services.inspection.records import Kept, read
 from beamwire.services.job.backends.interface import Step
 from beamwire.services.job.files import adopt
 from beamwire.services.job.model import JobRecord, JobSpec, Placement
+from beamwire.testing.disks import disks_missing, small_disk
 from beamwire.testing.postgres import Postgres
 from beamwire.testing.slurm import Slurm
 from tests.conftest import BIN, run, wait_until
@@ -134,6 +135,25 @@ async def test_what_nobody_knows_goes_and_what_is_needed_stays(layout: Layout, r
         for process in (needed, needless, cache, orphan):
             if process.directory.exists():
                 await process.terminate()
+
+
+async def test_what_cannot_be_removed_is_said_and_keeps_nothing_else(layout: Layout) -> None:
+    if problem := disks_missing():
+        pytest.skip(problem)
+    await keep(layout, job("runs", "ACTIVE"))
+    held, gone = layout.jobs / "held", layout.jobs / "other"
+    for directory in (held, gone):
+        directory.mkdir(parents=True)
+    with small_disk(held / "disk", "1M"):
+        done = beamwired(layout, "gc", "--json")
+        assert done.returncode == 1
+        said = json.loads(done.stdout)
+        assert [each["place"] for each in said["removed"]] == [str(gone)]
+        assert [each["place"] for each in said["failed"]] == [str(held)]
+        assert f"directory {held} could not be removed: [Errno 16]" in done.stderr
+        assert held.exists()
+        assert not gone.exists()
+    assert [each["place"] for each in collect(layout)] == [str(held)]
 
 
 @pytest.mark.parametrize("adopted", [False, True])

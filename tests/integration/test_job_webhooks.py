@@ -7,10 +7,11 @@ import hashlib
 import hmac
 import json
 import socket
+import sqlite3
 import ssl
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import pytest
 
 from beamwire.job.v1 import job_service_pb2 as pb
+from beamwire.mesh import sqlite
+from beamwire.mesh.database import patience
 from beamwire.mesh.errors import BeamwireError
 from beamwire.services.job import webhooks
 from beamwire.testing.facility import Facility
@@ -39,6 +42,7 @@ class Receiver:
     connections: int = 0
     hosts: set[str] = field(default_factory=set)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    taken: Callable[[dict], Awaitable[None]] | None = None
 
     async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -51,6 +55,8 @@ class Receiver:
             answer = self.answers.pop(0) if self.answers else OK
             if answer == OK:
                 self.events.append(self.checked(headers, body))
+                if self.taken is not None:
+                    await self.taken(self.events[-1])
             else:
                 self.refused += 1
             self.arrived.set()
@@ -186,6 +192,29 @@ async def test_what_could_not_be_told_is_told_by_the_next_who_serves(play: Play,
         await receiver.until(4)
         await told(await served.as_("user/alice"), job.name, delivered_count=4)
     assert receiver.states() == ["NEW", "QUEUED", "ACTIVE", "COMPLETED"]
+
+
+async def test_what_was_told_while_the_database_was_away_is_not_told_again(
+    play: Play, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sqlite, "BUSY_MILLISECONDS", 20)
+    patience.set(0.1)
+    away = sqlite3.connect(play.directory / "job.sqlite", isolation_level=None, check_same_thread=False, timeout=10)
+
+    async def leave(event: dict) -> None:
+        if event["job"]["state"] == "COMPLETED":
+            await asyncio.to_thread(away.execute, "BEGIN IMMEDIATE")
+            asyncio.get_running_loop().call_later(1.0, away.rollback)
+
+    receiver.taken = leave
+    with closing(away):
+        async with receiver.listening(), play.serve() as served:
+            jobs = await served.as_("user/alice")
+            job = await create(jobs, shell("true", callback=callback(receiver)))
+            await receiver.until(4)
+            # Long before the lease of the event is over.
+            await told(jobs, job.name, delivered_count=4, pending_count=0)
+    assert receiver.connections == 4
 
 
 async def test_a_slow_receiver_keeps_nobody_else_waiting(

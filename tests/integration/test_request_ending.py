@@ -16,8 +16,9 @@ from beamwire.services.request.clients import JobClient
 from beamwire.services.request.model import TransferRecord
 from beamwire.testing.facility import Facility
 from beamwire.testing.ports import free_port
+from tests.conftest import wait_until
 from tests.integration import jobplay
-from tests.integration.requestplay import World, came_about
+from tests.integration.requestplay import IN_A_QUEUE, World, came_about
 
 NAME, BUFFER, JOB = "transfers/t1", "buffers/of-t1", "jobs/of-t1"
 # The old bound, made small: what is away for longer than that was left behind.
@@ -35,6 +36,10 @@ def late(record: TransferRecord) -> list[str]:
     return [issue.detail for issue in record.health_issues if issue.type == "ENDING_LATE"]
 
 
+def sleeping() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "86431"]]
+
+
 class SleepingStreamers(JobClient):
     """The real Job service, whose streamers sleep."""
 
@@ -42,7 +47,7 @@ class SleepingStreamers(JobClient):
         super().__init__(channel)  # type: ignore[arg-type]
         self._sleeps = stub
 
-    async def create(self, record: TransferRecord, connect_string: str) -> None:
+    async def create(self, record: TransferRecord) -> None:
         spec = jobplay.shell("exec sleep 86431")
         await jobplay.create(self._sleeps, spec, job_id=record.job.removeprefix("jobs/"))
 
@@ -59,8 +64,8 @@ async def test_a_job_service_that_is_away_for_long_still_ends_the_streamer(tmp_p
             await world.create()
             await world.come_to("STREAMING")
             await jobplay.until(stub, JOB, "ACTIVE")
-            sleeps = [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "86431"]]
-            assert sleeps
+            # It is ACTIVE a moment before its shell has become what it runs.
+            sleeps = await asyncio.to_thread(wait_until, sleeping, 10, "the streamer that sleeps")
         await world.transfers.cancel(NAME)
         told = await world.until(lambda record: bool(late(record)))
         assert "jobs/of-t1 has not ended: 0.3 s were not enough, or its service does not answer" in late(told)[0]
@@ -125,7 +130,7 @@ async def test_what_fails_keeps_its_reason_however_long_it_takes_to_end(tmp_path
 async def test_what_never_was_is_not_waited_for(tmp_path: Path):
     async with World(tmp_path / "request.sqlite") as world:
         world.buffers.ready_at_once = False
-        await world.create()
+        await world.create(**IN_A_QUEUE)
         await world.until(lambda record: record.state == "PROVISIONING")
         await world.transfers.cancel(NAME)
         assert (await world.come_to("CANCELLED")).health_issues == ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from beamwire.mesh.patterns import Patterns
 from beamwire.mesh.policy import Policy, Rule
 from beamwire.services.request.model import TransferRecord
-from tests.integration.requestplay import World, came_about
+from tests.integration.requestplay import IN_A_QUEUE, World, came_about
 
 NAME, BUFFER, JOB = "transfers/t1", "buffers/of-t1", "jobs/of-t1"
 
@@ -27,7 +28,7 @@ async def world(tmp_path: Path):
 
 
 async def waiting(world: World) -> TransferRecord:
-    await world.create()
+    await world.create(**IN_A_QUEUE)
     return await world.until(lambda record: record.state == "PROVISIONING")
 
 
@@ -47,6 +48,24 @@ async def test_who_may_read_it_no_more_when_its_buffer_is_ready_has_no_streamer(
     world.buffers.ready(BUFFER)
     await refused(world)
     assert world.buffers.buffers[BUFFER].view.ended, "nothing of it is left"
+
+
+async def test_who_may_read_it_no_more_when_its_buffer_is_made_has_no_streamer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    """The Buffer service was away for a while."""
+    away, create = asyncio.Event(), world.buffers.create
+
+    async def late(record: TransferRecord) -> None:
+        await away.wait()
+        await create(record)
+
+    monkeypatch.setattr(world.buffers, "create", late)
+    await world.create()
+    await world.until(lambda record: record.state == "PROVISIONING")
+    world.policy.current = policy("exp:other")
+    away.set()
+    await refused(world)
 
 
 async def test_the_refusal_names_dataset_and_rule(world: World):
@@ -100,7 +119,7 @@ async def test_on_a_backend_too_what_the_check_has_found_there_counts(world: Wor
 
 
 async def _checking(world: World) -> TransferRecord:
-    await world.create(placement={"backend": "slurm"})
+    await world.create(placement={"backend": "slurm"}, **IN_A_QUEUE)
     checked = await world.until(lambda record: bool(record.check_job))
     await came_about(lambda: checked.check_job in world.jobs.jobs)
     return checked

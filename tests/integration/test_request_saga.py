@@ -15,7 +15,7 @@ from beamwire.services.request import saga
 from beamwire.services.request.model import Contract, ContractArray, TransferRecord
 from beamwire.services.request.ports import Fitness
 from beamwire.services.request.quotas import Limits
-from tests.integration.requestplay import ALICE, FITNESS, World, came_about
+from tests.integration.requestplay import ALICE, FITNESS, IN_A_QUEUE, World, came_about
 
 NAME, BUFFER, JOB = "transfers/t1", "buffers/of-t1", "jobs/of-t1"
 
@@ -50,6 +50,20 @@ async def test_a_life_is_written_down_with_reasons(world: World):
     assert ended.receipt is not None
     assert ended.receipt.balanced
     assert (world.buffers.created, world.jobs.created) == ([BUFFER], [JOB])
+
+
+async def test_the_streamer_is_started_beside_its_buffer_unless_that_may_wait_in_a_queue(world: World):
+    world.buffers.ready_at_once = False
+    await world.create()
+    await came_about(lambda: world.jobs.created == ["jobs/of-t1"])
+    await world.create("t2", **IN_A_QUEUE)
+    await came_about(lambda: "buffers/of-t2" in world.buffers.buffers)
+    world.buffers.ready("buffers/of-t1")
+    await world.come_to("STREAMING")
+    assert world.jobs.created == ["jobs/of-t1"]
+    world.buffers.ready("buffers/of-t2")
+    await world.come_to("STREAMING", "transfers/t2")
+    assert world.jobs.created == ["jobs/of-t1", "jobs/of-t2"]
 
 
 @pytest.mark.parametrize("stage", ["PENDING", "PROVISIONING", "STREAMING", "DRAINING"])
@@ -238,6 +252,14 @@ async def test_an_owner_has_so_much_and_no_more(tmp_path: Path, limits: Limits, 
         await world.create("t3", process_count=2, owner="spiffe://a.test/user/bob")
 
 
+async def test_what_nobody_may_have_is_not_to_be_asked_for_later(tmp_path: Path):
+    async with World(tmp_path / "request.sqlite", Limits(processes=4, owner_processes=8)) as world:
+        with pytest.raises(BeamwireError) as refused:
+            await world.create(process_count=9)
+    assert refused.value.reason is Reason.INVALID_FIELD
+    assert refused.value.message == "transfer.process_count: must be from 1 to 4"
+
+
 @pytest.mark.parametrize(
     "labels", [{"": "x"}, {"a b": "x"}, {"a.b": "x"}, {"k": "ä" * 129}, {f"k{n}": "x" for n in range(33)}]
 )
@@ -256,6 +278,67 @@ async def kept(world: World, transfer_id: str = "t1", **changes: object) -> Tran
     world.jobs.become(f"jobs/of-{transfer_id}", "COMPLETED")
     world.buffers.finish(f"buffers/of-{transfer_id}")
     return await world.come_to("SUCCEEDED", name)
+
+
+async def test_what_was_begun_on_its_own_goes_on_so_whatever_is_kept_meanwhile(world: World):
+    world.buffers.ready_at_once = False
+    await world.create("t2", reuse=True)
+    await came_about(lambda: world.jobs.created == ["jobs/of-t2"])
+    await world.stop()
+    await world.start()
+    world.buffers.ready_at_once = True
+    await kept(world)
+    await world.stop()
+    await world.start()
+    world.buffers.ready("buffers/of-t2")
+    own = await world.come_to("STREAMING", "transfers/t2")
+    assert (own.served_from, own.buffer, own.job) == ("", "buffers/of-t2", "jobs/of-t2")
+    assert world.buffers.added == []
+
+
+async def test_what_was_to_be_served_when_the_service_died_is_streamed_if_nothing_is_kept_any_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    await kept(world)
+
+    async def hang(record: TransferRecord) -> str:
+        await asyncio.Event().wait()
+        return ""
+
+    with monkeypatch.context() as patched:
+        patched.setattr(world.buffers, "add_group", hang)
+        await world.create("t2", reuse=True)
+        await world.until(lambda record: record.served_from == NAME, "transfers/t2")
+        await world.stop()
+    world.buffers.change(BUFFER, state="ENDED")
+    await world.start()
+    own = await world.come_to("STREAMING", "transfers/t2")
+    assert (own.served_from, own.buffer, own.job) == ("", "buffers/of-t2", "jobs/of-t2")
+
+
+async def test_a_streamer_that_ends_before_its_buffer_is_ready_fails_the_transfer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(saga, "HEARING_TIMEOUT", 0.05)
+    world.buffers.ready_at_once = False
+    await world.create()
+    await came_about(lambda: world.jobs.created == [JOB])
+    world.jobs.become(JOB, "FAILED", "no module named so")
+    failed = await world.come_to("FAILED")
+    assert failed.error is not None
+    assert failed.error.message == "no module named so"
+    assert world.buffers.buffers[BUFFER].view.ended
+
+
+async def test_a_buffer_that_fails_is_the_cause_though_its_streamer_ended_first(world: World):
+    world.buffers.ready_at_once = False
+    await world.create()
+    await came_about(lambda: world.jobs.created == [JOB])
+    world.jobs.become(JOB, "FAILED", "rank 0: the cache died")
+    world.buffers.fail(BUFFER)
+    failed = await world.come_to("FAILED")
+    assert failed.error is not None
+    assert (failed.error.reason, failed.error.message) == ("CACHE_FAILED", "the cache died")
 
 
 async def test_the_same_request_is_served_from_what_was_kept(world: World):

@@ -14,12 +14,15 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from beamwire.buffer.v1 import buffer_service_pb2 as buffer_pb
+from beamwire.buffer.v1 import buffer_service_pb2_grpc as buffer_grpc
 from beamwire.job.v1 import job_service_pb2 as pb
 from beamwire.job.v1 import job_service_pb2_grpc as pb_grpc
 from beamwire.mesh.addresses import Addresses, check_address, target
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.rpc.server import Server, Service
+from beamwire.stream.v1.link_pb2 import LINK_ROLE_PRODUCE
 from beamwire.testing.facility import Facility
 
 RATE, SECONDS = 200, 5.0
@@ -218,6 +221,33 @@ async def test_a_read_that_was_not_finished_is_answered_by_another(replicas: Rep
         await asyncio.wait_for(replicas.jobs[0].begun.wait(), 5)
         await replicas.servers[0].stop(0.1)
         assert {(await call).name for call in calls} == {"b"}
+
+
+class SlowDesk(buffer_grpc.BufferServiceServicer):
+    """Gives nobody a ticket."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+
+    async def IssueTicket(self, request: buffer_pb.IssueTicketRequest, context: object) -> buffer_pb.Ticket:  # noqa: N802
+        self.asked.set()
+        await asyncio.Event().wait()
+        return buffer_pb.Ticket()
+
+
+async def test_nobody_waits_for_a_call_that_may_wait_itself(tmp_path: Path) -> None:
+    facility, desk = Facility(tmp_path), SlowDesk()  # type: ignore[abstract]
+    service = Service("beamwire.buffer.v1.BufferService", buffer_grpc.add_BufferServiceServicer_to_server, desk)
+    server = Server(facility.member("service/buffer"), services=[service])
+    async with connect(f"127.0.0.1:{await server.start()}", facility.member("user/alice")) as channel:
+        request = buffer_pb.IssueTicketRequest(name="buffers/b", role=LINK_ROLE_PRODUCE)
+        request.ready_timeout.FromSeconds(60)
+        call = asyncio.ensure_future(buffer_grpc.BufferServiceStub(channel).IssueTicket(request))
+        await asyncio.wait_for(desk.asked.wait(), 5)
+        await asyncio.wait_for(server.stop(60), 10)
+        with pytest.raises(BeamwireError) as caught:
+            await call
+    assert caught.value.reason in (Reason.DRAINING, Reason.SERVICE_UNAVAILABLE)
 
 
 async def test_a_change_that_was_not_finished_is_not_made_twice(replicas: Replicas) -> None:

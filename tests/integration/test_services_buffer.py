@@ -547,6 +547,17 @@ async def test_a_ticket_is_for_those_the_buffer_names_and_for_their_role(live_fa
     assert refused.value.reason is Reason.INVALID_FIELD
 
 
+async def test_a_ticket_can_wait_for_its_buffer(buffers):
+    request = pb.CreateBufferRequest(buffer=pb.Buffer(spec=pb.BufferSpec(capacity_bytes=1 << 20)))
+    name = (await buffers.CreateBuffer(request)).name
+    ask = pb.IssueTicketRequest(name=name, role=LINK_ROLE_PRODUCE)
+    assert not (await buffers.IssueTicket(ask)).connect_string
+    ask.ready_timeout.FromSeconds(30)
+    ticket = await buffers.IssueTicket(ask)
+    assert ConnectString.parse(ticket.connect_string).ticket == ticket.ticket
+    assert (await buffers.GetBuffer(pb.GetBufferRequest(name=name))).state == pb.Buffer.STATE_READY
+
+
 @pytest.mark.parametrize("kind", ["none", "made up", "another's", "of another buffer", "for another role"])
 async def test_a_cache_lets_nobody_in_without_a_ticket_of_its_own(live_facility, buffers, alice, tmp_path, kind):
     bob_config = live_facility.enroll("user/bob", tmp_path / "bob")

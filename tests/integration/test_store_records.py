@@ -1,6 +1,8 @@
 """The store on a real file and a real server: what is stored, who wins, what a list and a watcher see."""
 
 import asyncio
+import gc
+import logging
 import sqlite3
 from collections.abc import AsyncIterator, Collection
 from contextlib import aclosing
@@ -342,6 +344,22 @@ async def test_a_cancelled_caller_leaves_a_whole_change(store: Store[Thing]) -> 
         changing.cancel()
         assert (await waiting).count == 1
         assert await store.get("things/a") == await waiting
+
+
+async def test_a_refusal_that_nobody_waits_for_is_no_fault(
+    store: Store[Thing], caplog: pytest.LogCaptureFixture
+) -> None:
+    record = await store.insert(thing())
+    await store.update(record.model_copy(update={"count": 1}))
+    late = asyncio.create_task(store.update(record.model_copy(update={"count": 2})))
+    await asyncio.sleep(0)
+    late.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await late
+    while store.db._tasks:
+        await asyncio.wait([*store.db._tasks])
+    gc.collect()
+    assert not [entry for entry in caplog.records if entry.levelno >= logging.ERROR]
 
 
 async def test_what_was_begun_is_finished_before_the_file_closes(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from beamwire.mesh import claims, drivers
+from beamwire.mesh import claims, drivers, postgres
 from beamwire.mesh.database import Database, patience
 from beamwire.mesh.drivers import Drivers, Interrupted, unless
 from beamwire.mesh.errors import BeamwireError, Reason
@@ -570,6 +570,22 @@ async def test_a_server_that_stays_away_is_said_and_harms_nobody_later(own_serve
         assert (await store.require("things/a")).state == "NEW"
     finally:
         await database.close()
+
+
+async def test_a_schema_is_moved_however_long_it_takes(own_server: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(postgres, "COMMAND_SECONDS", 0.3)
+    patience.set(0.1)
+    other = await Database.open(own_server.url(), "job")
+    try:
+        async with other.write() as connection:
+            # As one does that brings the schema up.
+            await connection.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('beamwire_job', 0))"))
+            opening = asyncio.create_task(Database.open(own_server.url(), "job"))
+            await asyncio.wait([opening], timeout=1.0)
+            assert not opening.done()
+        await (await opening).close()
+    finally:
+        await other.close()
 
 
 async def test_a_replica_that_cannot_renew_stops_to_drive(own_server: Postgres, short_leases: None) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,43 @@ def test_an_interrupt_cancels_the_job(facility: LiveFacility, tmp_path: Path):
     assert not psutil.pid_exists(int(pid.read_text()))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupt_cancels_the_job_though_nobody_reads_what_is_said(facility: LiveFacility, number: signal.Signals):
+    name = f"piped-{number.name.lower()}"
+    with pipe_to(facility, "--id", name, "sh", "-c", "echo started; sleep 600", stderr=subprocess.STDOUT) as running:
+        assert running.stdout is not None
+        while running.stdout.readline() != b"started\n":
+            pass
+        # As `| tee` does, which the same Ctrl-C ends.
+        running.stdout.close()
+        # As `timeout` does.
+        running.send_signal(number)
+        time.sleep(0.005)
+        running.send_signal(number)
+        assert running.wait(30) == 128 + number
+    wait_until(lambda: '"STATE_CANCELED"' in job(facility, "show", "--json", name), what="its end")
+
+
+def test_a_job_whose_output_nobody_takes_any_more_is_cancelled(facility: LiveFacility):
+    script = "while :; do echo line; sleep 0.1; done"
+    with pipe_to(facility, "--id", "headed", "sh", "-c", script, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == b"line\n"
+        running.stdout.close()
+        assert running.stderr is not None
+        said = running.stderr.read().decode()
+        assert running.wait(30) == 1
+    assert "cancelling jobs/headed: nobody takes" in said
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
+    wait_until(lambda: '"STATE_CANCELED"' in job(facility, "show", "--json", "headed"), what="its end")
+
+
+def pipe_to(facility: LiveFacility, *arguments: str, stderr: int) -> subprocess.Popen[bytes]:
+    command = [str(BIN / "beamwire"), "job", "run", *arguments]
+    return subprocess.Popen(command, env=facility.env(), stdout=subprocess.PIPE, stderr=stderr)
+
+
 def test_submit_and_all_that_can_be_done_then(facility: LiveFacility, tmp_path: Path):
     name = job(facility, "submit", "-q", "--hold", "--id", "held", "--label", "sample=x", "cat", "input").strip()
     assert name == "jobs/held"
@@ -137,6 +175,40 @@ def test_what_is_wrong_is_said_in_one_line(facility: LiveFacility, tmp_path: Pat
         said = job(facility, *arguments, code=2)
         assert word in said
         assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("command", ["run", "submit"])
+def test_an_option_that_is_not_there_is_no_program(facility: LiveFacility, command: str):
+    before = names(facility)
+    assert "No such option '--frob'" in job(facility, command, "--frob", "hostname", code=2)
+    assert names(facility) == before
+
+
+def test_what_follows_the_program_is_its_own(facility: LiveFacility, tmp_path: Path):
+    assert job(facility, "run", "-q", "echo", "--frob", "-q", "--", "x") == "--frob -q -- x\n"
+    assert job(facility, "run", "-q", "--", "echo", "--frob") == "--frob\n"
+    (tmp_path / "script").write_text('echo "$@"\n')
+    assert job(facility, "run", "-q", "--script", str(tmp_path / "script"), "--", "--frob") == "--frob\n"
+
+
+def test_a_file_that_is_not_there_is_wrong_usage(facility: LiveFacility):
+    callback = ("--callback", "https://example.org/")
+    for arguments in (
+        ("run", "--script", "/not-there"),
+        ("submit", *callback, "--callback-secret", "/not-there", "true"),
+        ("run", "--bundle", "/not-there", "true"),
+        ("run", "--stdin", "/not-there", "true"),
+    ):
+        said = job(facility, *arguments, code=2)
+        assert f"'{arguments[arguments.index('/not-there') - 1]}'" in said
+        assert "does not exist" in said
+
+
+def test_the_help_tells_the_exit_codes_of_jobs(facility: LiveFacility):
+    for arguments in ((), ("run",), ("submit",), ("show",), ("files",), ("files", "get")):
+        said = job(facility, *arguments, "--help")
+        assert "the job's own exit code" in " ".join(said.split())
+        assert "transfer" not in said
 
 
 def test_the_shell_completes_the_names_of_jobs(facility: LiveFacility):

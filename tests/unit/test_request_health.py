@@ -29,7 +29,7 @@ class Clock:
         self.time += by
 
 
-def record(lease: timedelta = timedelta(days=1)) -> TransferRecord:
+def record(lease: timedelta = timedelta(days=1), *, keep: float = 0.0) -> TransferRecord:
     return TransferRecord(
         name="transfers/t1",
         owner="spiffe://a.test/user/alice",
@@ -37,6 +37,7 @@ def record(lease: timedelta = timedelta(days=1)) -> TransferRecord:
         config={},
         create_time=BEGIN,
         expire_time=BEGIN + lease,
+        keep=keep,
     )
 
 
@@ -95,6 +96,14 @@ def test_a_flow_that_halts_is_told_after_a_while_and_no_longer_than_it_lasts(
     assert watchman.issues(record()) == ()
     watchman.buffer = view(flow, groups=groups)
     assert watchman.issues(record()) == (), "what comes back begins again"
+
+
+@pytest.mark.parametrize(("keep", "came", "told"), [(60.0, 1001, True), (60.0, 1000, False), (0.0, 1001, False)])
+def test_what_will_not_be_kept_though_it_was_asked_for_is_told(watchman: Watchman, keep: float, came: int, told: bool):
+    watchman.buffer = view()
+    account = watchman.buffer.account.model_copy(update={"received_bytes": came})
+    watchman.buffer = replace(watchman.buffer, account=account, capacity_bytes=1000)
+    assert types(watchman.issues(record(keep=keep))) == (["NOT_KEPT"] if told else [])
 
 
 def test_ranks_that_do_not_connect_are_missed_once_the_streamer_runs(watchman: Watchman, clock: Clock):

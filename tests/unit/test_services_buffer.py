@@ -451,3 +451,31 @@ async def test_at_the_limit_a_buffer_that_is_asked_for_again_is_found(
         assert (await buffers.create("buffers/b", owner, "", BufferSpec())).create_time == made.create_time
         with pytest.raises(BeamwireError, match="the limit here"):
             await buffers.create("buffers/another", owner, "", BufferSpec())
+
+
+@pytest.mark.parametrize(
+    ("becomes", "reason"),
+    [
+        ({}, Reason.TIMED_OUT),
+        ({"error": Failure(reason="CACHE_FAILED", message="it died")}, Reason.CACHE_FAILED),
+        ({"state": "ENDED", "end_cause": "CANCELLED"}, Reason.ILLEGAL_STATE),
+        (None, Reason.ILLEGAL_STATE),
+    ],
+)
+async def test_who_waits_for_a_buffer_hears_why_it_is_not_ready(
+    tmp_path: Path, store: Store[BufferRecord], becomes: dict[str, object] | None, reason: Reason
+):
+    record = make_record().model_copy(update={"state": "STARTING", "connect_string": ""})
+    await store.insert(record)
+    async with TaskRunner() as runner:
+        sites = NoCaches(tmp_path / "buffers")
+        buffers = Buffers(store, sites, "facility.test", Placement(), runner, Policy("facility.test"))
+        waiting = asyncio.create_task(buffers.ready(record, 10.0 if becomes != {} else 0.05))
+        await asyncio.wait([waiting], timeout=0.01)
+        if becomes is None:
+            await store.delete(record.name)
+        elif becomes:
+            await store.change(record.name, lambda _: becomes)
+        with pytest.raises(BeamwireError) as refused:
+            await waiting
+    assert refused.value.reason is reason

@@ -157,6 +157,12 @@ def _delete(*path: str) -> Callable[[dict[str, Any]], None]:
             "config.data_handlers.0.connect",
             "is not a connect string",
         ),
+        (
+            _set("data_handlers", 0, value={"type": "BufferDataHandler", "buffer": "b1"}),
+            "config.data_handlers.0.buffer",
+            "must be buffers/<id>",
+        ),
+        (_set("data_handlers", 0, value={"type": "BufferDataHandler"}), "config.data_handlers.0", "either connect"),
         (_set("max_events", value=-1), "config.max_events", "equal to 0"),
         (_set("skip_incomplete_events", value="perhaps"), "config.skip_incomplete_events", "boolean"),
     ],

@@ -18,7 +18,7 @@ from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.rpc.access import current_caller
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.stream.connect import ConnectString
-from beamwire.services.streamer.tickets import ticket_source
+from beamwire.services.streamer.tickets import READY_TIMEOUT, await_buffer, ticket_source
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_PRODUCE
 from beamwire.testing.facility import Facility
 
@@ -42,14 +42,17 @@ def enrolled_at(credentials: Credentials, address: str) -> None:
 class Issuer(pb_grpc.BufferServiceServicer):
     """Fails as often as it is told to, then issues tickets that name the caller's certificate."""
 
-    def __init__(self, *failures: BeamwireError) -> None:
+    def __init__(self, *failures: BeamwireError, connect_string: str = "") -> None:
         self.failures = list(failures)
+        self.connect_string = connect_string
+        self.asked: list[int] = []
 
     async def IssueTicket(self, request: pb.IssueTicketRequest, context: object) -> pb.Ticket:  # noqa: N802
         if self.failures:
             raise self.failures.pop(0)
         assert (request.name, request.role) == ("buffers/b", LINK_ROLE_PRODUCE)
-        ticket = pb.Ticket(ticket=current_caller().certificate_sha256.hex())
+        self.asked.append(request.ready_timeout.seconds)
+        ticket = pb.Ticket(ticket=current_caller().certificate_sha256.hex(), connect_string=self.connect_string)
         ticket.expire_time.FromSeconds(2_000_000_000)
         return ticket
 
@@ -116,3 +119,36 @@ def test_who_may_not_produce_hears_so_at_once(facility: Facility, streamer: Cred
         with pytest.raises(BeamwireError) as refused:
             source()
     assert refused.value.reason is Reason.NOT_OWNER
+
+
+def test_a_buffer_that_is_not_ready_yet_is_waited_for_and_its_ticket_is_used(facility: Facility, streamer: Credentials):
+    late = BeamwireError(Reason.TIMED_OUT, "buffers/b is not ready after 10 s")
+    issuer = Issuer(late, connect_string=f"{CONNECT}&ticket=secret")  # type: ignore[abstract]
+    with serving(facility, issuer) as address:
+        enrolled_at(streamer, address)
+        to, source = await_buffer(streamer, "buffers/b")
+        assert to == CONNECT
+        assert source is not None
+        first = source()
+        assert issuer.asked == [READY_TIMEOUT]
+        assert source() == first, "the issuer gives the same one each time"
+        assert issuer.asked == [READY_TIMEOUT, 0]
+
+
+@pytest.mark.parametrize("more", ["delivery=push", "transport=tcp"])
+def test_where_no_ticket_is_shown_there_is_no_source_for_a_named_buffer(
+    facility: Facility, streamer: Credentials, more: str
+):
+    issuer = Issuer(connect_string=f"{CONNECT}&{more}&ticket=secret")  # type: ignore[abstract]
+    with serving(facility, issuer) as address:
+        enrolled_at(streamer, address)
+        to, source = await_buffer(streamer, "buffers/b")
+    assert source is None
+    assert not to.ticket
+
+
+def test_a_buffer_that_will_never_be_ready_is_said_at_once(facility: Facility, streamer: Credentials):
+    with serving(facility, Issuer(BeamwireError(Reason.CACHE_FAILED, "it died"))) as address:  # type: ignore[abstract]
+        enrolled_at(streamer, address)
+        with pytest.raises(BeamwireError, match="it died"):
+            await_buffer(streamer, "buffers/b")

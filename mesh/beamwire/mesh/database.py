@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from sqlalchemy import ColumnElement, Connection
@@ -25,6 +25,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from beamwire.mesh import schema
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.replicas import new_replica, this_host
+
+if TYPE_CHECKING:  # its driver is an extra
+    from beamwire.mesh.postgres import PostgresDatabase
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +100,7 @@ class Database(abc.ABC):
             from beamwire.mesh.sqlite import SqliteDatabase
 
             return await SqliteDatabase.make(target)
-        from beamwire.mesh.postgres import PostgresDatabase
-
-        return await PostgresDatabase.make(target, schema)
+        return await postgres().make(target, schema)
 
     @abc.abstractmethod
     def write(self) -> AbstractAsyncContextManager[AsyncConnection]:
@@ -147,9 +148,14 @@ class Database(abc.ABC):
 
     async def _move(self, connection: AsyncConnection, way: Way, revision: str) -> None:
         before = await connection.run_sync(schema.current)
+        moves = before not in ("", revision)
+        if moves:
+            log.warning(
+                "the schema is taken from %s to %s, which takes a while where there are many records", before, revision
+            )
         await connection.run_sync(_WAYS[way], revision)
-        if before not in ("", revision):
-            log.warning("the schema was taken from %s to %s", before, revision)
+        if moves:
+            log.warning("the schema is %s now", revision)
 
     async def open_at(self) -> list[str]:
         """Where replicas have it open besides this one; always nowhere for one with one owner."""
@@ -176,7 +182,12 @@ class Database(abc.ABC):
 
     async def carry_out(self, work: Awaitable[T]) -> T:
         """Awaits `work`, which goes on to its end even if the caller is cancelled, so that no change is half made."""
-        return await asyncio.shield(self.spawn(work))
+        begun = self.spawn(work)
+        try:
+            return await asyncio.shield(begun)
+        except asyncio.CancelledError:
+            begun.add_done_callback(_heard)
+            raise
 
     @property
     def closing(self) -> bool:
@@ -236,6 +247,25 @@ class Database(abc.ABC):
 
 
 _WAYS: dict[Way, Callable[[Connection, str], None]] = {"upgrade": schema.upgrade, "downgrade": schema.downgrade}
+
+
+def postgres() -> type[PostgresDatabase]:
+    """The kind of database that replicas share; UNSUPPORTED if what it needs is not installed."""
+    try:
+        from beamwire.mesh.postgres import PostgresDatabase
+    except ModuleNotFoundError as error:
+        if error.name != "asyncpg":
+            raise
+        why = "records in PostgreSQL need an extra: pip install 'beamwire[postgres]'"
+        raise BeamwireError(Reason.UNSUPPORTED, why) from error
+    return PostgresDatabase
+
+
+def _heard(unawaited: asyncio.Future[Any]) -> None:
+    """Say how something ended whose caller is gone; a refusal was for the caller alone."""
+    error = None if unawaited.cancelled() else unawaited.exception()
+    if error is not None and not isinstance(error, BeamwireError):
+        log.error("what was begun for a caller that is gone has failed", exc_info=error)
 
 
 def _unavailable(fault: Fault) -> BeamwireError:

@@ -11,8 +11,8 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +21,7 @@ from sqlalchemy import ColumnElement, Float, cast, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from beamwire.mesh import schema
 from beamwire.mesh.database import FIRST_PAUSE, LONGEST_PAUSE, Database, Fault, Follower, Way
@@ -37,6 +37,8 @@ EXCLUSIVE_AT_ONCE = 4
 """Blocks that may hold one of these at a time: what is done in them needs others."""
 CONNECT_SECONDS, COMMAND_SECONDS = 5, 20
 """After which a server that says nothing counts as away."""
+MOVE_SECONDS = 3600
+"""For one command of a change of the schema, which may rewrite large tables, or wait for a replica that does."""
 PING_SECONDS = 5.0
 """Between two looks at whether the connection that we listen on is still there."""
 FLUSH_SECONDS = 0.1
@@ -59,15 +61,7 @@ class PostgresDatabase(Database):
         self.where = describe(url)
         self._dsn = "postgresql" + url[url.index("://") :]
         self._channel = f"beamwire_{schema_name}"
-        self._engine = create_async_engine(
-            "postgresql+asyncpg://",
-            async_creator=self._connect,
-            pool_size=POOL_SIZE,
-            max_overflow=0,
-            hide_parameters=True,
-            json_serializer=same,
-            json_deserializer=same,
-        )
+        self._engine = _engine(self._connect, POOL_SIZE)
         self._reading = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         self._locks = asyncio.Semaphore(EXCLUSIVE_AT_ONCE)
         self._followers: list[Follower] = []
@@ -98,10 +92,13 @@ class PostgresDatabase(Database):
             raise
         return database
 
-    @asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncConnection]:
+    def write(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """One transaction; it is on the disk when the block has been left."""
-        async with self._engine.connect() as connection, self._dropped(connection), connection.begin():
+        return self._written(self._engine)
+
+    @asynccontextmanager
+    async def _written(self, engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+        async with engine.connect() as connection, self._dropped(connection), connection.begin():
             yield connection
 
     @asynccontextmanager
@@ -191,11 +188,11 @@ class PostgresDatabase(Database):
                 await connection.invalidate()
             raise
 
-    async def _connect(self, purpose: str = "") -> Any:
+    async def _connect(self, purpose: str = "", seconds: float | None = None) -> Any:
         return await asyncpg.connect(
             self._dsn,
             timeout=CONNECT_SECONDS,
-            command_timeout=COMMAND_SECONDS,
+            command_timeout=COMMAND_SECONDS if seconds is None else seconds,
             server_settings={
                 "application_name": f"beamwire {self.schema}{purpose}",
                 "search_path": self.schema,
@@ -209,6 +206,17 @@ class PostgresDatabase(Database):
                 "tcp_keepalives_count": "3",
             },
         )
+
+    async def move(self, way: Way, revision: str) -> None:
+        """Take the schema to a revision, whole or not at all, however long its tables take."""
+        await self.carry_out(self._move_at_leisure(way, revision))
+
+    async def _move_at_leisure(self, way: Way, revision: str) -> None:
+        engine = _engine(lambda: self._connect(" moving", MOVE_SECONDS), 1)
+        try:
+            await self._through(lambda: self._written(engine), lambda connection: self._move(connection, way, revision))
+        finally:
+            await engine.dispose()
 
     async def _move(self, connection: AsyncConnection, way: Way, revision: str) -> None:
         # Replicas that start together: one brings the schema up, the others find it so.
@@ -306,6 +314,18 @@ _REFUSALS = {
     "58": "see the log of the server",
     "XX": "see the log of the server",
 }
+
+
+def _engine(connect: Callable[[], Awaitable[Any]], connections: int) -> AsyncEngine:
+    return create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=connect,
+        pool_size=connections,
+        max_overflow=0,
+        hide_parameters=True,
+        json_serializer=same,
+        json_deserializer=same,
+    )
 
 
 def describe(url: str) -> str:

@@ -12,20 +12,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Final, Self
 
-from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
-
 from beamwire.job.v1 import job_service_pb2 as pb
 from beamwire.job.v1 import job_service_pb2_grpc as pb_grpc
 from beamwire.mesh.addresses import Addresses
-from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.errors import BeamwireError
 from beamwire.mesh.identity.credentials import MEMBER_FILE, Credentials
 from beamwire.mesh.rpc.channel import connect
+from beamwire.mesh.rpc.patience import patiently
 
 # Which job and which of its steps a program is, as its environment says.
 JOB: Final = "BEAMWIRE_JOB"
 STEP: Final = "BEAMWIRE_STEP"
-LONGEST_PAUSE: Final = 5.0
-_PASSING: Final = frozenset({Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.TIMED_OUT, Reason.OVERLOADED})
 
 _log = logging.getLogger(__name__)
 
@@ -48,17 +45,9 @@ async def report(
         member = json.loads((credentials.directory / MEMBER_FILE).read_text())
         async with connect(Addresses.parse(str(member["address"])).of("job"), credentials) as channel:
             stub = pb_grpc.JobServiceStub(channel)
-            async for attempt in AsyncRetrying(
-                retry=retry_if_exception(_passes), wait=wait_random_exponential(0.1, max=LONGEST_PAUSE), reraise=True
-            ):
-                with attempt:
-                    await stub.ReportJob(request)
+            await patiently(lambda: stub.ReportJob(request))
     except (BeamwireError, OSError, ValueError, KeyError) as error:
         _log.warning("%s could not tell the Job service that it runs: %s", name, error)
-
-
-def _passes(error: BaseException) -> bool:
-    return isinstance(error, BeamwireError) and error.reason in _PASSING
 
 
 class ReportingThread:

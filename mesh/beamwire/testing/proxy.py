@@ -106,7 +106,7 @@ class Proxy:
         """Reset what is left, listen no more, and end the thread."""
         if not self._thread.is_alive():
             return
-        self._loop.call(self._reset)
+        self._loop.call(self._shut)
         self._loop.stop()
         self._thread.join(_JOIN_TIMEOUT)
         self._listener.close()
@@ -134,6 +134,11 @@ class Proxy:
         for link in links:
             link.reset()
         return len(links)
+
+    def _shut(self) -> int:
+        # Whoever dials again at once must not come in between.
+        self._loop.watch(self._listener, 0, lambda _: None)
+        return self._reset()
 
     def _accept(self) -> None:
         try:

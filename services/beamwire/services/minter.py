@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TypeVar
 
 import grpc
-from tenacity import AsyncRetrying, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from beamwire.certificate.v1 import certificate_service_pb2, certificate_service_pb2_grpc
-from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.rpc.convert import to_duration
-
-T = TypeVar("T")
+from beamwire.mesh.rpc.patience import patiently
 
 TOKEN_TTL = timedelta(minutes=10)
 # How long a job or a buffer waits for a Certificate service that is away.
@@ -33,31 +29,18 @@ class Minter:
         request = certificate_service_pb2.CreateJoinTokenRequest(
             identity=identity, ttl=to_duration(ttl), server_names=server_names
         )
-        return (await _patiently(lambda: self._stub.CreateJoinToken(request))).token
+        return (await patiently(lambda: self._stub.CreateJoinToken(request), MINT_PATIENCE)).token
 
     async def taken_until(self, identity: str, before: datetime) -> datetime | None:
         """Return when the last certificate ends that somebody got for an identity before a moment; None if all have."""
         request = certificate_service_pb2.ListCertificatesRequest(
             filter=f'identity="{identity}" AND state="ISSUED"', page_size=MOST_LISTED
         )
-        found = (await _patiently(lambda: self._stub.ListCertificates(request))).certificates
-        ends = [each.expire_time.ToDatetime(UTC) for each in found if each.create_time.ToDatetime(UTC) < before]
+        answer = await patiently(lambda: self._stub.ListCertificates(request), MINT_PATIENCE)
+        ends = [
+            each.expire_time.ToDatetime(UTC)
+            for each in answer.certificates
+            if each.create_time.ToDatetime(UTC) < before
+        ]
         last = max(ends, default=before)
         return last if last > datetime.now(UTC) else None
-
-
-async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
-    async for attempt in AsyncRetrying(
-        retry=retry_if_exception(_unreachable),
-        wait=wait_random_exponential(0.1, max=3),
-        stop=stop_after_delay(MINT_PATIENCE),
-        reraise=True,
-    ):
-        with attempt:
-            return await call()
-    raise AssertionError("a retry either returns or raises")
-
-
-def _unreachable(error: BaseException) -> bool:
-    passing = (Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.TIMED_OUT, Reason.OVERLOADED)
-    return isinstance(error, BeamwireError) and error.reason in passing

@@ -62,24 +62,27 @@ class Verifier:
             name: verification.Store(x509.load_pem_x509_certificates(domain.roots_pem))
             for name, domain in trust.items()
         }
-        self._verified: OrderedDict[x509.Certificate, _Verified] = OrderedDict()
+        self._verified: OrderedDict[x509.Certificate | bytes, _Verified] = OrderedDict()
 
     @property
     def trust_domain(self) -> str:
         """The domain of the member itself."""
         return self.trust.own.trust_domain
 
-    def verify(self, leaf: x509.Certificate, intermediates: Sequence[x509.Certificate]) -> SpiffeId:
-        """The identity that the certificate proves.
+    def verify(
+        self, leaf: x509.Certificate, intermediates: Sequence[x509.Certificate], fingerprint: bytes = b""
+    ) -> SpiffeId:
+        """The identity that the certificate proves. Who knows its SHA-256 fingerprint saves the library hashing it.
 
         Raises CERTIFICATE_INVALID, CERTIFICATE_EXPIRED or CERTIFICATE_REVOKED; `metadata["check"]` says which check
         failed: name, domain, usage, chain, time or revocation.
         """
         now = self._clock()
-        known = self._verified.get(leaf)
+        key = fingerprint or leaf
+        known = self._verified.get(key)
         if known is None:
             known = self._verify(leaf, intermediates, now)
-            self._verified[leaf] = known
+            self._verified[key] = known
             if len(self._verified) > _CACHE_SIZE:
                 self._verified.popitem(last=False)
         _check_time(known, now)

@@ -182,7 +182,8 @@ class Gate:
         self._credentials = credentials
         self._policy = policy or Policy(credentials.identity.trust_domain)
         self._tokens = tokens
-        self._callers: dict[bytes, Caller] = {}
+        # Each as the policy had it that it was known under.
+        self._callers: dict[bytes, tuple[Policy, Caller]] = {}
 
     def identify(self, auth_context: Mapping[str, Iterable[bytes]], token: str = "") -> Caller:
         """Who is at the other end of a gRPC connection; `token` is the delegation token that came with the call.
@@ -198,20 +199,21 @@ class Gate:
                 metadata={"check": "chain"},
             )
         shown = _shown(leaf_pem, next(iter(auth_context.get("x509_pem_cert_chain", ())), b""))
-        identity = self._credentials.verifier.verify(shown.leaf, shown.chain)
+        identity = self._credentials.verifier.verify(shown.leaf, shown.chain, shown.sha256)
         if token:
             return self._holder(token, identity, shown.sha256)
-        grant = self._grant(identity)
+        policy = self._policy.current
         known = self._callers.get(shown.sha256)
-        if known is None or known.grant is not grant:
+        if known is None or known[0] is not policy:
             if len(self._callers) >= _KNOWN:
                 self._callers.clear()
-            known = self._callers[shown.sha256] = Caller(identity, grant.role, shown.sha256, grant)
-        return known
+            grant = self._grant(policy, identity)
+            known = self._callers[shown.sha256] = policy, Caller(identity, grant.role, shown.sha256, grant)
+        return known[1]
 
-    def _grant(self, identity: SpiffeId) -> Grant:
+    def _grant(self, policy: Policy, identity: SpiffeId) -> Grant:
         try:
-            return self._policy.current.grant(identity)
+            return policy.grant(identity)
         except BeamwireError as error:
             if error.reason is Reason.POLICY_REFUSED:
                 raise
@@ -222,9 +224,10 @@ class Gate:
         if self._tokens is None:
             raise BeamwireError(Reason.TOKEN_REFUSED, "this service takes no delegation tokens; call without one")
         delegation = self._tokens.check(token, identity)
-        if self._policy.current.refuses(identity):
-            self._grant(identity)
-        grant = self._grant(parse_id(delegation.owner))
+        policy = self._policy.current
+        if policy.refuses(identity):
+            self._grant(policy, identity)
+        grant = self._grant(policy, parse_id(delegation.owner))
         return Caller(identity, Role.USER, certificate_sha256, grant, delegation)
 
 

@@ -65,7 +65,7 @@ class Turns:
 
     def full(self, caller: SpiffeId | None) -> bool:
         """Whether one more call of a caller would wait too long; never, if it has none that waits."""
-        line = self._lines.get(caller)
+        line = self._lines.get(caller) if self._lines else None
         return line is not None and len(line) * len(self._lines) * self._pace > PATIENCE
 
     @property

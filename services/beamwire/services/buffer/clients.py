@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import Final
 
 import grpc
-from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from beamwire.job.v1 import job_service_pb2 as pb
 from beamwire.job.v1 import job_service_pb2_grpc as pb_grpc
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.rpc.patience import followed, patiently
 from beamwire.request.v1 import request_service_pb2 as request_pb
 from beamwire.request.v1 import request_service_pb2_grpc as request_grpc
 from beamwire.services.buffer.model import Place, Seal
 
-T = TypeVar("T")
-
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds between attempts
 PIECE_BYTES: Final = 512 * 1024
-_PASSING: Final = frozenset(
-    {Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.REQUEST_IN_FLIGHT, Reason.TIMED_OUT, Reason.OVERLOADED}
-)
 _LABEL: Final = "buffer"
 _GOING_ON: Final = ("NEW", "HELD", "QUEUED", "ACTIVE")
 _PAGE: Final = 1000
 _CAUSES: Final = {"CANCELLED": "CANCELLED", "EXPIRED": "EXPIRED", "SUCCEEDED": "TRUNCATED", "FAILED": "FAILED"}
-
-
-def _passes(error: BaseException) -> bool:
-    return isinstance(error, BeamwireError) and error.reason in _PASSING
-
-
-async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """Repeat a call until the service is there."""
-    async for attempt in AsyncRetrying(
-        retry=retry_if_exception(_passes), wait=wait_random_exponential(FIRST_PAUSE, max=LONGEST_PAUSE), reraise=True
-    ):
-        with attempt:
-            return await call()
-    raise AssertionError("a retry without a stop condition either returns or raises")
 
 
 def _request_id(*words: object) -> str:
@@ -96,12 +75,12 @@ class CacheJobs:
 
     async def create(self, job: CacheJob) -> JobView:
         """Create a job that waits for its input file, or find it created."""
-        return _view(await _patiently(lambda: self._stub.CreateJob(_to_request(job))))
+        return _view(await patiently(lambda: self._stub.CreateJob(_to_request(job))))
 
     async def get(self, name: str) -> JobView | None:
         """Return a job; None if there is none."""
         try:
-            return _view(await _patiently(lambda: self._stub.GetJob(pb.GetJobRequest(name=name))))
+            return _view(await patiently(lambda: self._stub.GetJob(pb.GetJobRequest(name=name))))
         except BeamwireError as error:
             if error.reason is not Reason.RESOURCE_NOT_FOUND:
                 raise
@@ -109,7 +88,7 @@ class CacheJobs:
 
     async def upload(self, name: str, path: str, content: bytes) -> None:
         """Put a file into a job's directory."""
-        await _patiently(lambda: self._upload(name, path, content))
+        await patiently(lambda: self._upload(name, path, content))
 
     async def _upload(self, name: str, path: str, content: bytes) -> None:
         await self._stub.UploadFile(_pieces(name, path, content))
@@ -117,31 +96,22 @@ class CacheJobs:
     async def restart(self, name: str, step: int) -> JobView:
         """Run a job once more after this step of it has ended."""
         request = pb.RestartJobRequest(name=name, request_id=_request_id(name, "restart", step))
-        return _view(await _patiently(lambda: self._stub.RestartJob(request)))
+        return _view(await patiently(lambda: self._stub.RestartJob(request)))
 
     async def cancel(self, name: str) -> None:
         """End a job; nothing if there is none."""
         try:
-            await _patiently(lambda: self._stub.CancelJob(pb.CancelJobRequest(name=name)))
+            await patiently(lambda: self._stub.CancelJob(pb.CancelJobRequest(name=name)))
         except BeamwireError as error:
             if error.reason is not Reason.RESOURCE_NOT_FOUND:
                 raise
 
     async def watch(self, name: str) -> AsyncIterator[JobView]:
         """Follow a job until it has ended."""
-        etag, pause = "", FIRST_PAUSE
-        while True:
-            try:
-                async for answer in self._stub.WatchJob(pb.WatchJobRequest(name=name, etag=etag)):
-                    etag, pause = answer.job.etag, FIRST_PAUSE
-                    yield _view(answer.job)
-            except BeamwireError as error:
-                if not _passes(error):
-                    raise
-            else:
-                return
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        async for answer in followed(
+            lambda etag: self._stub.WatchJob(pb.WatchJobRequest(name=name, etag=etag)), lambda answer: answer.job.etag
+        ):
+            yield _view(answer.job)
 
     async def going_on(self) -> dict[str, str]:
         """Return the jobs of caches that have not ended, and the ids of their buffers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +16,10 @@ from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.services.buffer.doors import Door, SocketDoor
 
 _ANSWER_TIMEOUT: Final = 10.0
-_FIRST_DELAY: Final = 0.01
+# Between two looks whether a cache answers that is being started.
+_SHORTEST_DELAY: Final = 0.002
 _LONGEST_DELAY: Final = 0.2
+_DELAY_PART: Final = 0.05
 
 CacheState = Literal["READY", "DRAINING", "KEPT", "ENDED", "FAILED"]
 # A `beamwire.buffer.v1.Flow` without its prefix; empty while it is not known.
@@ -128,16 +131,17 @@ class CacheControl:
     async def connect(cls, door: Path | Door, timeout: float) -> Self:
         """Wait until the cache answers, which it does when it takes peers. BeamwireError TIMED_OUT if it does not."""
         control = cls(door)
-        delay = _FIRST_DELAY
+        begun = time.monotonic()
         try:
             async with asyncio.timeout(timeout):
                 while True:
                     try:
                         await control.status()
                     except (OSError, BeamwireError):
-                        # Nobody tells when a socket begins to listen.
-                        await asyncio.sleep(delay)
-                        delay = min(2 * delay, _LONGEST_DELAY)
+                        # Nobody tells when a socket begins to listen. A part of what was waited already: whatever a
+                        # cache takes to start, not much is added to it.
+                        waited = time.monotonic() - begun
+                        await asyncio.sleep(min(max(_DELAY_PART * waited, _SHORTEST_DELAY), _LONGEST_DELAY))
                     else:
                         return control
         except TimeoutError as error:

@@ -145,6 +145,34 @@ class Buffers:
             return await self._store.change(name, lambda r: _group_sealed(r, group, seal))
         return await self._store.change(name, lambda r: _sealed(r, seal))
 
+    async def ready(self, record: BufferRecord, seconds: float) -> BufferRecord:
+        """Wait until a buffer has a connect string.
+
+        Raises:
+            BeamwireError: TIMED_OUT if it has none after so many seconds, CACHE_FAILED if its caches cannot be started,
+                ILLEGAL_STATE if it was ended before.
+        """
+        if record.connect_string:
+            return record
+        try:
+            async with asyncio.timeout(seconds), aclosing(self._store.watch(record.name)) as versions:
+                async for record in versions:
+                    if record.connect_string:
+                        return record
+                    if record.error is not None:
+                        # Of whatever they failed: who waits need not come again.
+                        raise BeamwireError(
+                            Reason.CACHE_FAILED, record.error.message, metadata={"resource": record.name}
+                        )
+                    if _ended(record):
+                        break
+        except TimeoutError:
+            why = f"{record.name} is not ready after {seconds:g} s: its caches are being started"
+            raise BeamwireError(Reason.TIMED_OUT, why, metadata={"resource": record.name}) from None
+        raise BeamwireError(
+            Reason.ILLEGAL_STATE, f"{record.name} ended before it was ready", metadata={"resource": record.name}
+        )
+
     async def revoke(self, name: str, identity: str) -> BufferRecord:
         """Take a member's right to use a buffer, for good."""
         return await self._store.change(

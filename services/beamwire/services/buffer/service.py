@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     import grpc
 
 FILTER_KEYS = {"state": "state", "owner": "owner"}
+LONGEST_READY_TIMEOUT = 60.0
+"""Seconds that a call may wait for a buffer's caches."""
 
 
 class BufferService(pb_grpc.BufferServiceServicer):
@@ -133,6 +135,11 @@ class BufferService(pb_grpc.BufferServiceServicer):
             raise invalid_field("role", "is not one that this release knows; it is PRODUCE or CONSUME")
         caller = current_caller()
         record = tickets.admit(await self._store.get(request.name), request.name, caller, request.role)
+        if request.HasField("ready_timeout"):
+            seconds = from_duration(request.ready_timeout).total_seconds()
+            record = await self._buffers.ready(record, min(max(seconds, 0.0), LONGEST_READY_TIMEOUT))
+            # It may have been taken from the caller meanwhile.
+            record = tickets.admit(record, request.name, caller, request.role)
         ticket = tickets.issue(record, caller, request.role, caller.certificate_sha256, self._ticket_lifetime)
         expire_time = datetime.fromtimestamp(ticket.expire_time, UTC)
         connect_string = ""

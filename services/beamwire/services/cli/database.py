@@ -87,7 +87,7 @@ async def databases(
     layout: Layout, settings: FacilitySettings, names: Sequence[ServiceName] = SERVICE_NAMES
 ) -> list[dict[str, Any]]:
     """Of each of some services: where its records are, the revision of their schema, who has them open."""
-    from beamwire.mesh.postgres import PostgresDatabase
+    from beamwire.mesh.database import postgres
     from beamwire.mesh.sqlite import is_open, revision_of
 
     found: list[dict[str, Any]] = []
@@ -96,7 +96,7 @@ async def databases(
             where, held = str(target), ["this host"] if target.exists() and is_open(target) else []
             found.append({"service": name, "where": where, "revision": revision_of(target), "open": held})
             continue
-        database = await PostgresDatabase.make(target, name, bring_up=False)
+        database = await postgres().make(target, name, bring_up=False)
         try:
             place = f"{database.where}, schema {name}"
             row = {"service": name, "where": place, "revision": await database.revision()}
@@ -108,7 +108,7 @@ async def databases(
 
 async def _move(layout: Layout, settings: FacilitySettings, way: str, revision: str) -> list[dict[str, str]]:
     """Take the database of every service to a revision; nothing is begun if one of them is in use."""
-    from beamwire.mesh.postgres import PostgresDatabase
+    from beamwire.mesh.database import postgres
     from beamwire.mesh.sqlite import SqliteDatabase, is_open
 
     moved = []
@@ -121,7 +121,7 @@ async def _move(layout: Layout, settings: FacilitySettings, way: str, revision: 
                 continue
             database: Any = await SqliteDatabase.make(target, bring_up=False)
         else:
-            database = await PostgresDatabase.make(target, name, bring_up=False)
+            database = await postgres().make(target, name, bring_up=False)
         try:
             if way == "downgrade" and (held := await database.open_at()):
                 raise _in_use(name, held)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from beamwire.mesh.errors import BeamwireError
 from beamwire.services.cli.common import directory_option, json_option, no_records, print_json
 from beamwire.services.config import FacilitySettings, Layout, ServiceName, load_facility
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from beamwire.services.inspection.records import Kept
     from beamwire.services.inspection.remains import Remain
 
+END_TIMEOUT = 60.0
+"""Seconds that one thing has to end when it is told to."""
 SERVICES: tuple[ServiceName, ...] = ("request", "job", "buffer")
 
 
@@ -32,18 +35,27 @@ def gc(directory: Path, dry_run: bool, as_json: bool) -> None:
     ended longer ago than [retention] says are removed too; one that is served forgets them by itself.
     """
     layout, settings = load_facility(directory)
-    removed = asyncio.run(_collect(layout, settings, dry_run))
+    removed, kept = asyncio.run(_collect(layout, settings, dry_run))
     if as_json:
-        entries = [asdict(each) | {"what": each.what.value} for each in removed]
-        print_json({"dry_run": dry_run, "removed": entries})
-        return
-    for each in removed:
-        click.echo(f"{'would remove' if dry_run else 'removed'} {each}")
-    size = sum(each.size for each in removed) / 2**20
-    click.echo(f"{len(removed)} {'to remove' if dry_run else 'removed'}, {size:.1f} MiB in directories")
+        failed = [_entry(each) | {"error": problem} for each, problem in kept.items()]
+        print_json({"dry_run": dry_run, "removed": [_entry(each) for each in removed], "failed": failed})
+    else:
+        for each in removed:
+            click.echo(f"{'would remove' if dry_run else 'removed'} {each}")
+        size = sum(each.size for each in removed) / 2**20
+        click.echo(f"{len(removed)} {'to remove' if dry_run else 'removed'}, {size:.1f} MiB in directories")
+    for each, problem in kept.items():
+        click.echo(f"beamwired: {each.what.value} {each.place} could not be removed: {problem}; run gc again", err=True)
+    if kept:
+        raise SystemExit(1)
 
 
-async def _collect(layout: Layout, settings: FacilitySettings, dry_run: bool) -> list[Remain]:
+def _entry(remain: Remain) -> dict[str, object]:
+    return {**asdict(remain), "what": remain.what.value}
+
+
+async def _collect(layout: Layout, settings: FacilitySettings, dry_run: bool) -> tuple[list[Remain], dict[Remain, str]]:
+    """Return what was removed, or would be, and what could not be, with the reason."""
     from beamwire.services.inspection import records, remains, scheduled
 
     # In this order: what is there now and has no record afterwards is nobody's.
@@ -60,14 +72,20 @@ async def _collect(layout: Layout, settings: FacilitySettings, dry_run: bool) ->
         jobs = await scheduled.look(layout, settings, lambda: records.read(layout, settings, "job"))
     for name, problem in jobs.silent.items():
         click.echo(f"beamwired: {name} could not be asked: {problem}", err=True)
-    left = list(remains.left_behind(host, kept))
+    left = [*jobs.remains(), *remains.left_behind(host, kept)]
+    failed: dict[Remain, str] = {}
     if not dry_run:
-        for run in jobs.runs.values():
-            await run.cancel()
         # Programs first: they would write into their directories again.
         for each in sorted(left, key=lambda remain: list(remains.What).index(remain.what)):
-            await remains.remove(layout, each)
-    return [*old, *jobs.remains(), *left]
+            try:
+                async with asyncio.timeout(END_TIMEOUT):
+                    if each.what is remains.What.JOB:
+                        await jobs.runs[each.place].cancel()
+                    else:
+                        await remains.remove(layout, each)
+            except (BeamwireError, OSError) as error:
+                failed[each] = str(error) or f"it has not ended within {END_TIMEOUT:g} s"
+    return [*old, *(each for each in left if each not in failed)], failed
 
 
 async def _records(layout: Layout, settings: FacilitySettings) -> dict[ServiceName, Kept]:

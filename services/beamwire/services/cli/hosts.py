@@ -44,7 +44,7 @@ def rename(old: str, new: str, directory: Path, as_json: bool) -> None:
 
 
 async def _rename(layout: Layout, settings: FacilitySettings, old: str, new: str) -> list[str]:
-    from beamwire.mesh.postgres import PostgresDatabase
+    from beamwire.mesh.database import postgres
     from beamwire.services.buffer.model import BufferRecord
     from beamwire.services.job.model import JobRecord
 
@@ -54,7 +54,7 @@ async def _rename(layout: Layout, settings: FacilitySettings, old: str, new: str
             "this facility keeps its records in files, and whoever serves them sees to all: no host need be renamed",
         )
     kinds: dict[ServiceName, type[Record]] = {"job": JobRecord, "buffer": BufferRecord}
-    databases = {kind: await PostgresDatabase.make(url, name, bring_up=False) for name, kind in kinds.items()}
+    databases = {kind: await postgres().make(url, name, bring_up=False) for name, kind in kinds.items()}
     try:
         for database in databases.values():
             await _check_gone(database, old)

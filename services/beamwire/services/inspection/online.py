@@ -61,14 +61,19 @@ async def services(layout: Layout, settings: FacilitySettings, *, served: bool) 
     answers = await asyncio.gather(
         *(health(address, credentials, name) for name, address in places), return_exceptions=True
     )
+    together = len({address for _, address in places}) == 1
+    if together and all(isinstance(answer, BeamwireError) for answer in answers):
+        # One process serves them all: there is one thing wrong.
+        places, answers = places[:1], answers[:1]
     for (name, address), answer in zip(places, answers, strict=True):
-        subject = f"{name} at {address}"
+        subject = f"{name} at {address}" if len(answers) > 1 else f"all at {address}"
         if answer == "SERVING":
             yield ok("services", subject, "serves")
         elif isinstance(answer, str):
             yield warning("services", subject, f"says {answer}", "it drains or has only begun; ask again")
         elif isinstance(answer, BeamwireError | grpc.RpcError | OSError):
-            remedy = f"serve it: beamwired serve {name} --dir {layout.directory}; its log says why it ended"
+            which = "" if together else f"{name} "
+            remedy = f"serve it: beamwired serve {which}--dir {layout.directory}; its log says why it ended"
             if not served and await _is_taken(address):
                 remedy = "end what listens there (ss -ltnp), or give the service another address"
                 yield error("services", subject, f"something else listens there: {answer}", remedy)

@@ -15,6 +15,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from beamwire.mesh import schema
+from beamwire.mesh.database import postgres
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.services.buffer.model import BUFFER_STATES
 from beamwire.services.config import FacilitySettings, Layout, ServiceName
@@ -133,9 +134,7 @@ def _read_sqlite(path: Path, service: ServiceName) -> Kept:
 
 
 async def _read_postgres(url: str, service: ServiceName) -> Kept:
-    from beamwire.mesh.postgres import PostgresDatabase
-
-    database = await PostgresDatabase.make(url, service, bring_up=False)
+    database = await postgres().make(url, service, bring_up=False)
     try:
         async with database.read() as connection:
             revision = await connection.run_sync(schema.current)

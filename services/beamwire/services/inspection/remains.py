@@ -164,7 +164,7 @@ def _step(host: Host, directory: Path) -> tuple[str, int] | None:
 
 
 async def remove(layout: Layout, remain: Remain) -> None:
-    """End, or remove, what was left behind. What is gone meanwhile is well."""
+    """End, or remove, what was left behind. What is gone meanwhile is well; OSError for what stays."""
     if remain.pid:
         _end_shim(remain.pid)
     elif remain.what is What.PROCESS:
@@ -174,9 +174,22 @@ async def remove(layout: Layout, remain: Remain) -> None:
     elif remain.what is What.RING:
         Rings(layout.buffers).remove(remain.place)
     elif remain.what is What.DIRECTORY:
-        shutil.rmtree(remain.place, ignore_errors=True)
+        _remove_tree(remain.place)
     else:
         raise ValueError(f"{remain} is not on this host")
+
+
+def _remove_tree(directory: str) -> None:
+    """Remove all of a directory that can be removed; OSError with the first thing that could not."""
+    kept: list[OSError] = []
+
+    def note(_function: object, _path: str, met: tuple[type[BaseException], BaseException, object]) -> None:
+        if not isinstance(met[1], FileNotFoundError) and isinstance(met[1], OSError):
+            kept.append(met[1])
+
+    shutil.rmtree(directory, onerror=note)
+    if kept:
+        raise kept[0]
 
 
 def _end_shim(pid: int) -> None:

@@ -19,6 +19,7 @@ from beamwire.mesh.drivers import Interrupted, unless
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.failure import Failure
 from beamwire.mesh.processes import SPAWN_PATIENCE
+from beamwire.mesh.rpc.patience import PASSING
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import to_the_end
 from beamwire.services.job.backends.interface import Active, Backend, Ended, Ending, Queued, Run, Step
@@ -38,8 +39,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 15.0
 FIRST_LOOK = 5.0
 """Seconds in which a backend says how a job is whose time may be over."""
 _WAITING = (JobState.NEW, JobState.HELD)
-# What says nothing about the job: it is driven again.
-_PASSING = (Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.TIMED_OUT, Reason.OVERLOADED)
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,8 @@ class JobDriver:
         try:
             run = await self._submitted(name)
         except Exception as error:
-            if isinstance(error, BeamwireError) and error.reason in _PASSING:
+            if isinstance(error, BeamwireError) and error.reason in PASSING:
+                # It says nothing about the job: it is driven again.
                 raise
             if not isinstance(error, BeamwireError | OSError):
                 log.exception("%s could not be started", name)

@@ -14,6 +14,7 @@ from typing import Final
 
 import httpx
 
+from beamwire.mesh.database import patience
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.outbox import Outbox, OutboxItem, Room
 from beamwire.mesh.store import Store
@@ -113,6 +114,9 @@ class Deliverer:
             log.exception("the event %s of %s is left for later", item.event_id, item.resource)
 
     async def _settle(self, item: OutboxItem, problem: str, *, gone: bool) -> None:
+        # What was told is written down however long the database is away: it would be told once more otherwise, and not
+        # before the lease of the item is over.
+        patience.set(float("inf"))
         age = (datetime.now(UTC) - item.created).total_seconds()
         if not problem:
             await self._count(item.resource, delivered=1)

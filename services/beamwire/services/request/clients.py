@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from datetime import timedelta
-from typing import TypeVar
 
 import grpc
 from google.protobuf import json_format
 from google.rpc import status_pb2
-from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from beamwire.buffer.v1 import buffer_service_pb2 as buffer_pb
 from beamwire.buffer.v1 import buffer_service_pb2_grpc as buffer_grpc
@@ -23,6 +20,7 @@ from beamwire.mesh.errors import BeamwireError, FieldViolation, Reason
 from beamwire.mesh.failure import Failure
 from beamwire.mesh.identity.ids import Role, SpiffeId
 from beamwire.mesh.rpc.convert import from_duration, from_losses, to_duration
+from beamwire.mesh.rpc.patience import followed, patiently
 from beamwire.mesh.rpc.status import from_status
 from beamwire.services.request.model import (
     BufferAccount,
@@ -34,8 +32,8 @@ from beamwire.services.request.model import (
 from beamwire.services.request.ports import BufferView, JobView
 
 STREAMER = "beamwire.services.streamer"
-
-T = TypeVar("T")
+TAKEN = frozenset({Reason.RESOURCE_EXISTS, Reason.REQUEST_ID_REUSED})
+"""What is said of a job that was created before, asked for in other words."""
 # A buffer and a job end a little later than the transfer that they are of.
 BUFFER_LEASE_SLACK = timedelta(minutes=1)
 JOB_DURATION_SLACK = timedelta(minutes=2)
@@ -45,46 +43,6 @@ _FIELDS = {
     "transfer.streamer_placement": "job.spec.placement",
     "transfer.streamer_resources": "job.spec.resources",
 }
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds between attempts
-TRANSIENT = frozenset(
-    {Reason.SERVICE_UNAVAILABLE, Reason.DRAINING, Reason.REQUEST_IN_FLIGHT, Reason.TIMED_OUT, Reason.OVERLOADED}
-)
-
-
-def _transient(error: BaseException) -> bool:
-    if not isinstance(error, BeamwireError):
-        return False
-    # A service that dies in the middle of a handshake looks as if it refused the certificate.
-    cause = error.__cause__
-    broken = isinstance(cause, grpc.aio.AioRpcError) and cause.code() is grpc.StatusCode.UNAVAILABLE
-    return broken or error.reason in TRANSIENT
-
-
-async def patiently(call: Callable[[], Awaitable[T]]) -> T:
-    """Repeat a call until the service is there; the transfer's lease is what ends the waiting."""
-    async for attempt in AsyncRetrying(
-        retry=retry_if_exception(_transient), wait=wait_random_exponential(FIRST_PAUSE, max=LONGEST_PAUSE), reraise=True
-    ):
-        with attempt:
-            return await call()
-    raise AssertionError("a retry without a stop condition either returns or raises")
-
-
-async def _followed(open_stream: Callable[[str], AsyncIterable[T]], etag_of: Callable[[T], str]) -> AsyncIterator[T]:
-    """Yield what a watch sends, opening it again from the last etag when the service goes away."""
-    etag, pause = "", FIRST_PAUSE
-    while True:
-        try:
-            async for item in open_stream(etag):
-                etag, pause = etag_of(item), FIRST_PAUSE
-                yield item
-        except BeamwireError as error:
-            if not _transient(error):
-                raise
-        else:
-            return
-        await asyncio.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def request_id(name: str, action: str) -> str:
@@ -143,7 +101,7 @@ class BufferClient:
 
     async def watch(self, name: str) -> AsyncIterator[BufferView]:
         """Follow a buffer until it has ended."""
-        async for answer in _followed(
+        async for answer in followed(
             lambda etag: self._stub.WatchBuffer(buffer_pb.WatchBufferRequest(name=name, etag=etag)),
             lambda answer: answer.buffer.etag,
         ):
@@ -181,14 +139,23 @@ class JobClient:
         self._stub = job_grpc.JobServiceStub(channel)
         self._longest_lease = longest_lease
 
-    async def create(self, record: TransferRecord, connect_string: str) -> None:
-        """Create the transfer's streamer job, which reads its configuration from standard input."""
-        request = self._request(record, connect_string)
-        await patiently(lambda: self._stub.CreateJob(request))
+    async def create(self, record: TransferRecord) -> None:
+        """Create the transfer's streamer job, or find it created.
+
+        It reads its configuration from standard input, and waits for the transfer's buffer to be ready.
+        """
+        request = self._request(record)
+        try:
+            await patiently(lambda: self._stub.CreateJob(request))
+        except BeamwireError as error:
+            if error.reason not in TAKEN:
+                raise
+            # Created before this service was started again, by a release that asked for it in other words.
+            await patiently(lambda: self._stub.GetJob(job_pb.GetJobRequest(name=record.job)))
 
     async def check(self, record: TransferRecord) -> None:
         """Have the transfer's streamer job checked without creating it."""
-        request = self._request(record, "")
+        request = self._request(record)
         request.validate_only = True
         request.request_id = ""
         try:
@@ -198,7 +165,7 @@ class JobClient:
 
     async def queue_wait(self, record: TransferRecord) -> tuple[timedelta | None, str]:
         """Ask how long the transfer's streamer would wait to be started."""
-        job = self._request(record, "").job
+        job = self._request(record).job
         answer = await self._stub.EstimateQueue(job_pb.EstimateQueueRequest(spec=job.spec, owner=job.owner))
         return from_duration(answer.queue_duration) if answer.HasField("queue_duration") else None, answer.detail
 
@@ -229,8 +196,8 @@ class JobClient:
 
         return await patiently(read)
 
-    def _request(self, record: TransferRecord, connect_string: str) -> job_pb.CreateJobRequest:
-        handlers = [{"type": "BufferDataHandler", "connect": connect_string}]
+    def _request(self, record: TransferRecord) -> job_pb.CreateJobRequest:
+        handlers = [{"type": "BufferDataHandler", "buffer": record.buffer}]
         config = {**record.config, "data_handlers": handlers}
         resources = json_format.ParseDict(record.resources, job_pb.Resources())
         resources.process_count = record.process_count
@@ -257,7 +224,7 @@ class JobClient:
 
     async def watch(self, name: str) -> AsyncIterator[JobView]:
         """Follow a job until it has ended."""
-        async for answer in _followed(
+        async for answer in followed(
             lambda etag: self._stub.WatchJob(job_pb.WatchJobRequest(name=name, etag=etag)),
             lambda answer: answer.job.etag,
         ):

@@ -102,6 +102,8 @@ class Transfers:
         """Check and store a transfer and begin to drive it; one of that name with the same contents is returned."""
         if await self._store.get(record.name) is not None:
             return await self._store.add(record, _contents)
+        # What nobody may have is not to be asked for again later.
+        check_request(record, self._limits)
         await self.admit(record)
         fitness = await self.check(record, reader)
         found = {

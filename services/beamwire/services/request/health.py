@@ -36,6 +36,7 @@ TYPES: Final = {
     "JOB_QUEUED": Kind(INFO, "job", "The streamer waits to be started; the scheduler's reason is told."),
     "CACHE_RESTARTED": Kind(INFO, "cache", "A cache process died and was started again; its events are still there."),
     "DELIVERY_REPEATED": Kind(INFO, "consumers", "Events went to a consumer again: one died, or was too slow."),
+    "NOT_KEPT": Kind(WARNING, "cache", "There is more than the buffer can hold: it will not be kept for others."),
     "ENDING_LATE": Kind(
         WARNING, "transfer", "It is to end, and a part of it has not yet; the transfer waits for that."
     ),
@@ -105,6 +106,12 @@ class Watchman:
         if self.buffer is not None:
             yield from self._of_flow(record, self.buffer)
             yield from self._of_events(self.buffer, now)
+            if (
+                record.keep
+                and not record.served_from
+                and self.buffer.account.received_bytes > self.buffer.capacity_bytes
+            ):
+                yield "NOT_KEPT", (_too_much(self.buffer), timedelta(0))
         left = record.expire_time - now
         if how_it_ends(record) is None and left < lease_warning(record.expire_time - record.create_time):
             yield (
@@ -167,6 +174,13 @@ def ranks_behind(buffer: BufferView) -> list[int]:
         return []
     ended = {p.producer for p in buffer.account.producers if p.ended}
     return [rank for rank, count in sorted(sent.items()) if count < typical / 2 and rank not in ended]
+
+
+def _too_much(buffer: BufferView) -> str:
+    return (
+        f"{buffer.account.received_bytes} bytes came so far, and the buffer holds {buffer.capacity_bytes}: they will "
+        "not be kept for others; ask with a larger buffer.capacity_bytes"
+    )
 
 
 def _extend(record: TransferRecord) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
 
@@ -243,7 +244,8 @@ class TransferRecord(Record):
     the fields that the request set of a buffer's specification, of where the streamer runs and of what it needs, by
     name. `keep` and `lease` are seconds; `lease` is what the request asked for, `expire_time` what came of it.
     `ending` is set once a transfer is to end early, for another reason than its owner's will. `events_per_second` is
-    what the check found that one process can do. `health_issues` is as volatile as `account`.
+    what the check found that one process can do. `health_issues` is as volatile as `account`. `on_its_own` is set once
+    no kept buffer was found to serve it, and none is looked for any more.
     """
 
     config: dict[str, JsonValue]
@@ -262,6 +264,7 @@ class TransferRecord(Record):
     contract: Contract | None = None
     rights: Rights = Rights()
     reuse: bool = False
+    on_its_own: bool = False
     keep: float = 0.0
     content_sha256: str = ""
     served_from: str = ""
@@ -281,10 +284,20 @@ class TransferRecord(Record):
     @property
     def backend(self) -> str:
         """Where the streamer runs; empty for the host of the Job service."""
-        named = str(self.placement.get("backend", ""))
-        return "" if named == "local" else named
+        return _elsewhere(self.placement)
+
+    @property
+    def buffer_backend(self) -> str:
+        """Where the caches run; empty for the host of the Buffer service."""
+        placement = self.buffer_options.get("placement")
+        return _elsewhere(placement) if isinstance(placement, dict) else ""
 
     @property
     def ended(self) -> bool:
         """Whether nothing more will happen to it."""
         return TRANSFER_STATES.is_terminal(TransferState(self.state))
+
+
+def _elsewhere(placement: Mapping[str, JsonValue]) -> str:
+    named = str(placement.get("backend", ""))
+    return "" if named == "local" else named

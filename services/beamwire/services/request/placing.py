@@ -12,16 +12,16 @@ from google.protobuf import json_format
 from beamwire.job.v1 import job_service_pb2 as job_pb
 from beamwire.job.v1 import job_service_pb2_grpc as job_grpc
 from beamwire.mesh.addresses import Addresses
-from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
+from beamwire.mesh.errors import BeamwireError, invalid_field
 from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.rpc.channel import connect
-from beamwire.services.request.clients import JobClient, patiently, request_id
+from beamwire.mesh.rpc.patience import patiently
+from beamwire.services.request.clients import TAKEN, JobClient, request_id
 from beamwire.services.request.model import ConsumerJob, TransferRecord
 from beamwire.services.request.ports import JobView
 
 CONNECT_VARIABLE = "BEAMWIRE_CONNECT"
 FACILITY_VARIABLE = "BEAMWIRE_FACILITY"
-_TAKEN = frozenset({Reason.RESOURCE_EXISTS, Reason.REQUEST_ID_REUSED})
 # The facility that places a job ends it; this ends it even if that one cannot. Seconds.
 _LONGER = 120.0
 
@@ -55,7 +55,7 @@ class ConsumerClient:
         try:
             await patiently(lambda: stub.CreateJob(request))
         except BeamwireError as error:
-            if error.reason not in _TAKEN:
+            if error.reason not in TAKEN:
                 raise
             # Created before this service was started again, with the connect string of an earlier epoch.
             await patiently(lambda: stub.GetJob(job_pb.GetJobRequest(name=consumer.job)))

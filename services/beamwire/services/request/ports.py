@@ -140,7 +140,7 @@ class JobPort(Protocol):
         """Return what a job has printed to standard output."""
         ...
 
-    async def create(self, record: TransferRecord, connect_string: str) -> None:
+    async def create(self, record: TransferRecord) -> None:
         """Create the transfer's streamer job, or find it created."""
         ...
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Reuse:
-    """Finds kept buffers.
+    """Finds kept buffers, once for each transfer: what is on its own stays so.
 
     Args:
         store: where transfers are kept.
@@ -45,7 +45,7 @@ class Reuse:
             if (served := await self._join(record)) is not None:
                 return served
             record = await self._store.change(record.name, _on_its_own)
-        if not record.reuse:
+        if not record.reuse or record.on_its_own:
             return None
         for earlier in await self._candidates(record):
             intent = _served_by(record, earlier)
@@ -54,6 +54,8 @@ class Reuse:
             if (served := await self._join(record)) is not None:
                 return served
             record = await self._store.change(record.name, _on_its_own)
+        # Stored before anything is made: what would be found later would leave that behind.
+        await self._store.change(record.name, lambda _: {"on_its_own": True})
         return None
 
     async def _join(self, record: TransferRecord) -> TransferRecord | None:

@@ -39,6 +39,8 @@ SETTLE_TIMEOUT = 15.0
 # After its stream has ended a streamer has nothing more to do.
 ENDING_TIMEOUT = 60.0
 CREATE_PATIENCE = 10.0
+# A buffer that fails is heard of here not long after its streamer was told.
+HEARING_TIMEOUT = 2.0
 # Between two looks at what is wrong.
 LOOK_PERIOD = 1.0
 
@@ -153,7 +155,11 @@ class Saga:
         await self._succeed(name, view)
 
     async def _provision(self, record: TransferRecord, watchman: Watchman) -> TransferRecord:
-        """Buffer first and ready, then who consumes, then the streamer; or the buffer of an earlier transfer."""
+        """Buffer and streamer side by side, then who consumes; or the buffer of an earlier transfer.
+
+        The streamer waits for its buffer. Where the buffer itself may wait in a queue the streamer, which others could
+        use the nodes of, is not started before.
+        """
         if record.backend and not record.served_from:
             # How many events there are now, which decides whose buffer holds the same, is known there alone.
             record = await self._remote.check(record, watchman)
@@ -161,15 +167,36 @@ class Saga:
         await self._rights.look(record)
         if (served := await self._reuse.provide(record)) is not None:
             return served
+        # Whose buffer is not to be reused after all is another one than before.
+        record = await self._store.require(record.name)
         # A cancelled creation may come about all the same: what ends the transfer must find it.
         await to_the_end(self._buffers.create(record), CREATE_PATIENCE)
-        view = await self._ready(record.buffer)
-        await self._consumers.place(record.name, view.connect_string)
+        if record.buffer_backend:
+            await self._ready(record.buffer)
+        # The creation may have waited too, for a service that is away.
         await self._rights.look(await self._store.require(record.name))
-        await to_the_end(self._jobs.create(record, view.connect_string), CREATE_PATIENCE)
+        await to_the_end(self._jobs.create(record), CREATE_PATIENCE)
+        view = await self._ready_beside(record)
+        await self._consumers.place(record.name, view.connect_string)
         streaming = {"connect_string": view.connect_string, "capacity_bytes": view.capacity_bytes}
         reason = "the buffer is ready and the streamer is given to its backend"
         return await self._store.change(record.name, lambda r: {**to(r, TransferState.STREAMING, reason), **streaming})
+
+    async def _ready_beside(self, record: TransferRecord) -> BufferView:
+        """Wait for the buffer as its streamer does; the transfer fails if the streamer ends before."""
+        ready = asyncio.create_task(self._ready(record.buffer))
+        job = asyncio.create_task(self._job_end(record.job))
+        try:
+            await asyncio.wait({ready, job}, return_when=asyncio.FIRST_COMPLETED)
+            # What the cache failed of says more than that its streamer has heard of it.
+            await asyncio.wait({ready}, timeout=HEARING_TIMEOUT)
+            if not ready.done():
+                raise _error(
+                    job.result().error, Reason.PRODUCER_FAILED, "the streamer ended before its buffer was ready"
+                )
+            return ready.result()
+        finally:
+            await _reap(ready, job)
 
     async def _ready(self, buffer: str) -> BufferView:
         async for view in self._buffers.watch(buffer):

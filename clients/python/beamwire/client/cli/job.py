@@ -36,6 +36,9 @@ from beamwire.job.v1.job_service_pb2 import (
 from beamwire.mesh.errors import BeamwireError, invalid_field
 
 _STATES = [name.removeprefix("STATE_") for name, number in Job.State.items() if number]
+_EXIT_CODES = """Exit codes: 0 done; 1 it failed; 2 the command or the request is wrong;
+3 the facility cannot be reached or does not permit it; 130 interrupted (143 by SIGTERM).
+`run` ends with the job's own exit code, if it has one."""
 _STREAMS = {"both": LOG_STREAM_UNSPECIFIED, "stdout": LOG_STREAM_STDOUT, "stderr": LOG_STREAM_STDERR}
 # While somebody waits for the shell to complete a word.
 _COMPLETION_SECONDS = 2.0
@@ -221,3 +224,8 @@ def put(cli: Cli, job: str, local: Path, path: str | None) -> None:
     with cli.client() as client:
         found = client.jobs.upload(job, local, path or "")
     cli.answer(f"{found.path} {size(found.size_bytes)} sha256 {found.sha256}", found)
+
+
+for each in (job, *job.commands.values(), *files.commands.values()):
+    # Those of the other commands tell of transfers.
+    each.epilog = _EXIT_CODES

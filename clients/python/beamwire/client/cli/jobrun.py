@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -27,8 +29,8 @@ from beamwire.mesh.names import new_id
 
 MOST_STDIN_BYTES = 8 * 1024 * 1024
 _BEFORE = (Job.STATE_NEW, Job.STATE_HELD, Job.STATE_QUEUED)
-# The program's own options are its own.
-_CONTEXT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+# What follows the program's name is the program's; what is before it is ours, mistakes too.
+_CONTEXT = {"allow_interspersed_args": False}
 
 
 @dataclass
@@ -42,12 +44,12 @@ class Plan:
 
 
 def _options(function: Callable[..., None]) -> Callable[..., None]:
-    path = click.Path(dir_okay=False, path_type=Path)
+    path = click.Path(exists=True, dir_okay=False, path_type=Path)
     count = click.IntRange(min=1)
     options: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
         click.option("--name", metavar="WORD", default="", help="A word for people."),
         click.option("--id", "job_id", metavar="ID", default="", help="The id it shall have; made up without it."),
-        click.option("--script", type=path, help="A script in place of PROGRAM; what follows are its arguments."),
+        click.option("--script", type=path, help="A script in place of PROGRAM; its arguments follow, after --."),
         click.option("--mpi", is_flag=True, help="PROGRAM is a Python module, run under MPI."),
         click.option("-n", "--processes", type=count, help="How many processes; MPI ranks with --mpi."),
         click.option("--nodes", type=count, help="How many nodes."),
@@ -67,7 +69,11 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("-e", "--env", multiple=True, metavar="NAME[=VALUE]", help="A variable; without a value, yours."),
         click.option("--inherit-env", is_flag=True, help="Add the service's environment, but for what may be secret."),
-        click.option("--stdin", metavar="FILE", help="What it reads; - for what this command reads."),
+        click.option(
+            "--stdin",
+            type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+            help="What it reads; - for what this command reads.",
+        ),
         click.option(
             "-u", "--upload", multiple=True, metavar="LOCAL[:PATH]", help="A file or directory it needs; repeatable."
         ),
@@ -94,11 +100,13 @@ def _options(function: Callable[..., None]) -> Callable[..., None]:
 @_options
 @pass_cli
 def run(cli: Cli, /, download: tuple[str, ...], detach: bool, **options: Any) -> None:
-    """Run PROGRAM at the facility and show what it prints; ends with its exit code. Ctrl-C cancels it.
+    """Run PROGRAM at the facility and show what it prints; ends with its exit code.
+
+    Ctrl-C cancels it, and so does the end of whoever reads what it prints, as `head` does.
 
     \b
     beamwire job run hostname
-    beamwire job run --backend slurm --mpi -n 32 --time 2h mypackage.index -- run7
+    beamwire job run --backend slurm --mpi -n 32 --time 2h mypackage.index run7
     beamwire job run -u index.py -u data.h5 -d result.stream python3 index.py data.h5
     """
     plan = _plan(options)
@@ -115,7 +123,10 @@ def run(cli: Cli, /, download: tuple[str, ...], detach: bool, **options: Any) ->
         try:
             job = _follow(cli, client, job)
         except KeyboardInterrupt:
-            _cancel(cli, client, job)
+            _cancel(cli, client, job.name, f"cancelling {job.name}")
+            raise
+        except BrokenPipeError:
+            _cancel(cli, client, job.name, f"cancelling {job.name}: nobody takes what it prints any more")
             raise
         _download(cli, client, job, plan.downloads)
     if cli.json:
@@ -154,7 +165,7 @@ def _create(cli: Cli, client: Client, plan: Plan, options: dict[str, Any]) -> Jo
             cli.say(f"{local} is at {path}")
     except (KeyboardInterrupt, BeamwireError, OSError):
         with suppress(BeamwireError):
-            client.jobs.cancel(job_id)
+            _cancel(cli, client, job_id)
         raise
     return job
 
@@ -174,9 +185,30 @@ def _follow(cli: Cli, client: Client, job: Job) -> Job:
     return client.jobs.wait(job.name)
 
 
-def _cancel(cli: Cli, client: Client, job: Job) -> None:
-    cli.say(f"cancelling {job.name}")
-    client.jobs.cancel(job.name)
+def _cancel(cli: Cli, client: Client, name: str, words: str = "") -> None:
+    """Cancel a job whose command is about to end, whether or not anybody can be told."""
+    # People press twice, and `timeout` sends twice: the second must not end the call.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        # The Ctrl-C that came here has ended what follows in the pipe too.
+        with suppress(OSError):
+            if words:
+                cli.say(words)
+        client.jobs.cancel(name)
+    finally:
+        _leave_broken_pipes()
+
+
+def _leave_broken_pipes() -> None:
+    """Lead outputs that nobody reads any more to nowhere: else what is still said fails, and with it the exit code."""
+    for descriptor in (1, 2):
+        poll = select.poll()
+        poll.register(descriptor, 0)
+        if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 def _download(cli: Cli, client: Client, job: Job, wanted: dict[str, Path]) -> None:

@@ -13,7 +13,7 @@ from beamwire.job.v1.job_service_pb2 import LOG_STREAM_STDERR, Backend, Job, Job
 JOB_HEADER = ("JOB", "STATE", "AGE", "BACKEND", "PROGRAM", "WHY")
 FILE_HEADER = ("PATH", "SIZE", "WRITTEN")
 BACKEND_HEADER = ("BACKEND", "KIND", "ANSWERS", "QUEUES", "JOBS", "DETAIL")
-_LONGEST_WHY = 60
+_LONGEST_PROGRAM, _LONGEST_WHY = 40, 60
 
 
 def show_logs(pieces: Iterable[TailLogsResponse]) -> None:
@@ -32,15 +32,20 @@ def program(spec: JobSpec) -> str:
 
 def job_row(job: Job) -> list[str]:
     """Return a job as one row of a list."""
-    why = job.state_reason.splitlines()[0] if job.state_reason else ""
     return [
         short_name(job.name),
         state_word(job),
         age(job.create_time),
         job.spec.placement.backend,
-        (job.spec.display_name or program(job.spec))[:40],
-        why if len(why) <= _LONGEST_WHY else why[: _LONGEST_WHY - 1] + "…",
+        _cell(job.spec.display_name or program(job.spec), _LONGEST_PROGRAM),
+        _cell(job.state_reason, _LONGEST_WHY),
     ]
+
+
+def _cell(text: str, longest: int) -> str:
+    """Return the first line of a text, as far as a column shows it; a `…` says that there is more."""
+    line = text.partition("\n")[0]
+    return line if line == text and len(line) <= longest else line[: longest - 1] + "…"
 
 
 def file_row(file: JobFile) -> list[str]:

@@ -225,7 +225,7 @@ def _request(transfer: Transfer) -> list[Row]:
         ("at most", counted(config.max_event_count, "event") if config.max_event_count else ""),
         ("processes", str(transfer.process_count or 1)),
         ("runs on", _placement(transfer.streamer_placement)),
-        ("kept for", duration(transfer.keep.ToNanoseconds() / 1e9) if transfer.keep.ByteSize() else ""),
+        ("to be kept", duration(transfer.keep.ToNanoseconds() / 1e9) if transfer.keep.ByteSize() else ""),
     ]
 
 

@@ -1922,7 +1922,10 @@ type IssueTicketRequest struct {
 	// `buffers/{buffer}`.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// What for.
-	Role          v12.LinkRole `protobuf:"varint,2,opt,name=role,proto3,enum=beamwire.stream.v1.LinkRole" json:"role,omitempty"`
+	Role v12.LinkRole `protobuf:"varint,2,opt,name=role,proto3,enum=beamwire.stream.v1.LinkRole" json:"role,omitempty"`
+	// How long to wait for the first connect string of a buffer whose caches are being started, at the most a minute;
+	// TIMED_OUT if it has none then. Unset: the answer comes at once, and may be without one.
+	ReadyTimeout  *durationpb.Duration `protobuf:"bytes,3,opt,name=ready_timeout,json=readyTimeout,proto3" json:"ready_timeout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1969,6 +1972,13 @@ func (x *IssueTicketRequest) GetRole() v12.LinkRole {
 		return x.Role
 	}
 	return v12.LinkRole(0)
+}
+
+func (x *IssueTicketRequest) GetReadyTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.ReadyTimeout
+	}
+	return nil
 }
 
 // The right of one member to one role on one buffer, for some minutes. Not a resource: nobody keeps it.
@@ -2573,11 +2583,12 @@ const file_beamwire_buffer_v1_buffer_service_proto_rawDesc = "" +
 	"\tconsumers\x18\x03 \x03(\tB\x04\xe2A\x01\x02R\tconsumers\x125\n" +
 	"\x05lease\x18\x04 \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x02R\x05lease\x12#\n" +
 	"\n" +
-	"request_id\x18\x05 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"~\n" +
+	"request_id\x18\x05 \x01(\tB\x04\xe2A\x01\x01R\trequestId\"\xc4\x01\n" +
 	"\x12IssueTicketRequest\x120\n" +
 	"\x04name\x18\x01 \x01(\tB\x1c\xe2A\x01\x02\xfaA\x15\n" +
 	"\x13beamwire.org/BufferR\x04name\x126\n" +
-	"\x04role\x18\x02 \x01(\x0e2\x1c.beamwire.stream.v1.LinkRoleB\x04\xe2A\x01\x02R\x04role\"\x84\x01\n" +
+	"\x04role\x18\x02 \x01(\x0e2\x1c.beamwire.stream.v1.LinkRoleB\x04\xe2A\x01\x02R\x04role\x12D\n" +
+	"\rready_timeout\x18\x03 \x01(\v2\x19.google.protobuf.DurationB\x04\xe2A\x01\x01R\freadyTimeout\"\x84\x01\n" +
 	"\x06Ticket\x12\x16\n" +
 	"\x06ticket\x18\x01 \x01(\tR\x06ticket\x12;\n" +
 	"\vexpire_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
@@ -2748,37 +2759,38 @@ var file_beamwire_buffer_v1_buffer_service_proto_depIdxs = []int32{
 	28, // 31: beamwire.buffer.v1.ExtendBufferRequest.lease:type_name -> google.protobuf.Duration
 	28, // 32: beamwire.buffer.v1.AddGroupRequest.lease:type_name -> google.protobuf.Duration
 	34, // 33: beamwire.buffer.v1.IssueTicketRequest.role:type_name -> beamwire.stream.v1.LinkRole
-	31, // 34: beamwire.buffer.v1.Ticket.expire_time:type_name -> google.protobuf.Timestamp
-	35, // 35: beamwire.buffer.v1.ConsumeRequest.signal:type_name -> beamwire.stream.v1.Signal
-	35, // 36: beamwire.buffer.v1.ConsumeResponse.signal:type_name -> beamwire.stream.v1.Signal
-	25, // 37: beamwire.buffer.v1.ConsumeResponse.piece:type_name -> beamwire.buffer.v1.FramePiece
-	11, // 38: beamwire.buffer.v1.BufferService.CreateBuffer:input_type -> beamwire.buffer.v1.CreateBufferRequest
-	12, // 39: beamwire.buffer.v1.BufferService.GetBuffer:input_type -> beamwire.buffer.v1.GetBufferRequest
-	13, // 40: beamwire.buffer.v1.BufferService.ListBuffers:input_type -> beamwire.buffer.v1.ListBuffersRequest
-	15, // 41: beamwire.buffer.v1.BufferService.WatchBuffer:input_type -> beamwire.buffer.v1.WatchBufferRequest
-	17, // 42: beamwire.buffer.v1.BufferService.SealBuffer:input_type -> beamwire.buffer.v1.SealBufferRequest
-	18, // 43: beamwire.buffer.v1.BufferService.ExtendBuffer:input_type -> beamwire.buffer.v1.ExtendBufferRequest
-	19, // 44: beamwire.buffer.v1.BufferService.AddGroup:input_type -> beamwire.buffer.v1.AddGroupRequest
-	20, // 45: beamwire.buffer.v1.BufferService.IssueTicket:input_type -> beamwire.buffer.v1.IssueTicketRequest
-	22, // 46: beamwire.buffer.v1.BufferService.RevokeAccess:input_type -> beamwire.buffer.v1.RevokeAccessRequest
-	23, // 47: beamwire.buffer.v1.BufferService.Consume:input_type -> beamwire.buffer.v1.ConsumeRequest
-	26, // 48: beamwire.buffer.v1.BufferService.DeleteBuffer:input_type -> beamwire.buffer.v1.DeleteBufferRequest
-	10, // 49: beamwire.buffer.v1.BufferService.CreateBuffer:output_type -> beamwire.buffer.v1.Buffer
-	10, // 50: beamwire.buffer.v1.BufferService.GetBuffer:output_type -> beamwire.buffer.v1.Buffer
-	14, // 51: beamwire.buffer.v1.BufferService.ListBuffers:output_type -> beamwire.buffer.v1.ListBuffersResponse
-	16, // 52: beamwire.buffer.v1.BufferService.WatchBuffer:output_type -> beamwire.buffer.v1.WatchBufferResponse
-	10, // 53: beamwire.buffer.v1.BufferService.SealBuffer:output_type -> beamwire.buffer.v1.Buffer
-	10, // 54: beamwire.buffer.v1.BufferService.ExtendBuffer:output_type -> beamwire.buffer.v1.Buffer
-	10, // 55: beamwire.buffer.v1.BufferService.AddGroup:output_type -> beamwire.buffer.v1.Buffer
-	21, // 56: beamwire.buffer.v1.BufferService.IssueTicket:output_type -> beamwire.buffer.v1.Ticket
-	10, // 57: beamwire.buffer.v1.BufferService.RevokeAccess:output_type -> beamwire.buffer.v1.Buffer
-	24, // 58: beamwire.buffer.v1.BufferService.Consume:output_type -> beamwire.buffer.v1.ConsumeResponse
-	27, // 59: beamwire.buffer.v1.BufferService.DeleteBuffer:output_type -> beamwire.buffer.v1.DeleteBufferResponse
-	49, // [49:60] is the sub-list for method output_type
-	38, // [38:49] is the sub-list for method input_type
-	38, // [38:38] is the sub-list for extension type_name
-	38, // [38:38] is the sub-list for extension extendee
-	0,  // [0:38] is the sub-list for field type_name
+	28, // 34: beamwire.buffer.v1.IssueTicketRequest.ready_timeout:type_name -> google.protobuf.Duration
+	31, // 35: beamwire.buffer.v1.Ticket.expire_time:type_name -> google.protobuf.Timestamp
+	35, // 36: beamwire.buffer.v1.ConsumeRequest.signal:type_name -> beamwire.stream.v1.Signal
+	35, // 37: beamwire.buffer.v1.ConsumeResponse.signal:type_name -> beamwire.stream.v1.Signal
+	25, // 38: beamwire.buffer.v1.ConsumeResponse.piece:type_name -> beamwire.buffer.v1.FramePiece
+	11, // 39: beamwire.buffer.v1.BufferService.CreateBuffer:input_type -> beamwire.buffer.v1.CreateBufferRequest
+	12, // 40: beamwire.buffer.v1.BufferService.GetBuffer:input_type -> beamwire.buffer.v1.GetBufferRequest
+	13, // 41: beamwire.buffer.v1.BufferService.ListBuffers:input_type -> beamwire.buffer.v1.ListBuffersRequest
+	15, // 42: beamwire.buffer.v1.BufferService.WatchBuffer:input_type -> beamwire.buffer.v1.WatchBufferRequest
+	17, // 43: beamwire.buffer.v1.BufferService.SealBuffer:input_type -> beamwire.buffer.v1.SealBufferRequest
+	18, // 44: beamwire.buffer.v1.BufferService.ExtendBuffer:input_type -> beamwire.buffer.v1.ExtendBufferRequest
+	19, // 45: beamwire.buffer.v1.BufferService.AddGroup:input_type -> beamwire.buffer.v1.AddGroupRequest
+	20, // 46: beamwire.buffer.v1.BufferService.IssueTicket:input_type -> beamwire.buffer.v1.IssueTicketRequest
+	22, // 47: beamwire.buffer.v1.BufferService.RevokeAccess:input_type -> beamwire.buffer.v1.RevokeAccessRequest
+	23, // 48: beamwire.buffer.v1.BufferService.Consume:input_type -> beamwire.buffer.v1.ConsumeRequest
+	26, // 49: beamwire.buffer.v1.BufferService.DeleteBuffer:input_type -> beamwire.buffer.v1.DeleteBufferRequest
+	10, // 50: beamwire.buffer.v1.BufferService.CreateBuffer:output_type -> beamwire.buffer.v1.Buffer
+	10, // 51: beamwire.buffer.v1.BufferService.GetBuffer:output_type -> beamwire.buffer.v1.Buffer
+	14, // 52: beamwire.buffer.v1.BufferService.ListBuffers:output_type -> beamwire.buffer.v1.ListBuffersResponse
+	16, // 53: beamwire.buffer.v1.BufferService.WatchBuffer:output_type -> beamwire.buffer.v1.WatchBufferResponse
+	10, // 54: beamwire.buffer.v1.BufferService.SealBuffer:output_type -> beamwire.buffer.v1.Buffer
+	10, // 55: beamwire.buffer.v1.BufferService.ExtendBuffer:output_type -> beamwire.buffer.v1.Buffer
+	10, // 56: beamwire.buffer.v1.BufferService.AddGroup:output_type -> beamwire.buffer.v1.Buffer
+	21, // 57: beamwire.buffer.v1.BufferService.IssueTicket:output_type -> beamwire.buffer.v1.Ticket
+	10, // 58: beamwire.buffer.v1.BufferService.RevokeAccess:output_type -> beamwire.buffer.v1.Buffer
+	24, // 59: beamwire.buffer.v1.BufferService.Consume:output_type -> beamwire.buffer.v1.ConsumeResponse
+	27, // 60: beamwire.buffer.v1.BufferService.DeleteBuffer:output_type -> beamwire.buffer.v1.DeleteBufferResponse
+	50, // [50:61] is the sub-list for method output_type
+	39, // [39:50] is the sub-list for method input_type
+	39, // [39:39] is the sub-list for extension type_name
+	39, // [39:39] is the sub-list for extension extendee
+	0,  // [0:39] is the sub-list for field type_name
 }
 
 func init() { file_beamwire_buffer_v1_buffer_service_proto_init() }

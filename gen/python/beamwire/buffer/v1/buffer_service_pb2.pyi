@@ -1018,19 +1018,27 @@ class IssueTicketRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     ROLE_FIELD_NUMBER: _builtins.int
+    READY_TIMEOUT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`buffers/{buffer}`."""
     role: _link_pb2.LinkRole.ValueType
     """What for."""
+    @_builtins.property
+    def ready_timeout(self) -> _duration_pb2.Duration:
+        """How long to wait for the first connect string of a buffer whose caches are being started, at the most a minute;
+        TIMED_OUT if it has none then. Unset: the answer comes at once, and may be without one.
+        """
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         role: _link_pb2.LinkRole.ValueType = ...,
+        ready_timeout: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ready_timeout", b"ready_timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "role", b"role"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "ready_timeout", b"ready_timeout", "role", b"role"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

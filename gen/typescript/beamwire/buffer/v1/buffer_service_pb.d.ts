@@ -1088,6 +1088,14 @@ export declare type IssueTicketRequest = Message<"beamwire.buffer.v1.IssueTicket
    * @generated from field: beamwire.stream.v1.LinkRole role = 2;
    */
   role: LinkRole;
+
+  /**
+   * How long to wait for the first connect string of a buffer whose caches are being started, at the most a minute;
+   * TIMED_OUT if it has none then. Unset: the answer comes at once, and may be without one.
+   *
+   * @generated from field: google.protobuf.Duration ready_timeout = 3;
+   */
+  readyTimeout?: Duration | undefined;
 };
 
 /**

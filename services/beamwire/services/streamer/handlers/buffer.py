@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, model_validator
 
 from beamwire.common.v1 import account_pb2
 from beamwire.mesh.errors import BeamwireError
+from beamwire.mesh.names import parse_name
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.services.streamer.components import ComponentParameters, FieldSpec, Message, StreamInfo
 from beamwire.stream.v1 import frame_pb2
@@ -16,6 +17,7 @@ from beamwire.stream.v1 import frame_pb2
 if TYPE_CHECKING:
     # gRPC comes with it, which a check of a configuration does not need.
     from beamwire.mesh.identity.credentials import Credentials
+    from beamwire.mesh.stream.ticket import TicketSource
 
 GetCredentials = Callable[[], "Credentials"]
 
@@ -28,6 +30,14 @@ def _connect_string(value: str) -> str:
     return value
 
 
+def _buffer_name(value: str) -> str:
+    try:
+        parse_name("buffers", value)
+    except BeamwireError as error:
+        raise ValueError(str(error).partition(": ")[2]) from None
+    return value
+
+
 class BufferDataHandler:
     """Sends to a buffer: frames of arrays, or of the bytes that a serializer made."""
 
@@ -35,30 +45,51 @@ class BufferDataHandler:
     """Seconds that the buffer may take to be there."""
 
     class Parameters(ComponentParameters):
-        """The connect string of the buffer."""
+        """Which buffer: its connect string, or its name at the facility that the streamer was enrolled in."""
 
-        connect: Annotated[str, AfterValidator(_connect_string)]
+        connect: Annotated[str, AfterValidator(_connect_string)] = ""
+        buffer: Annotated[str, AfterValidator(_buffer_name)] = ""
+
+        @model_validator(mode="after")
+        def _one_of_them(self) -> Self:
+            if bool(self.connect) == bool(self.buffer):
+                raise ValueError("needs either connect, a connect string, or buffer, a name")
+            return self
 
     def __init__(self, parameters: BufferDataHandler.Parameters, credentials: GetCredentials) -> None:
-        self._connect = ConnectString.parse(parameters.connect)
+        self._parameters = parameters
         self._credentials = credentials
         self._producer: Any = None
 
     def open(self, info: StreamInfo) -> None:
-        """Dials, and sends what the stream is; raises BeamwireError SERVICE_UNAVAILABLE if nobody answers."""
-        from beamwire.mesh.stream.producer import Producer
-        from beamwire.services.streamer.tickets import ticket_source
+        """Dials, and sends what the stream is; raises BeamwireError SERVICE_UNAVAILABLE if nobody answers.
 
-        header = stream_header(info, f"buffers/{self._connect.buffer}")
-        credentials = self._credentials() if self._connect.transport != "tcp" else None
+        A buffer that was named is waited for until it is ready.
+        """
+        from beamwire.mesh.stream.producer import Producer
+
+        to, credentials, tickets = self._located()
         self._producer = Producer(
-            self._connect,
+            to,
             credentials,
-            header,
+            stream_header(info, f"buffers/{to.buffer}"),
             producer=info.share.rank,
             dial_timeout=self.DIAL_TIMEOUT,
-            tickets=ticket_source(credentials, self._connect),
+            tickets=tickets,
         )
+
+    def _located(self) -> tuple[ConnectString, Credentials | None, TicketSource | None]:
+        from beamwire.services.streamer.tickets import await_buffer, ticket_source
+
+        if self._parameters.buffer:
+            credentials = self._credentials()
+            to, tickets = await_buffer(credentials, self._parameters.buffer)
+            return to, credentials if to.transport != "tcp" else None, tickets
+        to = ConnectString.parse(self._parameters.connect)
+        if to.transport == "tcp":
+            return to, None, None
+        credentials = self._credentials()
+        return to, credentials, ticket_source(credentials, to)
 
     def send(self, message: Message) -> None:
         """Sends one frame; blocks while the buffer is full."""
