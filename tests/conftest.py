@@ -273,20 +273,20 @@ def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path | st
 
 
 @pytest.fixture(scope="session")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+def slurm() -> Iterator[Slurm]:
     """A Slurm of two nodes for the whole session. Tests that kill parts of it make their own."""
     if why := missing():
         pytest.skip(why)
-    with throwaway_slurm(tmp_path_factory.mktemp("slurm")) as running:
+    with throwaway_slurm() as running:
         yield running
 
 
 @pytest.fixture
-def own_slurm(tmp_path: Path) -> Iterator[Slurm]:
+def own_slurm() -> Iterator[Slurm]:
     """A Slurm of this test's own, which forgets ended jobs after 2 seconds."""
     if why := missing():
         pytest.skip(why)
-    with throwaway_slurm(tmp_path / "slurm", min_job_age=2) as running:
+    with throwaway_slurm(min_job_age=2) as running:
         yield running
 
 

@@ -362,7 +362,7 @@ async def test_many_at_once_are_watched_with_one_squeue_a_second(
 async def test_what_is_left_at_slurm_is_found_by_name(slurm: Slurm, backend: SlurmBackend, tmp_path: Path) -> None:
     known, unknown = (step_of(tmp_path / name, **shell("sleep 600")) for name in ("a", "b"))
     runs = [await backend.submit(step) for step in (known, unknown)]
-    slurm.command("sbatch", "--job-name=bw-0123456789-other-1", "--wrap=sleep 600")
+    slurm.command("sbatch", "--job-name=bw-0123456789-other-1", "--output=/dev/null", "--wrap=sleep 600")
     found = await backend.left_behind(frozenset({(known.job, 1)}))
     mine = [name for name in found if slurm_options.prefix(FACILITY) in name]
     assert mine == list(found)

@@ -29,11 +29,11 @@ def pythons() -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def bare_slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+def bare_slurm() -> Iterator[Slurm]:
     """A Slurm whose node2 has no Python."""
     if why := missing():
         pytest.skip(why)
-    with throwaway_slurm(tmp_path_factory.mktemp("slurm")) as running:
+    with throwaway_slurm() as running:
         running.kill_node("node2")
         running.start_node("node2", hidden=pythons())
         yield running

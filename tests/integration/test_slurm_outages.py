@@ -22,11 +22,11 @@ FACILITY = "facility.test /somewhere"
 
 
 @pytest.fixture
-def lasting_slurm(tmp_path: Path) -> Iterator[Slurm]:
+def lasting_slurm() -> Iterator[Slurm]:
     """A Slurm that keeps ended jobs as long as most sites have it: it dates a node's failure back."""
     if why := missing():
         pytest.skip(why)
-    with throwaway_slurm(tmp_path / "slurm") as running:
+    with throwaway_slurm() as running:
         yield running
 
 
@@ -245,7 +245,7 @@ async def test_a_job_that_is_put_back_into_the_queue_does_not_run_again(own_slur
 async def test_the_accounting_knows_what_slurm_has_forgotten(tmp_path: Path) -> None:
     if why := missing(accounting=True):
         pytest.skip(why)
-    with throwaway_slurm(tmp_path / "slurm", min_job_age=2, accounting=True) as running:
+    with throwaway_slurm(min_job_age=2, accounting=True) as running:
         backend = backend_of(running)
         running.command("scontrol", "update", "NodeName=node1,node2", "State=DRAIN", "Reason=test")
         step = step_of(tmp_path, "echo ran")

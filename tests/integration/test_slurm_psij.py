@@ -117,7 +117,9 @@ async def test_a_reason_with_a_space_in_it_fails_nothing(
     shown = ""
     slurm.command("scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=test")
     try:
-        odd = slurm.command("sbatch", "--parsable", "--nodelist=node2", "--wrap=true").stdout.strip()
+        odd = slurm.command(
+            "sbatch", "--parsable", "--nodelist=node2", "--output=/dev/null", "--wrap=true"
+        ).stdout.strip()
         await until(lambda: " " in slurm.command("squeue", "-h", "-j", odd, "-o", "%r").stdout.strip())
         step = step_of(tmp_path, "sleep 7; exit 4")
         seen = await story(await slurm_through_psij.submit(step))

@@ -41,6 +41,17 @@ def layout(tmp_path: Path) -> Layout:
     return Layout(directory)
 
 
+def disk(monkeypatch: pytest.MonkeyPatch, free: float) -> None:
+    """Every disk has this part of it free, whatever the one of this machine has."""
+    usage = shutil._ntuple_diskusage(10**12, int(10**12 * (1 - free)), int(10**12 * free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch: pytest.MonkeyPatch) -> None:
+    disk(monkeypatch, free=0.5)
+
+
 def examine(layout: Layout, *arguments: str) -> Result:
     return CliRunner().invoke(main, ["doctor", "--offline", "--dir", str(layout.directory), *arguments])
 
@@ -60,6 +71,13 @@ def test_a_new_facility_is_well(layout: Layout) -> None:
 def test_a_facility_that_is_not_served_is_said_so(layout: Layout) -> None:
     done = CliRunner().invoke(main, ["doctor", "--dir", str(layout.directory)])
     assert done.exit_code == 1
+    assert done.output.count("does not answer") == 1
+    assert "serve it: beamwired serve --dir" in " ".join(done.output.split())
+
+
+def test_each_service_that_is_not_served_by_itself_is_said_so(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BEAMWIRE_SERVICES__JOB", free_address())
+    done = CliRunner().invoke(main, ["doctor", "--dir", str(layout.directory)])
     assert done.output.count("does not answer") == 4
     assert "beamwired serve request" in done.output
 
@@ -124,8 +142,7 @@ def test_a_clock_that_is_wrong_is_seen(layout: Layout, monkeypatch: pytest.Monke
 def test_a_disk_that_fills_is_seen_before_it_is_full(
     layout: Layout, monkeypatch: pytest.MonkeyPatch, free: float, severity: Severity
 ) -> None:
-    usage = shutil._ntuple_diskusage(10**12, int(10**12 * (1 - free)), int(10**12 * free))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    disk(monkeypatch, free)
     found = list(offline.disks(layout))
     assert len(found) >= 1
     assert {each.severity for each in found} == {severity}

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,8 @@ PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
 # Cores that each node is said to have: jobs of tests sleep more than they compute.
 NODE_CORES = 16
 NODE_MEGABYTES = 4000
+# Well below the 2^26 at which Slurm starts over.
+MAX_FIRST_JOB_ID = 60_000_000
 
 # What slurmd says once it has its own place and takes jobs.
 _SLURMD_UP = "slurmd started on"
@@ -59,6 +63,7 @@ KillWait=5
 InactiveLimit=0
 SchedulerParameters=sched_min_interval=10000,batch_sched_delay=0,bf_interval=1
 MinJobAge={min_job_age}
+FirstJobId={first_job_id}
 {accounting}
 NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={node1_port} CPUs={cores} RealMemory={megabytes}
 NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={node2_port} CPUs={cores} RealMemory={megabytes}
@@ -219,6 +224,8 @@ class Slurm:
             cores=NODE_CORES,
             megabytes=NODE_MEGABYTES,
             min_job_age=self._min_job_age,
+            # MPICH names its shared memory by the job: two clusters on one host must have no job of the same number.
+            first_job_id=random.randrange(1, MAX_FIRST_JOB_ID),
             accounting=accounting,
             **ports,
         )
@@ -245,14 +252,16 @@ class Slurm:
 
 
 @contextlib.contextmanager
-def throwaway_slurm(directory: Path, *, min_job_age: int = 300, accounting: bool = False) -> Iterator[Slurm]:
+def throwaway_slurm(*, min_job_age: int = 300, accounting: bool = False) -> Iterator[Slurm]:
     """A Slurm for as long as the block lasts. `missing()` says beforehand whether there can be one."""
-    slurm = Slurm(directory, min_job_age=min_job_age, accounting=accounting)
-    try:
-        slurm.start()
-        yield slurm
-    finally:
-        slurm.stop()
+    # Its sockets lie there. Jobs are lost where the path of one has more than 107 characters, as that of a test may.
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as directory:
+        slurm = Slurm(Path(directory), min_job_age=min_job_age, accounting=accounting)
+        try:
+            slurm.start()
+            yield slurm
+        finally:
+            slurm.stop()
 
 
 def _until(condition: Callable[[], bool], what: str, log: Callable[[], str]) -> None:
