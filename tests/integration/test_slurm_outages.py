@@ -207,7 +207,7 @@ async def test_what_nobody_knows_is_lost_and_never_begins(own_slurm: Slurm, tmp_
     await until(lambda: not own_slurm.command("squeue", "--states=all", "--noheader").stdout, 90)
     assert (await ending(await found(backend_of(own_slurm), step))).outcome.ending is Ending.LOST
     script = agent.batch_script(step, slurm.NATIVE)
-    late = await SlurmCommands(conf=str(own_slurm.conf)).submit([], script)
+    late = await SlurmCommands(conf=str(own_slurm.conf)).submit(["--output=/dev/null"], script)
     await until(lambda: str(late) not in own_slurm.jobs())
     assert counted(step) == 0
 

@@ -135,6 +135,7 @@ def test_lists_of_hosts(text: str, hosts: tuple[str, ...]) -> None:
 RAN = Told(started=True, native_id="7", nodes=("n1",))
 EXITED = Told(started=True, nodes=("n1",), ended=True, exit_code=3)
 ASKED = Told(started=True, nodes=("n1",), ended=True, exit_code=143, signal=15, asked=True)
+SHELL = Told(started=True, nodes=("n1",), ended=True, exit_code=143)
 KILLED = Told(started=True, nodes=("n1",), ended=True, exit_code=137, signal=9)
 
 
@@ -156,6 +157,10 @@ def listed(state: str, code: int | None = 0, *, reason: str = "", restarts: int 
         (ASKED, listed("CANCELLED"), Ending.CANCELLED, 143),
         (ASKED, listed("PREEMPTED"), Ending.NODE_FAILED, 143),
         (ASKED, listed("FAILED", 143), Ending.SIGNALED, 143),
+        (SHELL, listed("CANCELLED"), Ending.CANCELLED, 143),
+        (SHELL, listed("PENDING", restarts=1), Ending.NODE_FAILED, None),
+        (SHELL, listed("FAILED", 143), Ending.EXITED, 143),
+        (SHELL, None, Ending.EXITED, 143),
         (KILLED, listed("OUT_OF_MEMORY", 253), Ending.OUT_OF_MEMORY, 137),
         (KILLED, listed("FAILED", 137), Ending.SIGNALED, 137),
         # The agent could not say it any more.
@@ -183,6 +188,7 @@ def test_nothing_is_lost_because_slurm_cannot_be_asked() -> None:
     assert observe(RAN, None, asked_slurm=False) == Active(("n1",))
     # Why it was ended, Slurm alone can say; it is waited for.
     assert observe(ASKED, None, asked_slurm=False) == Active(("n1",))
+    assert observe(SHELL, None, asked_slurm=False) == Active(("n1",))
     lost = observe(RAN, None, asked_slurm=True)
     assert isinstance(lost, Ended)
     assert lost.outcome.ending is Ending.LOST

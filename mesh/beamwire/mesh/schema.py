@@ -19,6 +19,9 @@ HEAD = "0003"
 FIRST = "0001"
 _VERSION_TABLE = "alembic_version"
 
+# It tells of each of its plugins when it is imported. What it has to say of a way we say ourselves.
+logging.getLogger("alembic").setLevel(logging.WARNING)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -98,9 +101,6 @@ def _known(found: str, wanted: str) -> list[str]:
 
 def _config(connection: Connection | None) -> Config:
     from alembic.config import Config
-
-    # What it has to say of a way we say ourselves.
-    logging.getLogger("alembic").setLevel(logging.WARNING)
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))

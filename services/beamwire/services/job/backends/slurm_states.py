@@ -12,6 +12,8 @@ QUEUED: Final = "QUEUED"
 ACTIVE: Final = "ACTIVE"
 # Back in the queue after it had run: nothing of it runs, and it must not run again.
 AGAIN: Final = "AGAIN"
+# A shell whose child was ended by signal n ends with 128 + n.
+_SHELL_SIGNALLED: Final = 128
 
 STATES: Final[dict[str, str | Ending]] = {
     "PENDING": QUEUED,
@@ -84,9 +86,12 @@ class Told:
     def certain(self) -> bool:
         """Whether it ended by itself, so that Slurm has no other word to say on it.
 
-        Slurm ends a program with signals that need not come to its agent first.
+        Slurm ends a program with signals that need not come to its agent first, nor to a shell before its child.
         """
-        return self.ended and not self.asked and (self.signal is None or self.timed_out or self.out_of_memory)
+        if not self.ended or self.asked:
+            return False
+        signalled = self.signal is not None or (self.exit_code or 0) > _SHELL_SIGNALLED
+        return not signalled or self.timed_out or self.out_of_memory
 
 
 def observe(told: Told, listed: Listed | None, *, asked_slurm: bool) -> Observation | None:
