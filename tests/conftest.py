@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 from beamwire.mesh.identity.enrollment import JoinToken, enroll
 from beamwire.testing.ports import free_port
@@ -29,6 +32,14 @@ STOP_TIMEOUT = 25.0
 LOG_TAIL_LINES = 60
 BIN = Path(sys.executable).parent
 CLIENTS = Path(__file__).resolve().parent.parent / "clients"
+
+
+def pytest_configure() -> None:
+    """Examples take as long as they take; programs get SIGINT as in a terminal, though `make test &` ignores it."""
+    settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("here")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -290,11 +301,17 @@ def own_slurm() -> Iterator[Slurm]:
         yield running
 
 
-def build_typescript(_: Path) -> list[str]:
+def build_typescript(temporary: Path) -> list[str]:
     directory = CLIENTS / "typescript"
-    # Not install: it would keep the copy of the generated code that it made before.
-    for command in (["npm", "ci", "--prefer-offline"], ["npm", "run", "build"]):
-        subprocess.run(command, cwd=directory, check=True, capture_output=True)
+    # Of several workers one builds: what another runs must not be removed meanwhile.
+    shared = temporary.parent.parent if "PYTEST_XDIST_WORKER" in os.environ else temporary.parent
+    with (shared / "typescript-is-built").open("a") as mark:
+        fcntl.flock(mark, fcntl.LOCK_EX)
+        if not mark.seek(0, os.SEEK_END):
+            # Not install: it would keep the copy of the generated code that it made before.
+            for command in (["npm", "ci", "--prefer-offline"], ["npm", "run", "build"]):
+                subprocess.run(command, cwd=directory, check=True, capture_output=True)
+            mark.write("built")
     return ["node", str(directory / "dist" / "transfer.js")]
 
 

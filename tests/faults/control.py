@@ -163,7 +163,9 @@ class Survivor:
     def killed(self) -> int:
         """How many processes the last fault has killed, besides the services."""
         path = self.fault.with_suffix(".killed")
-        return int(path.read_text().split()[1]) if path.exists() else -1
+        words = path.read_text().split() if path.exists() else []
+        # It is there before its line is.
+        return int(words[1]) if len(words) > 1 else -1
 
     def stalls(self) -> set[str]:
         """What is or was held up, each as `kind start finish name`."""

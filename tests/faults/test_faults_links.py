@@ -210,6 +210,7 @@ def test_a_reset_is_survived_at_once(cache, proxy):
         for part in range(resets):
             send(out, frames // resets, size, first=1 + part * frames // resets)
             running.wait(lambda status: status.counters.producers[0].connected and consumers(status) == 1, WAIT)
+            wait_until(lambda: link.link_count >= 2, WAIT, "both links")
             assert link.reset() >= 2
         out.end()
         assert taking.result(WAIT) == list(range(1, frames + 1))

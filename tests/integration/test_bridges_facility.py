@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import threading
 from collections import Counter
@@ -14,6 +13,7 @@ import pytest
 import zmq
 
 from beamwire.client import connect
+from beamwire.testing.ports import free_port
 from tests.conftest import BIN, LiveFacility, wait_until
 
 WAIT = 60.0
@@ -27,8 +27,7 @@ def test_crystfel_is_served_from_a_transfer(live_facility: LiveFacility, via: st
         "processing_pipeline": [{"type": "BatchProcessingPipeline", "batch_size": 8}],
         "processes": 2,
     }
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with connect(config_dir=live_facility.config_dir) as client:
         transfer = client.create_transfer(request)
         command = [str(BIN / "beamwire"), "--json", "--config-dir", str(live_facility.config_dir), "bridge", "crystfel"]

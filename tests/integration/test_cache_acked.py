@@ -65,11 +65,12 @@ def delivered(count: int) -> Callable[[CacheStatus], bool]:
     return lambda status: status.counters.delivered_event_count >= count
 
 
-def consume(consumer: Consumer, numbers: list[int]) -> None:
+def consume(consumer: Consumer, numbers: list[int], then: Callable[[], object] = lambda: None) -> None:
     for taken in consumer:
         number = int(taken.event_ids[0])
         assert (taken.arrays["data"] == number % 251).all()
         numbers.append(number)
+        then()
 
 
 @pytest.mark.parametrize("transport", ["tcp", "tls+tcp"])
@@ -91,12 +92,20 @@ def test_every_frame_comes_once_and_in_order(start_cache: StartCache, transport:
 def test_a_cache_that_is_killed_goes_on_where_it_was(start_cache: StartCache, transport: str) -> None:
     cache = start_cache(delivery="ACKED", transport=transport, capacity_bytes=8 * ONE_MEGABYTE)
     numbers: list[int] = []
+    killed = threading.Event()
+
+    def wait_once() -> None:
+        # All of it may be here sooner than the cache is killed.
+        if len(numbers) == 100:
+            killed.wait(TIMEOUT)
+
     with producing(cache, 300, 100_000), Consumer(cache.connect, cache.user) as consumer:
-        reading = threading.Thread(target=consume, args=(consumer, numbers))
+        reading = threading.Thread(target=consume, args=(consumer, numbers, wait_once))
         reading.start()
         for threshold in (50, 120, 200):
             cache.wait(delivered(threshold))
             cache.kill()
+            killed.set()
             cache.restart()
         reading.join(TIMEOUT)
         assert not reading.is_alive()
@@ -295,7 +304,7 @@ def test_tickets_are_renewed_without_a_loss(start_cache: StartCache) -> None:
 
     def renewed() -> Ticket:
         made.append(time.monotonic())
-        return ticket(cache, key, LINK_ROLE_CONSUME, 1.5)()
+        return ticket(cache, key, LINK_ROLE_CONSUME, 4.5)()
 
     with (
         Producer(cache.connect, cache.user, HEADER, tickets=ticket(cache, key, LINK_ROLE_PRODUCE)) as producer,

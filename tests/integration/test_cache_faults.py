@@ -438,7 +438,8 @@ def test_a_producer_comes_back_and_what_was_missed_is_counted(start_cache):
     cache.wait(lambda status: status.counters.received_frame_count == 2)
     with pytest.raises(BeamwireError):
         send(Producer(cache.connect, None, HEADER), 50, BLOCK)
-    assert "connected already" in cache.status().counters.last_refusal
+    refused = cache.wait(lambda status: status.counters.refused_peer_count == 1)
+    assert "connected already" in refused.counters.last_refusal
     out.close()
     cache.wait(lambda status: not status.counters.producers[0].connected)
     end = StreamEnd(cause=account_pb2.END_CAUSE_DONE, selected_event_count=6, sent_event_count=6)
@@ -530,7 +531,7 @@ def test_sigterm_drains(start_cache, transport):
                 next(stream)
         assert caught.value.reason is Reason.STREAM_TRUNCATED
         assert stream.counters.events == 30
-    assert cache.process.wait(10.0) == 0
+    assert cache.process.wait(30.0) == 0
     assert not (cache.directory / CONTROL_SOCKET).exists()
     out.close()
 
@@ -543,8 +544,8 @@ def test_sigterm_does_not_wait_for_a_consumer_that_does_not_read(start_cache):
         next(stream)
         begin = time.monotonic()
         cache.process.send_signal(signal.SIGTERM)
-        assert cache.process.wait(10.0) == 0
-        assert time.monotonic() - begin < 10.0
+        assert cache.process.wait(30.0) == 0
+        assert time.monotonic() - begin < 30.0
         with pytest.raises(BeamwireError):
             sending.result(WAIT)
 

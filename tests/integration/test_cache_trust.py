@@ -38,7 +38,7 @@ from beamwire.testing.registry import Registry
 from tests.conftest import wait_until
 from tests.integration.conftest import CacheProcess, StartCache
 
-SHORT = timedelta(seconds=4)
+SHORT = timedelta(seconds=6)
 # Seconds that a cut may take on a busy machine; how long it takes on a quiet one is printed.
 CUT = 5.0
 
@@ -217,7 +217,7 @@ def test_nonsense_is_not_believed(start_cache: StartCache, facility: Facility, t
 def test_members_that_renew_while_they_stream_lose_and_repeat_nothing(
     start_cache: StartCache, facility: Facility, delivery: str
 ) -> None:
-    """Certificates of four seconds, renewed each two, over nine seconds."""
+    """Certificates of some seconds, of which each is renewed at its half."""
     cache = start_cache(delivery=delivery)
     assert cache.user is not None
     facility.renew(cache.user, SHORT)
@@ -303,7 +303,7 @@ def test_an_idle_stream_outlives_the_certificates_it_began_with(start_cache: Sta
 
 async def test_a_cache_renews_by_a_short_process(start_cache: StartCache, facility: Facility, tmp_path: Path) -> None:
     async with Registry(facility, timedelta(hours=1)) as registry:
-        credentials = facility.member("cache/b0", lifetime=timedelta(seconds=8))
+        credentials = facility.member("cache/b0", lifetime=timedelta(seconds=12))
         member = {"trust_domain": "facility.test", "address": registry.address, "enroll_address": registry.address}
         (credentials.directory / "member.json").write_text(json.dumps(member))
         first = serial_of(credentials)

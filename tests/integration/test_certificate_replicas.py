@@ -39,7 +39,7 @@ DOMAIN = "a.test"
 ROOT = SpiffeId(DOMAIN, "operator/root")
 ALICE = "spiffe://a.test/user/alice"
 B = Authority.create("b.test")
-SOON = 1.0
+SOON = 5.0
 """Seconds within which a replica must go by what another has done."""
 
 
@@ -421,7 +421,7 @@ async def test_a_step_whose_replica_died_is_ended_by_the_other(
         began = asyncio.get_running_loop().time()
         while await Store(b.database, StepRecord).unfinished({"DONE"}):
             await asyncio.sleep(0.05)
-            assert asyncio.get_running_loop().time() - began < 5
+            assert asyncio.get_running_loop().time() - began < 30
     status = await b.office.rotation.status()
     assert status.phase is phase
     own = (await b.office.board.look()).own

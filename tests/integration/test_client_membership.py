@@ -33,7 +33,8 @@ from beamwire.services.streamer import run as streamer
 from beamwire.testing.facility import Facility
 from beamwire.testing.registry import Registry
 
-SHORT = timedelta(seconds=6)
+# What is left of an hour: past its half, and far from its end.
+LITTLE = timedelta(minutes=10)
 WAIT = 15.0
 
 
@@ -49,12 +50,14 @@ def own_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BEAMWIRE_TRACE_DIR", str(tmp_path / "traces"))
 
 
-def enrolled(registry: Registry, tmp_path: Path, lifetime: timedelta = timedelta(hours=1)) -> Credentials:
-    """Alice's credentials where the client keeps them."""
+def enrolled(registry: Registry, tmp_path: Path, left: timedelta | None = None) -> Credentials:
+    """Alice's credentials where the client keeps them: of now, or with so much left of their hour."""
     directory = tmp_path / "config" / "facilities" / "facility.test"
-    shutil.copytree(registry.facility.member("user/alice", lifetime=lifetime).directory, directory)
-    member = {"trust_domain": "facility.test", "address": registry.address, "enroll_address": registry.address}
-    (directory / "member.json").write_text(json.dumps(member))
+    facility = registry.facility
+    member = facility.member("user/alice") if left is None else facility.ending("user/alice", left)
+    shutil.copytree(member.directory, directory)
+    document = {"trust_domain": "facility.test", "address": registry.address, "enroll_address": registry.address}
+    (directory / "member.json").write_text(json.dumps(document))
     return Credentials.load(directory)
 
 
@@ -142,7 +145,7 @@ async def test_cert_renew_says_what_is_wrong(registry: Registry, tmp_path: Path)
 
 
 async def test_a_command_past_half_life_renews_in_its_background(registry: Registry, tmp_path: Path) -> None:
-    member = enrolled(registry, tmp_path, SHORT)
+    member = enrolled(registry, tmp_path, LITTLE)
     before = serial_of(member)
     await past_half_life(member)
     # The registry knows no transfers: the command fails as it would have done, and not because of the renewal.
@@ -154,7 +157,7 @@ async def test_a_command_past_half_life_renews_in_its_background(registry: Regis
 
 
 async def test_a_renewal_that_fails_is_nothing_to_the_command(registry: Registry, tmp_path: Path) -> None:
-    member = enrolled(registry, tmp_path, SHORT)
+    member = enrolled(registry, tmp_path, LITTLE)
     await past_half_life(member)
     await registry.stop()
     began = time.monotonic()
@@ -169,14 +172,14 @@ async def test_the_renewal_command_renews_when_it_is_time(registry: Registry, tm
         return (await asyncio.to_thread(subprocess.run, command, check=False)).returncode
 
     assert await renewal_of(enrolled(registry, tmp_path / "long")) == NOT_YET
-    member = enrolled(registry, tmp_path, SHORT)
+    member = enrolled(registry, tmp_path, LITTLE)
     await past_half_life(member)
     assert await renewal_of(member) == RENEWED
     assert registry.renewals == 1
 
 
 async def test_a_session_renews_and_follows_trust(registry: Registry, tmp_path: Path) -> None:
-    member = enrolled(registry, tmp_path, SHORT)
+    member = enrolled(registry, tmp_path, LITTLE)
     before = serial_of(member)
     await past_half_life(member)
     async with AsyncClient() as client:
@@ -191,7 +194,7 @@ async def test_a_session_renews_and_follows_trust(registry: Registry, tmp_path: 
 
 
 async def test_a_program_without_an_event_loop_stays_a_member(registry: Registry, tmp_path: Path) -> None:
-    member = enrolled(registry, tmp_path, SHORT)
+    member = enrolled(registry, tmp_path, LITTLE)
     before = serial_of(member)
 
     def work() -> None:
@@ -219,7 +222,7 @@ def test_a_program_without_files_for_an_event_loop_goes_on(
 
 
 async def test_rank_0_of_a_run_keeps_what_it_enrolled(registry: Registry, tmp_path: Path) -> None:
-    member = enrolled(registry, tmp_path, SHORT)
+    member = enrolled(registry, tmp_path, LITTLE)
     environment = {"BEAMWIRE_CREDENTIALS_DIR": str(member.directory)}
     assert isinstance(streamer._kept(0, environment), MembershipThread)
     assert not isinstance(streamer._kept(1, environment), MembershipThread)

@@ -140,8 +140,10 @@ async def b(tmp_path: Path) -> AsyncIterator[Side]:
 
 
 @pytest.fixture(autouse=True)
-def as_operator() -> None:
+def as_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     access.admit(f"/{SERVICE}/AcceptIntroduction", OPERATOR)
+    # A disk that is slow once would be rested from for twenty times as long.
+    monkeypatch.setattr(following, "REST", 1)
 
 
 @asynccontextmanager

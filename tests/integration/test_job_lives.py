@@ -451,18 +451,26 @@ async def test_two_replicas_share_their_jobs(play: Play, tmp_path: Path):
     count = tmp_path / "count"
     async with play.serve() as one, play.serve() as two:
         here, there = await one.as_("user/alice"), await two.as_("user/alice")
-        spec = shell(f"echo run >> {count}; cat a; sleep 600", input_files=[pb.InputFile(path="a")])
+        spec = shell(f"cat a; echo run >> {count}; sleep 600", input_files=[pb.InputFile(path="a")])
+
+        async def ran(times: int) -> None:
+            async with asyncio.timeout(30):
+                while not count.exists() or count.read_text() != "run\n" * times:  # noqa: ASYNC110 - a file
+                    await asyncio.sleep(0.02)
+
         job = await create(here, spec)
         await until(there, job.name, "HELD")
         await upload(there, job.name, "a", b"from there")
         await until(here, job.name, "ACTIVE")
         assert (await until(there, job.name, "ACTIVE")).state == pb.Job.STATE_ACTIVE
+        await ran(1)
         await there.CancelJob(pb.CancelJobRequest(name=job.name))
         job = await ended(here, job.name)
         assert word(job.state) == "CANCELED"
         assert await printed(there, job.name) == "from there"
         await there.RestartJob(pb.RestartJobRequest(name=job.name))
         await until(here, job.name, "ACTIVE")
+        await ran(2)
         await here.DeleteJob(pb.DeleteJobRequest(name=job.name))
         assert (await refusal(there.GetJob(pb.GetJobRequest(name=job.name)))).reason is Reason.NOT_OWNER
     assert count.read_text() == "run\nrun\n"

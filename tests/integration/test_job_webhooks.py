@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from beamwire.job.v1 import job_service_pb2 as pb
-from beamwire.mesh import sqlite
+from beamwire.mesh import outbox, sqlite
 from beamwire.mesh.database import patience
 from beamwire.mesh.errors import BeamwireError
 from beamwire.services.job import webhooks
@@ -147,7 +147,7 @@ async def test_a_receiver_that_fails_gets_it_again_and_the_next_not_before(
     served: Served, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(webhooks, "FIRST_DELAY", 0.05)
-    monkeypatch.setattr(webhooks, "TIMEOUT", 0.3)
+    monkeypatch.setattr(webhooks, "TIMEOUT", 3.0)
     receiver.answers = [
         b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n",
@@ -161,7 +161,7 @@ async def test_a_receiver_that_fails_gets_it_again_and_the_next_not_before(
         status = await told(jobs, job.name, delivered_count=4, pending_count=0)
     assert receiver.refused == 4
     assert receiver.states() == ["NEW", "QUEUED", "ACTIVE", "COMPLETED"]
-    assert status.last_error == "no answer within 0.3 s"
+    assert status.last_error == "no answer within 3 s"
 
 
 async def test_a_receiver_that_is_gone_is_told_no_more(served: Served, receiver: Receiver):
@@ -182,7 +182,11 @@ async def test_an_event_is_given_up_after_its_time(served: Served, receiver: Rec
     assert "ConnectError" in status.last_error
 
 
-async def test_what_could_not_be_told_is_told_by_the_next_who_serves(play: Play, receiver: Receiver):
+async def test_what_could_not_be_told_is_told_by_the_next_who_serves(
+    play: Play, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+):
+    # The first may be telling it when it ends. Both are this process, which does not count as dead.
+    monkeypatch.setattr(outbox, "ITEM_LEASE_SECONDS", 5.0)
     async with play.serve() as served:
         jobs = await served.as_("user/alice")
         job = await ended(jobs, (await create(jobs, shell("true", callback=callback(receiver)))).name)
@@ -230,12 +234,13 @@ async def test_a_slow_receiver_keeps_nobody_else_waiting(
 
 
 async def test_a_dead_receiver_takes_no_more_than_its_part(
-    served: Served, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    play: Play, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(webhooks, "CONCURRENT", 8)
+    monkeypatch.setattr(webhooks, "TIMEOUT", 60.0)
     slow = Receiver(free_port(), [b""] * 100)
-    jobs = await served.as_("user/alice")
-    async with receiver.listening("127.0.0.2"), slow.listening():
+    async with play.serve() as served, receiver.listening("127.0.0.2"), slow.listening():
+        jobs = await served.as_("user/alice")
         made = [await create(jobs, shell("true", callback=callback(slow))) for _ in range(12)]
         await asyncio.gather(*(ended(jobs, job.name) for job in made))
         began = asyncio.get_running_loop().time()

@@ -104,7 +104,7 @@ async def test_all_members_of_a_process_are_renewed_and_believe_the_same(registr
 
 async def test_the_service_away_for_half_a_life_is_not_noticed(registry: Registry) -> None:
     """Renewal is tried again until it works, sooner the less is left."""
-    member = registry.facility.member("user/alice", lifetime=timedelta(seconds=8))
+    member = registry.facility.member("user/alice", lifetime=timedelta(seconds=14))
     first = serial_of(member)
     membership = Membership([member], registry.address)
     async with running(membership), connect(registry.address, member) as channel:

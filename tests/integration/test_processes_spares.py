@@ -118,7 +118,8 @@ async def test_it_ends_with_all_that_it_started(tmp_path: Path, env: dict[str, s
     async with kept() as found:
         await ready(found, "waits", env)
         process = await launch(command("waits"), directory=tmp_path / "p", env=env, spares=found)
-        await until(lambda: "waits" in (tmp_path / "p" / "stdout").read_text())
+        printed = tmp_path / "p" / "stdout"
+        await until(lambda: printed.exists() and "waits" in printed.read_text())
         assert "beamwire.mesh.warm" in psutil.Process(process.pid).cmdline()
         (sleeps,) = psutil.Process(process.pid).children()
         assert [directory for _, directory in shims.shims() if directory == tmp_path / "p"]
@@ -160,10 +161,12 @@ async def test_what_cannot_be_imported_is_said_by_the_program_itself(
 
 
 async def test_one_that_nobody_wants_ends(env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spares, "LIFETIME", 0.5)
     async with kept() as found:
         await ready(found, "says", env)
         (spare,) = found._ready.values()
+        monkeypatch.setattr(spares, "LIFETIME", 0.5)
+        # Who waits for the end of ten minutes looks again.
+        found._changed.set()
         await until(lambda: not spare.alive)
         assert not found._ready
 

@@ -113,12 +113,12 @@ async def test_what_slurm_cannot_tell_is_unset_with_its_reason(world: World, mor
 async def test_a_slurm_that_is_away_is_said_to_be(
     world: World, served: jobplay.Served, own_slurm: Slurm, monkeypatch: pytest.MonkeyPatch
 ):
-    # sbatch itself goes on asking for longer than anybody waits.
-    monkeypatch.setattr(domain, "QUEUE_PATIENCE", 1.0)
     assert isinstance(served.play.backends, dict)
     monkeypatch.setitem(served.play.backends, "slurm", SlurmBackend("x", SlurmCommands(conf=str(own_slurm.conf))))
     assert (await estimate(world, "slurm")).queue is not None
     await asyncio.to_thread(own_slurm.stop_controller)
+    # sbatch itself goes on asking for longer than anybody waits.
+    monkeypatch.setattr(domain, "QUEUE_PATIENCE", 1.0)
     found = await estimate(world, "slurm")
     assert found.queue is None
     assert "on the backend slurm is not known: it did not answer within 1 s" in found.warnings[0]

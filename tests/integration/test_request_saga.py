@@ -153,8 +153,8 @@ async def test_a_service_that_dies_at_a_stage_goes_on_there_and_starts_nothing_t
 
 
 async def test_a_lease_that_is_extended_ends_later(world: World):
-    record = await world.create(lease=0.6)
-    extended = await world.transfers.extend(NAME, timedelta(seconds=1.2))
+    record = await world.create(lease=4)
+    extended = await world.transfers.extend(NAME, timedelta(seconds=5))
     assert extended.expire_time > record.expire_time
     assert "extended" in extended.transitions[-1].reason
     ended = await world.come_to("EXPIRED")

@@ -152,7 +152,7 @@ async def test_a_certificate_that_ends_during_a_connection_ends_its_calls(
 
 
 async def test_a_resumed_session_does_not_outlive_its_certificate(served: Served, facility: Facility) -> None:
-    alice = facility.member("user/alice", lifetime=timedelta(seconds=3))
+    alice = facility.member("user/alice", lifetime=timedelta(seconds=6))
     options = [("grpc.ssl_session_cache", ssl_session_cache_lru(1)), ("grpc.use_local_subchannel_pool", 1)]
 
     address = served.address.replace("127.0.0.1", "localhost")  # sessions are kept by name
@@ -197,7 +197,8 @@ async def test_a_call_ends_at_its_deadline(served: Served, monkeypatch: pytest.M
             Reason.TIMED_OUT,
             f"{served.address} did not answer in time",
         )
-        async with asyncio.timeout(0.1):
+        monkeypatch.setattr("beamwire.mesh.rpc.channel.DEADLINE", 60.0)
+        async with asyncio.timeout(20):
             error = await refusal(stub.GetTrustBundle(REQUEST, timeout=0.01))
         assert error.reason is Reason.TIMED_OUT
 

@@ -226,7 +226,7 @@ async def test_services_and_health_checks_do_not_wait_behind_users(served: Serve
         calls = [asyncio.ensure_future(pb_grpc.JobServiceStub(users).GetJob(READ)) for _ in range(40)]
         await served.jobs.called(16)
         health: Any = health_pb2_grpc.HealthStub(users)
-        assert (await health.Check(health_pb2.HealthCheckRequest(), timeout=1)).status == 1
+        assert (await health.Check(health_pb2.HealthCheckRequest(), timeout=10)).status == 1
         own = asyncio.ensure_future(pb_grpc.JobServiceStub(services).GetJob(READ))
         await served.jobs.called(17)
         for call in calls:

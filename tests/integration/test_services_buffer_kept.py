@@ -95,7 +95,7 @@ async def test_another_group_reads_all_that_is_kept_on_its_own_account(buffers, 
 
 
 async def test_the_keep_ends_with_its_time_and_leaves_nothing(live_facility, buffers, service, alice, bob):
-    buffer = await kept(buffers, alice, seconds=1.5)
+    buffer = await kept(buffers, alice, seconds=6)
     await add_bob(service, buffer.name)
     still = await service.GetBuffer(pb.GetBufferRequest(name=buffer.name))
     left = still.keep_expire_time.ToDatetime(UTC) - datetime.now(UTC)

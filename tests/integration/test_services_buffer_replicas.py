@@ -128,7 +128,7 @@ async def test_a_word_is_acted_upon_whichever_replica_it_reaches(replicated: Rep
         seal = pb.SealBufferRequest(name=buffer.name, cause=account_pb2.END_CAUSE_CANCELLED, detail="enough")
         await stub.SealBuffer(seal)
         for other in each:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 ended = await until(other, buffer.name, pb.Buffer.STATE_ENDED)
             assert ended.end_cause == account_pb2.END_CAUSE_CANCELLED
 

@@ -241,7 +241,12 @@ async def test_a_job_outlives_the_service_and_is_taken_up_again(own_facility, tm
         job = await stub.CreateJob(script("import time; print('up', flush=True); time.sleep(600)"))
         async for _ in stub.TailLogs(pb.TailLogsRequest(name=job.name, follow=True)):
             break
-        pid = int((await stub.GetJob(pb.GetJobRequest(name=job.name))).native_id)
+        # Its first words may be here before its record is stored.
+        async with asyncio.timeout(30):
+            async for answer in stub.WatchJob(pb.WatchJobRequest(name=job.name)):
+                if answer.job.native_id:
+                    break
+        pid = int(answer.job.native_id)
         go, gone = tmp_path / "go", tmp_path / "gone"
         short = await stub.CreateJob(script(OBEDIENT.format(go=str(go), gone=str(gone))))
         async for _ in stub.TailLogs(pb.TailLogsRequest(name=short.name, follow=True)):

@@ -26,7 +26,7 @@ def lasting_slurm() -> Iterator[Slurm]:
     """A Slurm that keeps ended jobs as long as most sites have it: it dates a node's failure back."""
     if why := missing():
         pytest.skip(why)
-    with throwaway_slurm() as running:
+    with throwaway_slurm(slurmd_timeout=5) as running:
         yield running
 
 
@@ -216,8 +216,8 @@ async def test_a_node_that_fails_and_one_that_is_drained(lasting_slurm: Slurm, t
     own_slurm = lasting_slurm
     backend = backend_of(own_slurm)
     steps = {
-        node: step_of(tmp_path, "echo up; sleep 3", node, placement=Placement(attributes={"nodelist": node}))
-        for node in ("node1", "node2")
+        node: step_of(tmp_path, f"echo up; sleep {seconds}", node, placement=Placement(attributes={"nodelist": node}))
+        for node, seconds in (("node1", 600), ("node2", 3))
     }
     runs = {node: await backend.submit(step) for node, step in steps.items()}
     for step in steps.values():

@@ -136,7 +136,15 @@ async def test_one_that_waits_is_cancelled_and_cannot_begin(
 ) -> None:
     step = step_of(tmp_path, "echo ran", placement=Placement(attributes={"begin": "now+1hour"}))
     run = await slurm_through_psij.submit(step)
-    assert Queued() in (await asyncio.gather(story(run), run.cancel()))[0]
+    seen: list[Observation] = []
+    cancelling: asyncio.Task[None] | None = None
+    async with asyncio.timeout(60):
+        async for one in run.follow():
+            seen.append(one)
+            if one == Queued() and cancelling is None:
+                cancelling = asyncio.create_task(run.cancel())
+    assert cancelling is not None, seen
+    await cancelling
     assert not slurm.jobs()
     assert out(step) == ""
 

@@ -159,7 +159,7 @@ def test_sigterm_to_all_ranks(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGTERM)
     process.stderr.read()
     assert process.wait(30) != 0
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
     process.stderr.close()
 
 

@@ -101,5 +101,5 @@ def test_a_dead_collector_costs_nothing(end: str) -> None:
     assert time.monotonic() - began < 10
     began = time.monotonic()
     getattr(current, end)()
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 15
     current.shutdown()

@@ -106,5 +106,6 @@ def test_a_push_to_a_producer_that_has_ended_says_what_to_do(live_facility, clie
     assert again.returncode == 2
     assert why in again.stderr
     assert "leave --connect away to send into a new one" in again.stderr
-    assert client.get_buffer(buffer.name).state == (Buffer.STATE_DRAINING if producers == 1 else Buffer.STATE_READY)
+    state = Buffer.STATE_DRAINING if producers == 1 else Buffer.STATE_READY
+    wait_until(lambda: client.get_buffer(buffer.name).state == state, what="what the cache told of it")
     client.delete_buffer(buffer.name)

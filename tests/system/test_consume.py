@@ -136,8 +136,13 @@ def test_a_direct_and_a_tunnelled_consumer_share_the_work(client: Client) -> Non
                 time.sleep(0.001)
 
     readers = [threading.Thread(target=read, args=(via,)) for via in ids]
-    for thread in [*readers, sending]:
+    for thread in readers:
         thread.start()
+    wait_until(
+        lambda: sum(each.connected for each in client.get_buffer(buffer.name).counters.consumers) == 2,
+        what="both readers",
+    )
+    sending.start()
     for thread in [*readers, sending]:
         thread.join()
     assert sorted(ids["data"] + ids["grpc"]) == list(range(400))

@@ -87,7 +87,7 @@ def test_an_estimate_of_a_real_run(client, tmp_path):
 def test_an_estimate_says_what_stands_in_the_way(client):
     slow = synthetic(100_000, rate=100, lease="5m", keep="10m", buffer={"capacity_bytes": 50_000})
     found = client.estimate_transfer(slow)
-    assert 50 < found.events_per_second < 110
+    assert 50 < found.events_per_second < 200
     assert not found.lease_sufficient
     told = "\n".join(found.warnings)
     for part in ("ends before the streaming", "batches only", "nothing can be kept"):
@@ -113,7 +113,7 @@ def test_the_estimate_command(live_facility, tmp_path):
 
 
 def test_more_time_is_given_to_one_that_runs(live_facility, client):
-    with client.stream(synthetic(1200, rate=100, lease=10)) as stream:
+    with client.stream(synthetic(1200, rate=100, lease=60)) as stream:
         name = stream.transfer.name
         first = client.get_transfer(name)
         assert [issue.type for issue in first.health_issues if issue.type == "LEASE_ENDING"] == []

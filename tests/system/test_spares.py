@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -42,8 +43,14 @@ def waits(process: psutil.Process) -> bool:
 
 def run_by(facility: LiveFacility, pattern: str) -> list[list[str]]:
     """The command lines of the programs that run now."""
-    found = [Process.attach(each) for each in (facility.directory / "state").glob(pattern)]
-    return [psutil.Process(each.pid).cmdline() for each in found if each is not None and each.alive()]
+    found = []
+    for each in (facility.directory / "state").glob(pattern):
+        process = Process.attach(each)
+        # One that ends may be gone by now.
+        with suppress(psutil.NoSuchProcess):
+            if process is not None and process.alive():
+                found.append(psutil.Process(process.pid).cmdline())
+    return found
 
 
 def test_the_second_is_run_by_what_the_first_has_left_ready(own_facility: LiveFacility) -> None:

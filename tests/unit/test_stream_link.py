@@ -77,7 +77,7 @@ def test_signals_pass_before_and_after_the_pulse(pair):
     assert near.receive(place) == Signal(acknowledgement=Acknowledgement(sequence=7))
 
 
-@pytest.mark.parametrize("pulse", [None, 0.05])
+@pytest.mark.parametrize("pulse", [None, 0.5])
 def test_frames_of_all_sizes_land_in_the_given_memory(pair, pulse):
     near, far = pair
     if pulse:
@@ -214,18 +214,18 @@ def test_wake_after_close_touches_no_descriptor(connected):
 
 def test_heartbeats_keep_an_idle_pair_alive_and_silence_ends_it(pair):
     near, far = pair
-    near.set_pulse(0.05)
-    far.set_pulse(0.05)
+    near.set_pulse(0.25)
+    far.set_pulse(0.25)
     with ThreadPoolExecutor(1) as pool:
         begin = time.monotonic()
-        beating = pool.submit(beat_until, far, begin + 0.6)
+        beating = pool.submit(beat_until, far, begin + 3.0)
         heard = 0
         with pytest.raises(TimeoutError, match="nothing was heard"):
             while near.wait(WAIT):
                 assert near.receive(place) == Signal(heartbeat=Heartbeat())
                 heard += 1
         beating.result(WAIT)
-    assert 0.75 < time.monotonic() - begin < 5.0
+    assert 3.75 < time.monotonic() - begin < 15.0
     assert heard >= 4
 
 
@@ -256,12 +256,12 @@ def test_a_peer_that_takes_nothing_and_says_nothing(pair):
 
 def test_a_peer_that_has_no_room_but_gives_signs_of_life(pair):
     near, far = pair
-    near.set_pulse(0.05)
-    far.set_pulse(0.05)
+    near.set_pulse(0.25)
+    far.set_pulse(0.25)
     body = frame(64 * 2**20)
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(near.send, message(body))
-        end = time.monotonic() + 1.0
+        end = time.monotonic() + 5.0
         while time.monotonic() < end:
             # Time must pass here, five times what a silent peer is given.
             far.pulse()

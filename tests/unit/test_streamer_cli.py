@@ -254,7 +254,7 @@ def test_a_signal_between_events(tmp_path: Path, number: signal.Signals, code: i
     process.send_signal(number)
     error = process.stderr.read()
     assert process.wait(10) == code
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 10
     assert "told to end" in error
     process.stderr.close()
 

@@ -313,10 +313,10 @@ def test_a_live_run_that_falls_silent_fails_after_all_events(tmp_path: Path, ope
 def test_a_slow_consumer_is_not_silence(tmp_path: Path, open_psana2: OpenPsana2) -> None:
     run = xtc2.write_run(tmp_path, events=3, end=False)
     complete = xtc2.write_run(tmp_path / "complete", events=3)
-    source = open_psana2(f"{run.file_identifier},live=True", live_silence=0.3)
+    source = open_psana2(f"{run.file_identifier},live=True", live_silence=2.0)
     events = source.events()
     assert [next(events).id for _ in range(3)] == [run.timestamp(number) for number in range(3)]
-    time.sleep(0.5)
+    time.sleep(2.5)
     timer = threading.Timer(0.15, shutil.copy, args=(complete.files[0], run.files[0]))
     timer.start()
     assert list(events) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -111,7 +112,9 @@ class TwoHosts:
             if host.namespace not in _ip("netns", "list").split():
                 continue
             for pid in host.pids():
-                os.kill(pid, 9)
+                # Some end with those that were killed before them.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
             _ip("netns", "del", host.namespace)
 
     def _make(self) -> None:

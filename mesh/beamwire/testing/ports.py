@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 from typing import Final
 
+_MOST_WORKERS: Final = 8
+# Each worker of pytest-xdist has ports of its own: another may have been given one that nobody listens on yet.
+_WORKER: Final = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _MOST_WORKERS
 # Below those that Linux gives to outgoing connections: one of these could take the port before its server does.
-_PORTS: Final = range(10_000, 32_000)
+_PORTS: Final = range(10_000 + _WORKER, 32_000, _MOST_WORKERS)
 _drawn: Final[set[int]] = set()
 # Not the seed that a test may have set: processes that draw the same ports would get into each other's way.
 _random: Final = random.SystemRandom()

@@ -58,7 +58,7 @@ MpiDefault=pmi2
 EnforcePartLimits=ALL
 MailProg=/bin/true
 ReturnToService=2
-SlurmdTimeout=5
+SlurmdTimeout={slurmd_timeout}
 KillWait=5
 InactiveLimit=0
 SchedulerParameters=sched_min_interval=10000,batch_sched_delay=0,bf_interval=1
@@ -109,14 +109,18 @@ class Slurm:
     Args:
         directory: of its own; for sockets, so not too long.
         min_job_age: seconds for which the controller knows a job that has ended, at least 2.
+        slurmd_timeout: seconds after which a node that says nothing is down, and with it what ran there.
         accounting: whether sacct knows of jobs too.
     """
 
-    def __init__(self, directory: Path, *, min_job_age: int = 300, accounting: bool = False) -> None:
+    def __init__(
+        self, directory: Path, *, min_job_age: int = 300, slurmd_timeout: int = 60, accounting: bool = False
+    ) -> None:
         self.directory = directory
         self._kept: dict[str, Kept] = {}
         self._accounting = accounting
         self._min_job_age = min_job_age
+        self._slurmd_timeout = slurmd_timeout
         self._dbd_port = free_port()
 
     @property
@@ -224,6 +228,7 @@ class Slurm:
             cores=NODE_CORES,
             megabytes=NODE_MEGABYTES,
             min_job_age=self._min_job_age,
+            slurmd_timeout=self._slurmd_timeout,
             # MPICH names its shared memory by the job: two clusters on one host must have no job of the same number.
             first_job_id=random.randrange(1, MAX_FIRST_JOB_ID),
             accounting=accounting,
@@ -252,11 +257,11 @@ class Slurm:
 
 
 @contextlib.contextmanager
-def throwaway_slurm(*, min_job_age: int = 300, accounting: bool = False) -> Iterator[Slurm]:
+def throwaway_slurm(*, min_job_age: int = 300, slurmd_timeout: int = 60, accounting: bool = False) -> Iterator[Slurm]:
     """A Slurm for as long as the block lasts. `missing()` says beforehand whether there can be one."""
     # Its sockets lie there. Jobs are lost where the path of one has more than 107 characters, as that of a test may.
     with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as directory:
-        slurm = Slurm(Path(directory), min_job_age=min_job_age, accounting=accounting)
+        slurm = Slurm(Path(directory), min_job_age=min_job_age, slurmd_timeout=slurmd_timeout, accounting=accounting)
         try:
             slurm.start()
             yield slurm

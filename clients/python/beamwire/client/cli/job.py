@@ -148,7 +148,8 @@ def start(cli: Cli, jobs: tuple[str, ...]) -> None:
     with cli.client() as client:
         for name in jobs:
             found = client.jobs.start(name)
-            cli.answer(f"{found.name} {state_word(found)}", found)
+            going = ", and is let go" if found.state == Job.STATE_HELD else ""
+            cli.answer(f"{found.name} {state_word(found)}{going}", found)
 
 
 @job.command(cls=Command)
