@@ -76,6 +76,17 @@ def test_what_is_bundled_is_read(parts, first):
     assert all(a.ctypes.data % ALIGNMENT == 0 for m in members for a in m.arrays.values() if a.size)
 
 
+def test_a_bundle_is_traced_by_the_first_frame_in_it_that_is():
+    traces = [f"00-{number:032x}-{number:016x}-01" for number in (1, 2)]
+    writer = BundleWriter(memory())
+    for sequence, trace in enumerate(["", *traces], 7):
+        assert writer.add(header(sequence, traceparent=trace), {})
+    message = received(writer.message())
+    bundle, start = parse_header(message)
+    assert (bundle.sequence, bundle.traceparent) == (7, traces[0])
+    assert [frame.header.traceparent for frame in frames(bundle, message[start:])] == ["", *traces]
+
+
 def test_one_frame_travels_as_it_is():
     writer = BundleWriter(memory())
     arrays = {"x": np.arange(4.0).reshape(1, 4)}

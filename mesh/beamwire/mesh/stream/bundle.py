@@ -18,7 +18,7 @@ from beamwire.stream.v1.frame_pb2 import FRAME_KIND_BUNDLE, FRAME_KIND_DATA, Fra
 
 MOST_FRAMES: Final = 1024
 # The length of the message, prefix and header of a bundle of so many frames of any size.
-ROOM_IN_FRONT: Final = align(MESSAGE_LENGTH.size) + align(64 + 5 * MOST_FRAMES)
+ROOM_IN_FRONT: Final = align(MESSAGE_LENGTH.size) + align(128 + 5 * MOST_FRAMES)
 
 
 class BundleWriter:
@@ -61,6 +61,9 @@ class BundleWriter:
         if self._first is None:
             self._first = FrameHeader(epoch=header.epoch, producer=header.producer, sequence=header.sequence)
             self.first_sequence = header.sequence
+        if header.traceparent and not self._first.traceparent:
+            # The cache reads no frame inside.
+            self._first.traceparent = header.traceparent
         self._sizes.append(frame.size)
         self._end = begin + frame.size
         self.events += header.event_count

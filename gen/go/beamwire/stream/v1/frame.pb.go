@@ -283,7 +283,7 @@ type FrameHeader struct {
 	MediaType string `protobuf:"bytes,8,opt,name=media_type,json=mediaType,proto3" json:"media_type,omitempty"`
 	// CRC-32C of the payload.
 	PayloadCrc32C uint32 `protobuf:"fixed32,9,opt,name=payload_crc32c,json=payloadCrc32c,proto3" json:"payload_crc32c,omitempty"`
-	// W3C traceparent, in sampled frames only.
+	// W3C traceparent, in sampled frames only; of a BUNDLE that of the first sampled frame in it.
 	Traceparent string `protobuf:"bytes,10,opt,name=traceparent,proto3" json:"traceparent,omitempty"`
 	// In a HEADER frame: what the stream is.
 	Stream *StreamHeader `protobuf:"bytes,11,opt,name=stream,proto3" json:"stream,omitempty"`

@@ -180,7 +180,7 @@ class FrameHeader(_message.Message):
     payload_crc32c: _builtins.int
     """CRC-32C of the payload."""
     traceparent: _builtins.str
-    """W3C traceparent, in sampled frames only."""
+    """W3C traceparent, in sampled frames only; of a BUNDLE that of the first sampled frame in it."""
     @_builtins.property
     def event_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The stable ids of the events, one each, in order."""

@@ -155,7 +155,7 @@ export declare type FrameHeader = Message<"beamwire.stream.v1.FrameHeader"> & {
   payloadCrc32c: number;
 
   /**
-   * W3C traceparent, in sampled frames only.
+   * W3C traceparent, in sampled frames only; of a BUNDLE that of the first sampled frame in it.
    *
    * @generated from field: string traceparent = 10;
    */
