@@ -26,7 +26,7 @@ RECONNECT_TIMEOUT: Final = 60.0
 _FIRST_DELAY: Final = 0.05
 _LONGEST_DELAY: Final = 0.5
 _ANSWER_TIMEOUT: Final = 10.0
-_HEARTBEAT_INTERVAL: Final = 2.0
+_HEARTBEAT_INTERVAL: Final = 1.5
 _INTERRUPT_PERIOD: Final = 0.1
 _LONG_LIFE: Final = 8.0
 # So long a cache that was lost is dialed at one address. Its service is asked for another one meanwhile.

@@ -65,7 +65,7 @@ class CacheConfig(BaseModel):
     ticket_key: str = Field(default="", pattern="^([0-9a-f]{2})*$")
     ring: Path | None = None
     nodes: tuple[str, ...] = ()
-    heartbeat_interval: float = Field(default=2.0, gt=0)
+    heartbeat_interval: float = Field(default=1.5, gt=0)
     reconnect_grace: float = Field(default=2.0, ge=0)
     transport: Transport = "tls+tcp"
     host: str = "127.0.0.1"
