@@ -41,10 +41,16 @@ def plans(scale: float) -> list[Plan]:
         "flip": max(1, kills // 5),
         "rotate": max(1, kills // 10),
     }
+
+    def ring(megabytes: int) -> int:
+        # Producers are ahead of consumers by no more than the ring holds: they must have something to send yet when the
+        # last of them is to be killed.
+        return max(megabytes // 4, round(megabytes * scale)) * MEGABYTE
+
     flips = {"flip": max(3, round(30 * scale))}
     return [
-        Plan("small", round(1e6 * scale), 256, faults, {"capacity_bytes": 8 * MEGABYTE, "capacity_frames": 4096}),
-        Plan("large", round(1e4 * scale), MEGABYTE, faults, {"capacity_bytes": 64 * MEGABYTE}),
+        Plan("small", round(1e6 * scale), 256, faults, {"capacity_bytes": ring(8), "capacity_frames": 4096}),
+        Plan("large", round(1e4 * scale), MEGABYTE, faults, {"capacity_bytes": ring(64)}),
         Plan(
             "bare", round(1e5 * scale), 16384, flips, {"transport": "tcp", "capacity_bytes": 16 * MEGABYTE}, until=0.5
         ),
@@ -66,8 +72,7 @@ def main() -> int:
             console.print(f"{plan.name}: {plan.frames} frames of {plan.size} bytes, seed {seed}")
             results.append(run(plan, seed))
             for failure in results[-1].failures:
-                console.print(f"[red]{plan.name}[/]: ", end="")
-                console.print(failure, markup=False)
+                console.print(f"FAILED {plan.name}: {failure}", markup=False)
     # A part of that is in `make test` already, which is enough for less than the full size.
     wanted = asked.only == "control" or (asked.only is None and asked.scale >= 1)
     control = _control(console, asked.scale) if wanted else 0

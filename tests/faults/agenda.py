@@ -21,9 +21,10 @@ _SHORT_CUT: Final = (0.2, 1.0)
 # Longer than it takes to notice, and than the cache waits for a consumer to come back.
 _LONG_CUT: Final = (4.5, 5.0)
 _FLIP_SECONDS: Final = 0.5
-# With TLS each flip costs a connection, without it a frame or a bundle.
+# With TLS each flip costs a connection, without it a frame or a bundle: half a stream of them could go in that time.
 _BYTES_PER_FLIP: Final = 200_000
 _BYTES_PER_FLIP_BARE: Final = 300_000
+_FLIPS_BARE: Final = 25
 
 
 class Agenda:
@@ -102,12 +103,13 @@ class Agenda:
         self._do_later(self._random.uniform(*seconds), proxy.heal)
 
     def _flip(self, proxy: Proxy | None = None) -> None:
-        proxy = proxy or self._random.choice(self._proxies)
+        proxy = proxy or self._random.choice([proxy for proxy in self._proxies if proxy.open] or self._proxies)
         if self._cache.secure:
             proxy.flip(_BYTES_PER_FLIP)
         else:
             # Signals have no checksum of their own: without TLS nobody could tell that they are not what was sent.
-            proxy.flip(_BYTES_PER_FLIP_BARE, (Way.UP if proxy is self._proxies[0] else Way.DOWN,))
+            way = Way.UP if proxy is self._proxies[0] else Way.DOWN
+            proxy.flip(_BYTES_PER_FLIP_BARE, [way], most=_FLIPS_BARE)
         before = proxy.flipped_bits
 
         def stop() -> None:

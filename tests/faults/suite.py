@@ -42,7 +42,7 @@ class Plan:
     size: int
     faults: dict[str, int]
     options: dict[str, Any] = field(default_factory=dict)
-    until: float = 0.93
+    until: float = 0.85
 
     @property
     def shares(self) -> list[int]:

@@ -12,11 +12,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import psutil
@@ -47,6 +47,7 @@ from beamwire.stream.v1.frame_pb2 import (
     StreamEnd,
     StreamHeader,
 )
+from beamwire.stream.v1.link_pb2 import LINK_ROLE_PRODUCE, Hello, Signal
 
 HEADER = StreamHeader(buffer="buffers/b0", producer_count=1)
 BLOCK = np.zeros((1, 2**20), np.uint8)
@@ -515,6 +516,34 @@ def test_a_frame_larger_than_the_buffer_is_refused_with_a_reason(start_cache):
     assert caught.value.reason is Reason.CACHE_FAILED
     status = cache.wait(lambda status: status.counters.refused_peer_count == 1)
     assert "does not fit into the buffer; its capacity is 1048576" in status.counters.last_refusal
+
+
+@pytest.mark.parametrize("length", [2**36 + 1, 2**55, 2**63])
+def test_a_length_that_came_broken_costs_a_producer_its_connection_and_nothing_else(start_cache, length):
+    cache = start_cache(transport="tcp", delivery="ACKED")
+    with socket.create_connection(cache.connect.hosts[0], timeout=WAIT) as sock:
+        sock.sendall(b"\0SP\0\0\x10\0\0" + say(hello=Hello(version=1, role=LINK_ROLE_PRODUCE, instance="a" * 32)))
+        sock.sendall(bytes(FrameWriter().encode(first(0))) + length.to_bytes(8, "big") + b"BWFR")
+        with sock.makefile("rb") as answers:
+            assert answers.read(8) == b"\0SP\0\0\x10\0\0"
+            heard = list(signals(answers))
+    assert heard[0].HasField("welcome")
+    assert not any(one.HasField("refusal") for one in heard)
+    with Producer(cache.connect, None, HEADER) as out:
+        send(out, 3)
+    with Consumer(cache.connect, None) as stream:
+        assert len(list(stream)) == 3
+    assert cache.ended().counters.refused_peer_count == 0
+
+
+def say(**content: Any) -> bytes:
+    message = b"BWSG" + Signal(**content).SerializeToString()
+    return len(message).to_bytes(8, "big") + message
+
+
+def signals(answers: BinaryIO) -> Iterator[Signal]:
+    while length := answers.read(8):
+        yield Signal.FromString(answers.read(int.from_bytes(length, "big"))[4:])
 
 
 @pytest.mark.parametrize("transport", ["tls+tcp", "tcp"])

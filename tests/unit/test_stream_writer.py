@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 from crc32c import crc32c as another_crc32c
 
+from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.stream import checksum
-from beamwire.mesh.stream.frame import Ragged, decode
+from beamwire.mesh.stream.frame import LARGEST_MESSAGE, Ragged, decode
 from beamwire.mesh.stream.writer import MESSAGE_LENGTH, FrameWriter, draft
 from beamwire.stream.v1.frame_pb2 import FRAME_KIND_DATA, FrameHeader
 
@@ -95,3 +98,12 @@ def test_a_copy_with_its_checksum_is_both(size):
 def test_the_checksum_is_that_of_iscsi():
     assert checksum.crc32c(b"123456789") == 0xE3069283
     assert checksum.crc32c(b"56789", checksum.crc32c(b"1234")) == 0xE3069283
+
+
+def test_a_frame_that_no_reader_takes_is_not_written(tmp_path):
+    file = tmp_path / "sparse"
+    file.touch()
+    os.truncate(file, LARGEST_MESSAGE)
+    with pytest.raises(BeamwireError, match=f"{LARGEST_MESSAGE} can be sent") as caught:
+        draft(header(), {"x": np.memmap(file, np.uint8, mode="r").reshape(2, -1)})
+    assert caught.value.reason is Reason.INVALID_FIELD

@@ -122,6 +122,15 @@ def test_bits_flip_as_often_as_they_shall(pair, proxy):
     assert not any(read(near, 1000))
 
 
+def test_no_more_bits_flip_than_shall(pair, proxy):
+    near, far = pair
+    for most in (7, 5):
+        before = proxy.flipped_bits
+        proxy.flip(1000, {Way.UP}, most=most)
+        near.sendall(bytes(100_000))
+        assert sum(map(bool, read(far, 100_000))) == proxy.flipped_bits - before == most
+
+
 def test_a_drip_is_slow(pair, proxy):
     near, far = pair
     proxy.drip(20_000)

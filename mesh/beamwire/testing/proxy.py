@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import heapq
 import itertools
+import math
 import random
 import selectors
 import socket
@@ -55,6 +56,7 @@ class Proxy:
     def __init__(self, target: tuple[str, int], *, seed: int = 0) -> None:
         self.forwarded = dict.fromkeys(Way, 0)
         self.flipped_bits = 0
+        self.flips_end = math.inf
         self.accepted = 0
         self.weather = dict.fromkeys(Way, Weather())
         self.random = random.Random(seed)
@@ -74,6 +76,11 @@ class Proxy:
         return host, port
 
     @property
+    def open(self) -> bool:
+        """Whether it forwards in both directions."""
+        return all(weather.open for weather in self.weather.values())
+
+    @property
     def link_count(self) -> int:
         """How many connections it forwards now."""
         return len(self._links)
@@ -90,8 +97,9 @@ class Proxy:
         """Forward again: also what waited, as a network does that sends again what was lost."""
         self._set(BOTH, open=True)
 
-    def flip(self, bytes_per_flip: int, ways: Collection[Way] = BOTH) -> None:
-        """Flip one bit, at random, in about so many bytes; 0 for none."""
+    def flip(self, bytes_per_flip: int, ways: Collection[Way] = BOTH, *, most: float = math.inf) -> None:
+        """Flip one bit, at random, in about so many bytes, and no more than so many bits from now on; 0 for none."""
+        self.flips_end = self.flipped_bits + most
         self._set(ways, bytes_per_flip=bytes_per_flip)
 
     def drip(self, bytes_per_second: float, ways: Collection[Way] = BOTH) -> None:
@@ -320,6 +328,9 @@ class _Stream:
         chance = self._proxy.random
         place = chance.randrange(2 * bytes_per_flip) if self._until_flip is None else self._until_flip
         while place < len(data):
+            if self._proxy.flipped_bits >= self._proxy.flips_end:
+                self._until_flip = None
+                return data
             data[place] ^= 1 << chance.randrange(8)
             self._proxy.flipped_bits += 1
             place += chance.randrange(1, 2 * bytes_per_flip)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Final
 
 from beamwire.mesh import telemetry
 from beamwire.mesh.stream.bundle import frames
 from beamwire.mesh.stream.frame import Frame, read_payload
 from beamwire.stream.v1.frame_pb2 import FRAME_KIND_BUNDLE, FrameHeader
-
-LARGEST_MESSAGE: Final = 2**36
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.stream.arrival import LARGEST_MESSAGE, read_arrivals
+from beamwire.mesh.stream.arrival import read_arrivals
 from beamwire.mesh.stream.deliveries import Account, Deliveries, Delivery, Sleep
-from beamwire.mesh.stream.frame import corrupt, parse_header
+from beamwire.mesh.stream.frame import LARGEST_MESSAGE, corrupt, parse_header
 from beamwire.mesh.stream.inbox import ClosedError
 from beamwire.mesh.stream.link import Link
 from beamwire.mesh.stream.pool import BufferPool

@@ -36,6 +36,8 @@ ALIGNMENT: Final = 64
 # Magic, version, flags (0), length of the header, CRC-32C of the header.
 PREFIX: Final = struct.Struct("<4sHHII")
 MAX_DIMENSIONS: Final = 32
+# The bytes of a message on the wire: a length beyond it came broken.
+LARGEST_MESSAGE: Final = 2**36
 
 _DTYPE: Final = re.compile(r"\|b1|\|[iu]1|<[iu][248]|<f[248]|<c(8|16)|\|S[1-9][0-9]{0,8}|<U[1-9][0-9]{0,7}")
 _MAX_BYTES: Final = 2**62

@@ -10,11 +10,11 @@ from typing import Final
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.identity.credentials import Credentials
-from beamwire.mesh.stream.arrival import LARGEST_MESSAGE, Arrival, read_arrivals
+from beamwire.mesh.stream.arrival import Arrival, read_arrivals
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.endings import error_of, merge_ends
-from beamwire.mesh.stream.frame import corrupt, parse_header
+from beamwire.mesh.stream.frame import LARGEST_MESSAGE, corrupt, parse_header
 from beamwire.mesh.stream.inbox import ClosedError, Inbox
 from beamwire.mesh.stream.pool import BufferPool
 from beamwire.mesh.stream.shown import LOOK_PERIOD, Shown

@@ -15,6 +15,7 @@ from beamwire.mesh.stream import checksum
 from beamwire.mesh.stream.checksum import crc32c
 from beamwire.mesh.stream.codecs import Encoded
 from beamwire.mesh.stream.frame import (
+    LARGEST_MESSAGE,
     MAGIC,
     MAX_DIMENSIONS,
     PREFIX,
@@ -121,7 +122,10 @@ def draft(header: FrameHeader, payload: Mapping[str, Value] | memoryview | bytes
         layout = _lay_out_alike(specs) if alike else _lay_out(specs)
     encoded = header.SerializeToString() + layout.encoded
     start = header_end(encoded)
-    return Draft(encoded, layout, arrays, start, start + layout.size)
+    size = start + layout.size
+    if size > LARGEST_MESSAGE:
+        raise invalid_field("arrays", f"they make a frame of {size} bytes; {LARGEST_MESSAGE} can be sent")
+    return Draft(encoded, layout, arrays, start, size)
 
 
 def header_end(encoded: bytes) -> int:

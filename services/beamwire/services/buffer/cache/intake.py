@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from beamwire.common.v1 import account_pb2
-from beamwire.mesh.stream.frame import parse_header
+from beamwire.mesh.stream.frame import LARGEST_MESSAGE, parse_header
 from beamwire.mesh.stream.link import ENDED
 from beamwire.mesh.stream.writer import MESSAGE_LENGTH
 from beamwire.services.buffer.cache import ledger as at
@@ -76,7 +76,13 @@ class Intake:
     # Room. Called without the lock.
 
     def check_length(self, length: int) -> None:
-        """RefusedError if no message of this length can ever be held."""
+        """RefusedError if no message of this length can ever be held; ValueError if nobody sends one so long.
+
+        Without TLS a length may arrive broken, and what follows cannot be told apart: the connection is lost then, and
+        its producer not turned away.
+        """
+        if length > LARGEST_MESSAGE:
+            raise ValueError(f"a message claims to have {length} bytes")
         if length > self._config.capacity_bytes:
             raise RefusedError(
                 f"a frame of {length} bytes does not fit into the buffer; its capacity is {self._config.capacity_bytes}"
