@@ -23,6 +23,8 @@ SIGNAL_MAGIC: Final = b"BWSG"
 LARGEST_SIGNAL: Final = 65536
 # The stored sequence of a producer that has ended.
 ENDED: Final = 2**64 - 1
+# Seconds between signs of life, unless a cache says otherwise. A cut, also of one way, is then noticed within 10 s.
+HEARTBEAT_INTERVAL: Final = 1.5
 # A peer is dead when nothing was heard of it for so many intervals.
 SILENT_INTERVALS: Final = 4
 _CLOSE_TIMEOUT: Final = 5.0

@@ -14,7 +14,7 @@ from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString, Place, spell
 from beamwire.mesh.stream.dial import dial
 from beamwire.mesh.stream.inbox import ClosedError
-from beamwire.mesh.stream.link import Link
+from beamwire.mesh.stream.link import HEARTBEAT_INTERVAL, Link
 from beamwire.mesh.stream.shown import LOOK_PERIOD, Shown
 from beamwire.mesh.stream.sockets import PAIR, Connection, interrupt
 from beamwire.mesh.stream.ticket import TicketSource
@@ -26,7 +26,6 @@ RECONNECT_TIMEOUT: Final = 60.0
 _FIRST_DELAY: Final = 0.05
 _LONGEST_DELAY: Final = 0.5
 _ANSWER_TIMEOUT: Final = 10.0
-_HEARTBEAT_INTERVAL: Final = 1.5
 _INTERRUPT_PERIOD: Final = 0.1
 _LONG_LIFE: Final = 8.0
 # So long a cache that was lost is dialed at one address. Its service is asked for another one meanwhile.
@@ -261,7 +260,7 @@ class Dialer:
             hello.MergeFrom(self._hello())
             link.send_signal(Signal(hello=hello))
             welcome = self._answer(link)
-            link.set_pulse(welcome.heartbeat_interval.ToNanoseconds() / 1e9 or _HEARTBEAT_INTERVAL)
+            link.set_pulse(welcome.heartbeat_interval.ToNanoseconds() / 1e9 or HEARTBEAT_INTERVAL)
         except BaseException:
             link.close()
             raise

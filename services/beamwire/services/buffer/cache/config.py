@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from beamwire.mesh.errors import invalid_field
 from beamwire.mesh.stream.connect import Transport
+from beamwire.mesh.stream.link import HEARTBEAT_INTERVAL
 
 CONFIG_FILE: Final = "cache.json"
 # Where it listens if its transport is ipc, in its directory.
@@ -65,7 +66,7 @@ class CacheConfig(BaseModel):
     ticket_key: str = Field(default="", pattern="^([0-9a-f]{2})*$")
     ring: Path | None = None
     nodes: tuple[str, ...] = ()
-    heartbeat_interval: float = Field(default=1.5, gt=0)
+    heartbeat_interval: float = Field(default=HEARTBEAT_INTERVAL, gt=0)
     reconnect_grace: float = Field(default=2.0, ge=0)
     transport: Transport = "tls+tcp"
     host: str = "127.0.0.1"
