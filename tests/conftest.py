@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, settings
 from beamwire.mesh.identity.enrollment import JoinToken, enroll
 from beamwire.testing.ports import free_port
 from beamwire.testing.postgres import Postgres, find_postgres
+from beamwire.testing.processes import matching
 from beamwire.testing.slurm import Slurm, missing, throwaway_slurm
 
 START_TIMEOUT = 30.0
@@ -74,7 +75,8 @@ def nothing_left_behind() -> Iterator[None]:
     def left() -> list[str]:
         gc.collect()
         found = [f"thread {t.name}" for t in threading.enumerate() if t.ident not in threads and _is_ours(t)]
-        found += [f"process {p.pid}" for p in me.children(recursive=True) if p.pid not in children and _lives(p)]
+        new = [p for p in me.children(recursive=True) if p.pid not in children]
+        found += [f"process {p.pid}" for p in matching(lambda p: not _is_kept_ready(p), new)]
         found += [f"socket {s}" for s in _listening(me) if s not in sockets]
         return found
 
@@ -99,13 +101,6 @@ def _is_ours(thread: threading.Thread) -> bool:
     # The threads of gRPC and of event loops' executors live as long as the process.
     named_by_us = thread.name.startswith(("consumer-", "beamwire"))
     return thread.is_alive() and (named_by_us or not thread.daemon) and not thread.name.startswith("asyncio_")
-
-
-def _lives(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE and not _is_kept_ready(process)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _is_kept_ready(process: psutil.Process) -> bool:

@@ -89,8 +89,8 @@ async def call(channel: Any, method: MethodDescriptor) -> None:
     }
     request = GetMessageClass(method.input_type)()
     if method.client_streaming:
-        # Nothing is said: what is said to a call that is over already would end it in another way.
-        await channel.stream_stream(path_of(method), **codec)(iter(()), timeout=10).read()
+        # Nothing is said, not even that this was all: said to a call that is over it would end that in another way.
+        await channel.stream_stream(path_of(method), **codec)(timeout=10).read()
     elif method.server_streaming:
         await channel.unary_stream(path_of(method), **codec)(request, timeout=10).read()
     else:

@@ -31,6 +31,7 @@ from beamwire.mesh.identity.membership import MembershipThread
 from beamwire.mesh.identity.renewal import LOCK_FILE, NOT_YET, RENEWED, half_life, is_due, renew_in_background
 from beamwire.services.streamer import run as streamer
 from beamwire.testing.facility import Facility
+from beamwire.testing.processes import matching
 from beamwire.testing.registry import Registry
 
 # What is left of an hour: past its half, and far from its end.
@@ -89,7 +90,7 @@ async def test_commands_do_not_pile_up_renewals_of_a_service_that_is_away(regist
     (member.directory / "member.json").write_text(json.dumps(document))
 
     def renewals() -> list[psutil.Process]:
-        return [one for one in psutil.process_iter() if str(member.directory) in _command_of(one)[-1:]]
+        return matching(lambda process: process.cmdline()[-1:] == [str(member.directory)])
 
     def waits() -> bool:
         with (member.directory / LOCK_FILE).open() as file:
@@ -111,13 +112,6 @@ async def test_commands_do_not_pile_up_renewals_of_a_service_that_is_away(regist
         for one in renewals():
             one.kill()
         silent.close()
-
-
-def _command_of(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
 
 
 async def test_cert_show_and_renew(registry: Registry, tmp_path: Path) -> None:

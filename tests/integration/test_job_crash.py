@@ -150,7 +150,7 @@ def test_a_service_that_is_killed_at_a_transition_loses_nothing(
         attempt(lambda: client.jobs.create(spec, job_id=name))
         if way == "CANCELED":
             attempt(lambda: client.jobs.start(name))
-            wait_until(child.exists, what="the start of the job")
+            wait_until(lambda: child.exists() and child.read_text().endswith("\n"), what="the start of the job")
             attempt(lambda: client.jobs.cancel(name))
         else:
             # Where it is killed while held, it is let go by the next life.

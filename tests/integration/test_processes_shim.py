@@ -19,6 +19,7 @@ from beamwire.mesh import processes, shim
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.processes import Exit, Process, launch
 from beamwire.testing.disks import disks_missing, small_disk
+from beamwire.testing.processes import matching
 
 ENV = {"PATH": os.environ["PATH"]}
 
@@ -26,11 +27,10 @@ ENV = {"PATH": os.environ["PATH"]}
 @pytest.fixture(autouse=True)
 def nothing_left(tmp_path: Path) -> Iterator[None]:
     yield
-    left = [p for p in psutil.process_iter(["cwd", "status"]) if (p.info["cwd"] or "").startswith(str(tmp_path))]
-    running = [p for p in left if p.info["status"] != psutil.STATUS_ZOMBIE]
-    for process in running:
+    left = matching(lambda process: process.cwd().startswith(str(tmp_path)))
+    for process in left:
         process.kill()
-    assert not running
+    assert not left
     assert not [pid for pid, popen in processes._spawned.items() if popen.poll() is None]
 
 
@@ -92,8 +92,7 @@ async def test_no_stdin_is_an_empty_one(tmp_path: Path) -> None:
 
 async def test_nothing_of_the_environment_is_in_an_argv_or_readable_by_others(tmp_path: Path) -> None:
     process = await launch(["sleep", "60"], directory=tmp_path / "p", env={**ENV, "SECRET": "canary-5150"}, stdin=b"x")
-    lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
-    assert not [line for line in lines if "canary-5150" in line]
+    assert not matching(lambda process: "canary-5150" in " ".join(process.cmdline()))
     assert (tmp_path / "p").stat().st_mode & 0o077 == 0
     assert not [path for path in (tmp_path / "p").iterdir() if path.stat().st_mode & 0o077]
     assert await process.terminate() == Exit(143, signal.SIGTERM)

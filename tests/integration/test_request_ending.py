@@ -16,6 +16,7 @@ from beamwire.services.request.clients import JobClient
 from beamwire.services.request.model import TransferRecord
 from beamwire.testing.facility import Facility
 from beamwire.testing.ports import free_port
+from beamwire.testing.processes import matching
 from tests.conftest import wait_until
 from tests.integration import jobplay
 from tests.integration.requestplay import IN_A_QUEUE, World, came_about
@@ -37,7 +38,7 @@ def late(record: TransferRecord) -> list[str]:
 
 
 def sleeping() -> list[psutil.Process]:
-    return [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "86431"]]
+    return matching(lambda process: process.cmdline() == ["sleep", "86431"])
 
 
 class SleepingStreamers(JobClient):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from beamwire.buffer.v1 import buffer_service_pb2_grpc as buffer_pb_grpc
 from beamwire.job.v1 import job_service_pb2 as pb
 from beamwire.job.v1 import job_service_pb2_grpc as pb_grpc
 from beamwire.mesh.errors import BeamwireError, Reason
@@ -17,6 +18,7 @@ from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.rpc.limits import CallLimits
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.testing.facility import Facility
+from beamwire.testing.ports import free_port
 
 PIECE = bytes(256 * 1024)
 BEGIN = pb.UploadFileRequest(start=pb.UploadFileRequest.Start(name="jobs/j", path="in/a.h5", sha256="0" * 64))
@@ -152,6 +154,31 @@ async def test_a_stream_that_is_given_up_ends_at_the_server(served: Served) -> N
     await asyncio.wait_for(served.uploads.ended.wait(), 5)
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_stream_that_fails_at_the_callers_fails_the_call(served: Served) -> None:
+    async def requests() -> AsyncIterator[pb.UploadFileRequest]:
+        yield BEGIN
+        raise FileNotFoundError("a.h5")
+
+    async with connect(served.address, served.facility.member("user/alice")) as channel:
+        with pytest.raises(FileNotFoundError, match="a.h5"):
+            await pb_grpc.JobServiceStub(channel).UploadFile(requests())
+        with pytest.raises(ZeroDivisionError):
+            await pb_grpc.JobServiceStub(channel).UploadFile(BEGIN for n in (1, 0) if 1 / n)
+    await asyncio.wait_for(served.uploads.ended.wait(), 5)
+
+
+async def test_a_connection_that_fails_when_the_stream_ends_cancels_nobody(tmp_path: Path) -> None:
+    # grpcio cancels every call of this kind: its stream ends before the connection has failed.
+    nobody = f"127.0.0.1:{free_port()}"
+    async with connect(nobody, Facility(tmp_path).member("user/alice")) as channel:
+        with pytest.raises(BeamwireError) as caught:
+            await pb_grpc.JobServiceStub(channel).UploadFile(iter(()))
+        assert caught.value.reason is Reason.SERVICE_UNAVAILABLE
+        with pytest.raises(BeamwireError) as caught:
+            await anext(aiter(buffer_pb_grpc.BufferServiceStub(channel).Consume(iter(()))))
+        assert caught.value.reason is Reason.SERVICE_UNAVAILABLE
 
 
 async def test_streams_have_places_too(served: Served) -> None:

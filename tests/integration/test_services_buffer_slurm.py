@@ -27,6 +27,7 @@ from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
+from beamwire.testing.processes import matching
 from beamwire.testing.slurm import Slurm
 from tests.conftest import LiveFacility, make_live_facility, wait_until
 from tests.integration.test_services_buffer import Member, Stub, seen
@@ -89,17 +90,13 @@ async def ready(buffers: Stub, **spec) -> pb.Buffer:
 
 def cache_processes(name: str) -> list[psutil.Process]:
     """The cache processes that run below Slurm for a buffer."""
-    return [process for process in psutil.process_iter() if _is_cache_of(process, name.removeprefix("buffers/"))]
+    buffer_id = name.removeprefix("buffers/")
 
-
-def _is_cache_of(process: psutil.Process, buffer_id: str) -> bool:
-    try:
-        config = Path(process.cwd()) / "cache.json"
+    def is_cache(process: psutil.Process) -> bool:
         ours = "beamwire.services.buffer.cache" in process.cmdline()
-        return ours and f'"{buffer_id}"' in config.read_text()
-    except (psutil.Error, OSError):
-        # It ended meanwhile.
-        return False
+        return ours and f'"{buffer_id}"' in (Path(process.cwd()) / "cache.json").read_text()
+
+    return matching(is_cache)
 
 
 def rings_of(name: str) -> list[Path]:

@@ -155,16 +155,17 @@ async def test_a_secret_is_nowhere_where_others_can_read_it(
     await run.cancel()
 
 
+# Each line is written at once: print writes word by word where output is unbuffered, and other ranks write between.
 ESCAPEE = """
 import os, signal, sys, time
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        print("escaped", os.getpid(), flush=True)
+        os.write(1, b"escaped %d\\n" % os.getpid())
         time.sleep(600)
     os._exit(0)
-print("leader", os.getpid(), flush=True)
+os.write(1, b"leader %d\\n" % os.getpid())
 """
 
 

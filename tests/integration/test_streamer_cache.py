@@ -27,6 +27,7 @@ from beamwire.services.streamer.parallel import Alone
 from beamwire.services.streamer.run import run
 from beamwire.testing import events, xtc2
 from beamwire.testing.facility import Facility
+from beamwire.testing.processes import matching
 from tests.integration.conftest import CacheProcess, StartCache
 
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
@@ -268,11 +269,8 @@ def _kill_one_rank(launcher: int) -> None:
     """kill -9 of one rank below mpiexec."""
     import psutil
 
-    ranks = [
-        process
-        for process in psutil.Process(launcher).children(recursive=True)
-        if "beamwire.services.streamer" in process.cmdline()
-    ]
+    below = psutil.Process(launcher).children(recursive=True)
+    ranks = matching(lambda process: "beamwire.services.streamer" in process.cmdline(), below)
     assert len(ranks) >= 2
     ranks[-1].kill()
 

@@ -22,6 +22,7 @@ from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.producer import Producer
 from beamwire.stream.v1.frame_pb2 import StreamHeader
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_PRODUCE
+from beamwire.testing.processes import matching
 from tests.conftest import BIN, LiveFacility, wait_until
 
 
@@ -211,11 +212,13 @@ def test_a_cache_that_is_killed_comes_back_behind_the_tunnel(own_facility: LiveF
 
 
 def kill_cache(facility: LiveFacility) -> None:
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
-        if "beamwire.services.buffer.cache" in command and str(facility.directory) in command[-1]:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(signal.SIGKILL)
+    def is_cache(process: psutil.Process) -> bool:
+        command = process.cmdline()
+        return "beamwire.services.buffer.cache" in command and str(facility.directory) in command[-1]
+
+    for process in matching(is_cache):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def test_a_service_that_is_away_for_a_while_is_waited_for(own_facility: LiveFacility) -> None:

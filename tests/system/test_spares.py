@@ -10,6 +10,7 @@ import psutil
 
 from beamwire.client import connect
 from beamwire.mesh.processes import Process
+from beamwire.testing.processes import matching
 from tests.conftest import LiveFacility, wait_until
 
 WARM = "beamwire.mesh.warm"
@@ -27,18 +28,15 @@ def request(events: int, rate: float | None = None) -> dict:
 def kept_ready(facility: LiveFacility) -> list[psutil.Process]:
     """The interpreters that wait: each a child of the facility, or below a shim that is one."""
     (serving,) = facility.processes
-    return [each for each in psutil.Process(serving.pid).children(recursive=True) if waits(each)]
+    return matching(waits, psutil.Process(serving.pid).children(recursive=True))
 
 
 def waits(process: psutil.Process) -> bool:
     """Whether it is an interpreter that has imported all it should, and reads its standard input."""
-    try:
-        if process.cmdline()[1:4] != ["-P", "-m", WARM]:
-            return False
-        # The number of a system call and its arguments, the first of which is a descriptor here.
-        return Path(f"/proc/{process.pid}/syscall").read_text().split()[1] == "0x0"
-    except (psutil.NoSuchProcess, psutil.ZombieProcess, OSError, IndexError):
+    if process.cmdline()[1:4] != ["-P", "-m", WARM]:
         return False
+    # The number of a system call and its arguments, the first of which is a descriptor here; or that it runs.
+    return Path(f"/proc/{process.pid}/syscall").read_text().split()[1:2] == ["0x0"]
 
 
 def run_by(facility: LiveFacility, pattern: str) -> list[list[str]]:

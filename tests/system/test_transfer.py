@@ -24,6 +24,7 @@ from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.telemetry import read_spans
 from beamwire.testing import xtc2
 from beamwire.testing.ports import free_port
+from beamwire.testing.processes import matching
 from tests.conftest import BIN, LiveFacility, wait_until
 
 needs_psana = pytest.mark.skipif(bool(xtc2.psana_missing()), reason=xtc2.psana_missing() or "psana is here")
@@ -179,7 +180,7 @@ def test_a_producer_that_dies_fails_the_transfer_with_its_last_words(own_facilit
                 if number == 3:
                     directory = own_facility.directory / "state" / stream.transfer.job / "steps" / "1"
                     job = psutil.Process(Process.attach(directory).pid)
-                    ranks = [p for p in job.children(recursive=True) if "mpi4py" in " ".join(p.cmdline())]
+                    ranks = matching(lambda p: "mpi4py" in " ".join(p.cmdline()), job.children(recursive=True))
                     assert len(ranks) == 2
                     ranks[0].send_signal(signal.SIGKILL)
         assert failed.value.reason is Reason.PRODUCER_FAILED

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable
 from typing import Any, Final, Self
 from weakref import WeakSet
 
@@ -70,7 +71,8 @@ def connect(
 
     Failed calls raise BeamwireError. Unary calls end after 15 s unless the call says otherwise; streams have no
     deadline, and end within 8 s of the connection's death. Calls made after a renewal of the credentials use the new
-    certificate. With a delegation `token` every call is made with the rights that it hands over.
+    certificate. With a delegation `token` every call is made with the rights that it hands over. What a stream of
+    requests raises, its call raises.
     """
     options: list[tuple[str, Any]] = [
         ("grpc.service_config", json.dumps(service_config())),
@@ -128,7 +130,11 @@ class _RenewingChannel(grpc.aio.Channel):
                 kwargs["timeout"] = deadline
             kwargs["metadata"] = (*(kwargs.get("metadata") or ()), *self._metadata, *telemetry.inject().items())
             channel = self._current()
-            return _Call(getattr(channel, arity)(*description, **registered)(*args, **kwargs), channel, self._explain)
+            method = getattr(channel, arity)(*description, **registered)
+            if not (arity.startswith("stream_") and args):
+                return _Call(method(*args, **kwargs), channel, self._explain)
+            requests = _Requests(*args)
+            return _Call(method(requests, **kwargs), channel, self._explain, requests)
 
         return call
 
@@ -197,16 +203,39 @@ def _perhaps_superseded(failure: BeamwireError, own: SpiffeId) -> BeamwireError:
     return BeamwireError(failure.reason, story, metadata=failure.metadata, retry_after=failure.retry_after)
 
 
+class _Requests:
+    """The stream of requests of a call, which keeps what it failed with."""
+
+    def __init__(self, given: AsyncIterable[Any] | Iterable[Any]) -> None:
+        self._given = given
+        self.failure: Exception | None = None
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        try:
+            if isinstance(self._given, AsyncIterable):
+                async for request in self._given:
+                    yield request
+            else:
+                for request in self._given:
+                    yield request
+        except Exception as error:
+            self.failure = error
+            raise
+
+
 class _Call:
     """A call of grpcio whose failure is a BeamwireError. It keeps its channel alive.
 
     Interceptors of grpcio could do this too; they make a task for each call and cost three times as much.
     """
 
-    def __init__(self, call: Any, channel: grpc.aio.Channel, explain: _Explain) -> None:
+    def __init__(
+        self, call: Any, channel: grpc.aio.Channel, explain: _Explain, requests: _Requests | None = None
+    ) -> None:
         self._call = call
         self._channel = channel
         self._explain = explain
+        self._requests = requests
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._call, name)
@@ -216,6 +245,9 @@ class _Call:
             return (yield from self._call.__await__())
         except grpc.aio.AioRpcError as error:
             raise self._explain(error, self._channel) from error
+        except asyncio.CancelledError:
+            self._check_cancelled()
+            raise
 
     async def __aiter__(self) -> AsyncIterator[Any]:
         try:
@@ -223,5 +255,20 @@ class _Call:
                 yield answer
         except grpc.aio.AioRpcError as error:
             raise self._explain(error, self._channel) from error
+        except asyncio.CancelledError:
+            self._check_cancelled()
+            raise
         finally:
             self._call.cancel()
+
+    def _check_cancelled(self) -> None:
+        """Raise why grpcio has cancelled the call, if it was not the caller.
+
+        It does so if a stream of requests fails, or the connection in the instant in which such a stream ends.
+        """
+        task = asyncio.current_task()
+        if self._requests is None or (task is not None and task.cancelling()):
+            return
+        if self._requests.failure is not None:
+            raise self._requests.failure
+        raise BeamwireError(Reason.SERVICE_UNAVAILABLE, "the connection ended while the call was made; call again")
