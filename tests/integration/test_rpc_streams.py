@@ -162,7 +162,7 @@ async def test_a_stream_that_fails_at_the_callers_fails_the_call(served: Served)
         raise FileNotFoundError("a.h5")
 
     async with connect(served.address, served.facility.member("user/alice")) as channel:
-        with pytest.raises(FileNotFoundError, match="a.h5"):
+        with pytest.raises(FileNotFoundError, match=r"a\.h5"):
             await pb_grpc.JobServiceStub(channel).UploadFile(requests())
         with pytest.raises(ZeroDivisionError):
             await pb_grpc.JobServiceStub(channel).UploadFile(BEGIN for n in (1, 0) if 1 / n)
