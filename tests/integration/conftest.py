@@ -19,6 +19,7 @@ from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.services.buffer.control import CacheControl, CacheStatus
 from beamwire.testing.facility import Facility
+from beamwire.testing.ports import free_port
 
 EXIT_TIMEOUT = 20.0
 
@@ -105,6 +106,8 @@ def start_cache(tmp_path: Path, facility: Facility) -> Iterator[StartCache]:
             "consumers": [str(user.identity)],
             "credentials": str(credentials.directory) if credentials else None,
             "delivery": "PUSH",
+            # It is restarted there, and nobody is given it meanwhile.
+            "port": free_port(),
             "ring": str(directory / "ring"),
             **options,
         }

@@ -119,7 +119,9 @@ class Cache:
         known = {c.consumer for c in before.counters.consumers}
 
         def news(status: CacheStatus) -> bool:
-            return status.counters.refused_peer_count > count or {c.consumer for c in status.counters.consumers} > known
+            # One of before may leave meanwhile.
+            come = {c.consumer for c in status.counters.consumers} - known
+            return status.counters.refused_peer_count > count or bool(come)
 
         counters = (await self.wait(news)).counters
         came = [c.identity for c in counters.consumers if c.consumer not in known]

@@ -23,6 +23,7 @@ from beamwire.mesh.patterns import Patterns
 from beamwire.mesh.policy import Policy, Rule
 from beamwire.mesh.rpc.access import Gate
 from beamwire.mesh.rpc.channel import connect
+from beamwire.mesh.rpc.patience import patiently
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
@@ -165,7 +166,8 @@ async def upload(
         for begin in range(0, len(data), piece):
             yield pb.UploadFileRequest(data=data[begin : begin + piece])
 
-    return (await stub.UploadFile(requests())).file
+    # grpcio may lose an answer that comes while a request is being sent: it is asked for again, as clients do.
+    return (await patiently(lambda: stub.UploadFile(requests()), 5)).file
 
 
 async def download(stub: Stub, name: str, path: str, offset: int = 0) -> tuple[bytes, pb.JobFile]:

@@ -25,6 +25,7 @@ from beamwire.services.buffer.control import CacheControl, CacheStatus
 from beamwire.stream.v1.frame_pb2 import StreamHeader
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME, LINK_ROLE_PRODUCE, LinkRole, Start, TicketClaims
 from beamwire.testing.facility import Facility
+from tests.conftest import wait_until
 from tests.integration.conftest import CacheProcess, StartCache
 
 ONE_MEGABYTE = 1 << 20
@@ -123,6 +124,8 @@ def test_a_cache_whose_ring_is_lost_says_what_is_gone(start_cache: StartCache) -
     with Producer(cache.connect, None, HEADER) as producer:
         produce(producer, range(100))
         cache.wait(lambda status: status.counters.received_event_count == 100)
+        # What is not acknowledged is sent again, to the new ring too.
+        wait_until(lambda: not producer._sender._outbox._sent, TIMEOUT, "the acknowledgement")
         cache.kill()
         (cache.directory / "ring").unlink()
         cache.restart()
@@ -304,7 +307,7 @@ def test_tickets_are_renewed_without_a_loss(start_cache: StartCache) -> None:
 
     def renewed() -> Ticket:
         made.append(time.monotonic())
-        return ticket(cache, key, LINK_ROLE_CONSUME, 4.5)()
+        return ticket(cache, key, LINK_ROLE_CONSUME, 7.5)()
 
     with (
         Producer(cache.connect, cache.user, HEADER, tickets=ticket(cache, key, LINK_ROLE_PRODUCE)) as producer,

@@ -303,7 +303,7 @@ def test_an_idle_stream_outlives_the_certificates_it_began_with(start_cache: Sta
 
 async def test_a_cache_renews_by_a_short_process(start_cache: StartCache, facility: Facility, tmp_path: Path) -> None:
     async with Registry(facility, timedelta(hours=1)) as registry:
-        credentials = facility.member("cache/b0", lifetime=timedelta(seconds=12))
+        credentials = facility.member("cache/b0", lifetime=timedelta(seconds=20))
         member = {"trust_domain": "facility.test", "address": registry.address, "enroll_address": registry.address}
         (credentials.directory / "member.json").write_text(json.dumps(member))
         first = serial_of(credentials)
@@ -312,7 +312,7 @@ async def test_a_cache_renews_by_a_short_process(start_cache: StartCache, facili
             cache = start_cache(delivery="ACKED", credentials=str(credentials.directory))
             with Producer(cache.connect, cache.user, StreamHeader()) as producer:
                 send(producer, 1)
-                deadline = time.monotonic() + 15
+                deadline = time.monotonic() + 25
                 while serial_of(credentials) == first and time.monotonic() < deadline:
                     time.sleep(0.05)
                 send(producer, 2)

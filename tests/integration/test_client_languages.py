@@ -23,6 +23,7 @@ from beamwire.mesh.rpc.server import Server, Service
 from beamwire.request.v1 import request_service_pb2 as pb
 from beamwire.request.v1 import request_service_pb2_grpc
 from beamwire.testing.facility import Facility
+from beamwire.testing.ports import free_port
 
 NAME: Final = "transfers/t1"
 State: Final = pb.Transfer.State
@@ -255,7 +256,7 @@ async def test_an_expired_certificate_is_said_so_before_any_call(program: list[s
     assert b"enrol again" in stderr
 
 
-async def test_nobody_answering_is_said_so(program: list[str], facility: Facility, unused_tcp_port: int) -> None:
-    status, lines = await finish(await start(program, f"127.0.0.1:{unused_tcp_port}", facility.member("user/alice")))
+async def test_nobody_answering_is_said_so(program: list[str], facility: Facility) -> None:
+    status, lines = await finish(await start(program, f"127.0.0.1:{free_port()}", facility.member("user/alice")))
     assert status == 1
     assert lines[-1]["error"]["reason"] == "UNAVAILABLE"

@@ -536,7 +536,7 @@ async def test_a_buffer_that_is_deleted_ends_the_call(world: World) -> None:
 async def test_a_call_does_not_outlive_the_certificate(world: World) -> None:
     world.caches.scripts.append(forever)
     await world.buffer(await world.caches.listen())
-    caller = Caller(world.stub(world.facility.member("user/alice", lifetime=timedelta(seconds=3))))
+    caller = Caller(world.stub(world.facility.member("user/alice", lifetime=timedelta(seconds=6))))
     await caller.signal()
     error = await caller.end()
     assert error is not None

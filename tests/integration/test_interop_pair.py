@@ -221,7 +221,8 @@ def test_what_a_pair_socket_did_not_acknowledge_goes_to_another(start_cache):
                 break
     with Consumer(cache.connect, cache.user) as stream:
         rest = [int(frame.event_ids[0]) for frame in stream]
-    assert rest[-1] == FRAMES
+    # What the peer had taken and not acknowledged may come after all the rest.
+    assert FRAMES in rest
     assert set(seen) | set(rest) == set(range(1, FRAMES + 1))
     assert 5 in rest
     status = cache.ended()

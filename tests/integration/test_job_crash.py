@@ -160,6 +160,7 @@ def test_a_service_that_is_killed_at_a_transition_loses_nothing(
         assert served.wait(30) == -signal.SIGKILL, "the fault did not come about"
         began = time.monotonic()
         facility.start()
+        wait_until(lambda: accepts(client), what="the service")
         attempt(lambda: client.jobs.create(spec, job_id=name))
         attempt(lambda: client.jobs.start(name))
         job = ended(client, name)

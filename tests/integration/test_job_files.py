@@ -12,6 +12,7 @@ import pytest
 
 from beamwire.job.v1 import job_service_pb2 as pb
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.rpc.patience import patiently
 from beamwire.services.job.domain import JobLimits
 from beamwire.services.job.files import JobFiles, Upload, check_path
 from beamwire.services.job.shares import Share, Shares
@@ -270,7 +271,7 @@ async def test_an_upload_begins_with_its_start(served: Served):
             for request in requests:
                 yield request
 
-        return await jobs.UploadFile(each())
+        return await patiently(lambda: jobs.UploadFile(each()), 5)
 
     for requests in ((), (pb.UploadFileRequest(data=b"x"),), (start, start)):
         assert (await refusal(send(*requests))).reason is Reason.INVALID_FIELD

@@ -92,6 +92,8 @@ class ScriptedBackend:
     def __init__(self) -> None:
         self.runs: dict[int, ScriptedRun] = {}
         self.submissions: list[int] = []
+        # The steps whose run the present service has been given: it follows those, whether the backend is away or not.
+        self.given: set[int] = set()
         self.away = False
 
     def check(self, spec: JobSpec) -> None:
@@ -100,10 +102,13 @@ class ScriptedBackend:
     async def submit(self, step: Step) -> Run:
         self._reach()
         self.submissions.append(step.number)
+        self.given.add(step.number)
         return self.runs.setdefault(step.number, ScriptedRun())
 
     async def find(self, step: Step) -> Run | None:
         self._reach()
+        if step.number in self.runs:
+            self.given.add(step.number)
         return self.runs.get(step.number)
 
     def _reach(self) -> None:
@@ -161,19 +166,19 @@ class JobMachine(RuleBasedStateMachine):
         record = await self.store.get(NAME)
         if record is None or record.ended:
             return True
-        run = self.backend.runs.get(record.step.number)
         if record.state == JobState.HELD:
             return not (record.released or record.cancel_requested)
         # A new step is queued before its backend is asked, be that away or not.
         if record.state == JobState.NEW:
             return False
-        if record.cancel_requested or run is None:
-            return self.backend.away and run is None
+        if record.step.number not in self.backend.given:
+            return self.backend.away
         waits = (Queued,) if record.state == JobState.QUEUED else (Queued, Active)
-        return isinstance(run.now, waits) or (self.backend.away and record.state == JobState.QUEUED)
+        return not record.cancel_requested and isinstance(self.backend.runs[record.step.number].now, waits)
 
     async def _open(self) -> None:
         self.closed = False
+        self.backend.given.clear()
         self.database = await Database.open(Path(self.directory.name) / "job.sqlite")
         self.store: Store[JobRecord] = Store(self.database, JobRecord)
         self.runner = TaskRunner()

@@ -350,6 +350,8 @@ async def told_of(jobs, name: str, problem: str) -> None:
 async def test_a_deleted_job_is_told_of_no_more(served: Served, receiver: Receiver):
     jobs = await served.as_("user/alice")
     job = await create(jobs, shell("true", hold=True, callback=callback(receiver)))
+    # An attempt that has begun goes on.
+    await told_of(jobs, job.name, "ConnectError")
     await jobs.DeleteJob(pb.DeleteJobRequest(name=job.name))
     async with receiver.listening():
         other = await create(jobs, shell("true", callback=callback(receiver)))

@@ -296,7 +296,7 @@ async def test_a_live_stream_ends_with_its_certificate(registry: Registry) -> No
 
 
 async def test_a_live_stream_whose_certificate_was_renewed_may_be_taken_up_again(registry: Registry) -> None:
-    member = registry.facility.member("user/alice", lifetime=timedelta(seconds=2))
+    member = registry.facility.member("user/alice", lifetime=timedelta(seconds=4))
     ended: list[tuple[float, BeamwireError]] = []
     task = asyncio.create_task(watching(registry, member, ended))
     await until(lambda: registry.watches == 1)

@@ -24,6 +24,7 @@ from beamwire.mesh.identity.ids import utcnow
 from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.testing.facility import Facility
+from beamwire.testing.ports import free_port
 
 REQUEST = pb.GetTrustBundleRequest(name="trustBundles/facility.test")
 
@@ -64,7 +65,7 @@ class Served:
         self.facility = facility
         self.servicer = Servicer()
         self.credentials = facility.member("service/certificate")
-        self.server = self.make("127.0.0.1:0")
+        self.server = self.make(f"127.0.0.1:{free_port()}")
         self.address = ""
 
     def make(self, address: str) -> Server:

@@ -106,7 +106,7 @@ def plain(address: str, member: Credentials) -> grpc.aio.Channel:
 
 @pytest.mark.parametrize("kind", overload.KINDS)
 def test_three_times_what_can_be_answered(kind: str, tmp_path: Path, record_property: Any) -> None:
-    turns = overload.measure(Facility(tmp_path), *overload.KINDS[kind], 3)
+    turns = overload.measure(Facility(tmp_path), *overload.KINDS[kind], 5)
     answered = statistics.median(seconds for turn in turns for seconds in turn.outcome.answered)
     refused = statistics.median(seconds for turn in turns for seconds in turn.outcome.refused)
     rate = statistics.median(turn.answered for turn in turns)

@@ -24,6 +24,7 @@ from beamwire.mesh.rpc.channel import connect
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_PRODUCE
 from beamwire.testing.facility import Facility
+from beamwire.testing.ports import free_port
 
 RATE, SECONDS = 200, 5.0
 # Within which every call must have been answered, whatever else this host does.
@@ -83,7 +84,7 @@ class Replicas:
         self.states: list[str] = []
         self.changed = asyncio.Condition()
         self.jobs = [Jobs(name, self.states, self.changed) for name in "ab"]
-        self.servers = [self._make(jobs, "127.0.0.1:0") for jobs in self.jobs]
+        self.servers = [self._make(jobs, f"127.0.0.1:{free_port()}") for jobs in self.jobs]
         self.ports: list[int] = []
 
     def _make(self, jobs: Jobs, address: str) -> Server:

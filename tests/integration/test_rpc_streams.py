@@ -188,7 +188,8 @@ async def test_streams_have_places_too(served: Served) -> None:
             await served.uploads.stuck.acquire()
     # More than a window of flow control would be refused in the middle of a write.
     error = await refusal(served, "in/a.h5", pieces=0, timeout=0.2)
-    assert error.reason in (Reason.OVERLOADED, Reason.TIMED_OUT)
+    # As above: the word of the deadline may be lost.
+    assert error.reason in (Reason.OVERLOADED, Reason.TIMED_OUT, Reason.SERVICE_UNAVAILABLE)
     # Half of the places are for others.
     assert (await served.upload(member="user/bob")).size_bytes
     for task in tasks:

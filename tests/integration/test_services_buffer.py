@@ -261,7 +261,7 @@ async def test_a_user_cannot_create_for_somebody_else(buffers):
 
 
 async def test_a_lease_that_ends_ends_the_buffer(buffers):
-    buffer = await ready(buffers, lease=timedelta(seconds=8))
+    buffer = await ready(buffers, lease=timedelta(seconds=16))
     ended = await until(buffers, buffer.name, pb.Buffer.STATE_ENDED)
     assert ended.end_cause == account_pb2.END_CAUSE_EXPIRED
 

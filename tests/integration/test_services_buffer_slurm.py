@@ -110,6 +110,7 @@ async def nothing_left(slurm: Slurm, buffer: pb.Buffer) -> None:
 
 
 async def test_a_cache_on_a_node_serves_a_stream_and_leaves_nothing(facility, slurm, buffers, alice):
+    await asyncio.to_thread(wait_until, lambda: not slurm.jobs(), what="the end of others' jobs")
     buffer = await ready(buffers)
     assert len(slurm.jobs()) == 1
     (job,) = buffer.jobs

@@ -33,6 +33,7 @@ from beamwire.mesh.processes import Process
 from beamwire.mesh.rpc.channel import connect
 from beamwire.request.v1 import request_service_pb2 as pb
 from beamwire.request.v1.request_service_pb2_grpc import RequestServiceStub
+from beamwire.services.config import Layout
 from beamwire.testing.facility import Facility
 from tests.conftest import LiveFacility, make_live_facility, wait_until
 
@@ -319,8 +320,7 @@ async def test_who_matches_no_rule_or_one_that_refuses_is_not_let_in(calls):
 
 def running(live: LiveFacility) -> bool:
     """Whether a job or a cache of the facility runs."""
-    state = live.directory / "state"
-    found = (Process.attach(each) for each in (*state.glob("jobs/*/steps/*"), *state.glob("buffers/*/shard-*")))
+    found = (Process.attach(each) for each in Layout(live.directory).process_directories())
     return any(process is not None and process.alive() for process in found)
 
 

@@ -26,7 +26,7 @@ def lasting_slurm() -> Iterator[Slurm]:
     """A Slurm that keeps ended jobs as long as most sites have it: it dates a node's failure back."""
     if why := missing():
         pytest.skip(why)
-    with throwaway_slurm(slurmd_timeout=5) as running:
+    with throwaway_slurm(slurmd_timeout=10) as running:
         yield running
 
 

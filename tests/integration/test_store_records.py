@@ -274,14 +274,14 @@ async def test_publishes_are_coalesced_to_ten_a_second(store: Store[Thing]) -> N
     loop = asyncio.get_running_loop()
     began = loop.time()
     count = 0
-    while loop.time() < began + 0.55:
+    while loop.time() < began + 1.55:
         count += 1
         store.publish(record.model_copy(update={"count": count}))
-        # Time itself is what is measured here: how many come through in half a second.
+        # Time itself is what is measured here: how many come through in a second and a half.
         await asyncio.sleep(0.002)
     last = await store.update(record.model_copy(update={"state": "DONE", "count": count + 1}))
     seen = await watching
-    assert 4 <= len(seen) <= 8
+    assert 4 <= len(seen) <= 18
     assert seen[-1] == last
     assert [version.count for version in seen] == sorted({version.count for version in seen})
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from beamwire.mesh.stream import feed
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.stream.producer import Producer
 from beamwire.stream.v1.frame_pb2 import StreamEnd, StreamHeader
@@ -71,7 +72,9 @@ def test_two_producers_and_two_consumers_share_each_event_once(start_cache, tran
     assert status.counters.delivered_event_count == 2 * 4 * batches
 
 
-def test_what_a_consumer_leaves_goes_to_the_next(start_cache):
+def test_what_a_consumer_leaves_goes_to_the_next(start_cache, monkeypatch):
+    # However long it takes here to say what was done with.
+    monkeypatch.setattr(feed, "_LEAVE_TIMEOUT", WAIT)
     cache = start_cache(transport="tcp", delivery="ACKED")
     with ThreadPoolExecutor(2) as pool:
         # Frames so large that each is a delivery of its own.

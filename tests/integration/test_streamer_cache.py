@@ -249,8 +249,8 @@ def test_being_told_to_end_while_nobody_reads(make_buffer: MakeBuffer) -> None:
         buffer.cache.wait(lambda status: status.counters.held_frame_count == 8, 60)
         begin = time.monotonic()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 143
-        assert time.monotonic() - begin < 4
+        assert process.wait(30) == 143
+        assert time.monotonic() - begin < 10
 
 
 @pytest.mark.skipif(MPIEXEC is None, reason="there is no mpiexec (pip install beamwire[mpi])")

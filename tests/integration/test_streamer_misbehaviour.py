@@ -22,6 +22,7 @@ from beamwire.services.streamer import registry
 from beamwire.services.streamer.components import SourceContext
 from beamwire.services.streamer.registry import Kind
 from beamwire.testing import layouts, xtc2
+from beamwire.testing.ports import free_port
 
 STREAMER = [sys.executable, "-m", "beamwire.services.streamer"]
 MPIEXEC = shutil.which("mpiexec", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
@@ -48,9 +49,7 @@ def test_a_rank_whose_port_is_taken_ends_the_job() -> None:
     """Elsewhere such a rank dies, half of the events vanish, and the exit code is 0."""
     zmq = pytest.importorskip("zmq")
     taken = socket.create_server(("127.0.0.1", 0))
-    free = socket.create_server(("127.0.0.1", 0))
-    ports = [free.getsockname()[1], taken.getsockname()[1]]
-    free.close()
+    ports = [free_port(), taken.getsockname()[1]]
     reader = zmq.Context()
     pull = reader.socket(zmq.PULL)
     try:

@@ -106,9 +106,7 @@ def test_a_cancel_is_acted_upon_whichever_replica_it_reaches(replicated: Replica
             wait_until(lambda name=transfer.name: client.get_transfer(name).connect_string, what="the stream")
             # Calls go round: some of these reach the one that does not drive it.
             client.cancel_transfer(transfer.name)
-            ended = wait_until(
-                lambda name=transfer.name: _if_ended(client.get_transfer(name)), timeout=10, what="the end"
-            )
+            ended = wait_until(lambda name=transfer.name: _if_ended(client.get_transfer(name)), what="the end")
             assert ended.State.Name(ended.state) == "STATE_CANCELLED"
 
 

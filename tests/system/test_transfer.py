@@ -22,6 +22,7 @@ from beamwire.mesh.processes import Process
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.mesh.telemetry import read_spans
+from beamwire.services.config import Layout
 from beamwire.testing import xtc2
 from beamwire.testing.ports import free_port
 from beamwire.testing.processes import matching
@@ -56,13 +57,8 @@ def last_json(text: str) -> dict:
 
 def leftovers(live_facility: LiveFacility) -> list[int]:
     """Return the jobs and caches of a facility that still run."""
-    found = []
-    state = live_facility.directory / "state"
-    for directory in (*state.glob("jobs/*/steps/*"), *state.glob("buffers/*/shard-*")):
-        process = Process.attach(directory)
-        if process is not None and process.alive():
-            found.append(process.pid)
-    return found
+    found = (Process.attach(directory) for directory in Layout(live_facility.directory).process_directories())
+    return [process.pid for process in found if process is not None and process.alive()]
 
 
 def cache_pid(live_facility: LiveFacility, buffer: str, shard: int = 0) -> int:

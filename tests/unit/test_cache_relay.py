@@ -67,7 +67,7 @@ def test_end_waits_for_what_is_on_its_way(peers: MakePeers) -> None:
 
 
 def test_what_a_lost_consumer_had_waits_for_its_return_and_then_goes_to_others(peers: MakePeers) -> None:
-    p = peers(reconnect_grace=0.2)
+    p = peers(reconnect_grace=1.0)
     p.produce()
     sink, other = p.join(1), p.join(2)
     for sequence in (1, 2, 3):

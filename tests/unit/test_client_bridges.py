@@ -232,15 +232,16 @@ def test_waiting_for_a_hub_to_drain_goes_on_as_long_as_something_is_taken() -> N
     def work() -> None:
         item: object = first
         while item is not None:
-            hub.rest(0.15)
+            hub.rest(0.5)
             hub.served(item, 1)  # type: ignore[arg-type]
-            item = hub.take(0.5)
+            item = hub.take(2.0)
 
     thread = threading.Thread(target=work)
     thread.start()
-    assert hub.await_drained(0.4)
+    # Less than all of it takes.
+    assert hub.await_drained(2.0)
     hub.dismiss()
-    thread.join(5)
+    thread.join(20)
     assert hub.account().served == 6
 
 
@@ -335,7 +336,7 @@ def test_a_greeting_that_drips_is_not_waited_for(wire: type[ZmtpWire | NngWire],
             with suppress(OSError):
                 for byte in b"\0SP\0\0\x51\0" if wire is NngWire else greeting("PULL"):
                     peer.sendall(bytes((byte,)))
-                    if done.wait(0.2):
+                    if done.wait(1.0):
                         return
 
         dripping = threading.Thread(target=drip)
@@ -343,6 +344,6 @@ def test_a_greeting_that_drips_is_not_waited_for(wire: type[ZmtpWire | NngWire],
         begin = time.monotonic()
         with pytest.raises(TimeoutError):
             wire(ours)
-        assert time.monotonic() - begin < 1.5
+        assert time.monotonic() - begin < 5
         done.set()
         dripping.join(10)

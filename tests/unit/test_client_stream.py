@@ -409,8 +409,8 @@ def test_a_failed_producer_is_told_in_its_own_words(world: World) -> None:
 def test_a_broken_connection_is_explained_by_the_transfer(world: World) -> None:
     cache = world.cache(break_off=True)
     world.stream_from(cache)
-    threading.Timer(0.5, lambda: world.set(**failed(Reason.CACHE_FAILED, "the cache was killed"))).start()
     with pytest.raises(BeamwireError, match="the cache was killed") as caught, world.client.stream(REQUEST) as stream:
+        threading.Timer(0.5, lambda: world.set(**failed(Reason.CACHE_FAILED, "the cache was killed"))).start()
         list(stream)
     assert caught.value.reason is Reason.CACHE_FAILED
 
@@ -428,8 +428,8 @@ def test_a_broken_connection_nobody_explains_is_an_error_and_cancels(
 
 def test_a_success_that_this_consumer_did_not_see_is_an_error(world: World) -> None:
     world.stream_from(world.cache(break_off=True))
-    threading.Timer(0.5, lambda: world.set(state=Transfer.STATE_SUCCEEDED, receipt=receipt(12))).start()
     with pytest.raises(BeamwireError) as caught, world.client.stream(REQUEST) as stream:
+        threading.Timer(0.5, lambda: world.set(state=Transfer.STATE_SUCCEEDED, receipt=receipt(12))).start()
         list(stream)
     assert caught.value.reason is Reason.STREAM_TRUNCATED
 

@@ -30,10 +30,12 @@ SHA = b"s" * 32
 IDS = tuple(f"{number}" * 128 for number in range(8))
 NOW = datetime.now(UTC).replace(microsecond=0)
 HOUR = timedelta(hours=1)
+# From the import to the test that is run last.
+DAY = timedelta(days=1)
 
 
 def delegation(**changes: object) -> Delegation:
-    first = Delegation(ALICE, str(BOB), "transfers/run7", read_only=True, expire=NOW + HOUR, ids=IDS)
+    first = Delegation(ALICE, str(BOB), "transfers/run7", read_only=True, expire=NOW + DAY, ids=IDS)
     return replace(first, **changes)  # type: ignore[arg-type]
 
 
@@ -51,7 +53,7 @@ def buffer(**changes: object) -> BufferRecord:
         spec=BufferSpec(producers=("spiffe://facility.test/job/of-run7",), consumers=(ALICE,)),
         ticket_key=KEY.hex(),
         transfer="transfers/run7",
-        expire_time=NOW + HOUR,
+        expire_time=NOW + DAY,
     )
     return record.model_copy(update=changes)
 

@@ -184,7 +184,7 @@ def test_a_step_that_is_killed_has_happened_or_has_not(tmp_path: Path, done: tup
         generations.move(Phase(phase))
     directories = (str(tmp_path / "authority"), str(tmp_path / "work"))
     command = [sys.executable, "-c", textwrap.dedent(KILLER), *directories, step]
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     assert killed.returncode == 0, killed.stderr
     assert int(killed.stdout) >= 3
 

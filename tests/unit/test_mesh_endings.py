@@ -27,7 +27,7 @@ async def ended(task: asyncio.Task[None], change: Callable[[], object], steps: i
     for _ in range(steps):
         await asyncio.sleep(0)
     task.cancel()
-    _, going = await asyncio.wait([task], timeout=1)
+    _, going = await asyncio.wait([task], timeout=10)
     task.cancel()
     return not going
 

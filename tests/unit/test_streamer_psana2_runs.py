@@ -24,6 +24,7 @@ from beamwire.services.streamer.sources.psana2_data import Psana2RunInfo
 from beamwire.services.streamer.stopping import CancelledError, Stop
 from beamwire.testing import xtc2
 from beamwire.testing.xtc2 import XtcRun
+from tests.conftest import wait_until
 from tests.unit.psana2play import OpenPsana2, detector
 
 pytestmark = pytest.mark.skipif(bool(xtc2.psana_missing()), reason=xtc2.psana_missing() or "psana is there")
@@ -352,15 +353,23 @@ def test_who_waits_for_a_live_run_can_be_told_to_end(tmp_path: Path) -> None:
         "data_handlers": [{"type": "BinaryFileWritingDataHandler", "write_directory": str(tmp_path / "out")}],
     }
     stop = Stop()
-    timer = threading.Timer(2.0, stop.request)
-    timer.start()
+
+    def end() -> None:
+        try:
+            wait_until(lambda: len(list((tmp_path / "out").glob("*"))) == 5, 60, "all events")
+        finally:
+            stop.request()
+
+    ending = threading.Thread(target=end)
+    ending.start()
     pipeline = Pipeline(config.load(data), Alone(), stop, lambda: pytest.fail("no credentials are needed"))
     begin = time.monotonic()
     with pytest.raises(CancelledError):
         pipeline.run()
-    assert time.monotonic() - begin < 10
+    # Sooner than by its patience with the run.
+    assert time.monotonic() - begin < 25
     assert pipeline.account.sent == 5
-    timer.join()
+    ending.join()
 
 
 def test_who_waits_for_a_run_to_begin_can_be_told_to_end(tmp_path: Path, open_psana2: OpenPsana2) -> None:

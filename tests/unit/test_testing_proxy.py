@@ -67,13 +67,14 @@ def test_a_delay_does_not_make_a_window(pair, proxy):
     near, far = pair
     proxy.delay(0.3)
     begin = time.monotonic()
-    near.sendall(bytes(8 * 2**20))
+    near.sendall(bytes(64 * 2**20))
     first = read(far, 1)
     first_time = time.monotonic() - begin
-    read(far, 8 * 2**20 - 1)
+    read(far, 64 * 2**20 - 1)
     assert first == b"\0"
     assert first_time >= 0.3
-    assert time.monotonic() - begin < 0.3 + 1.5
+    # A window of 1 MiB would take 19 s.
+    assert time.monotonic() - begin < 10
 
 
 def test_a_cut_keeps_the_connection_and_heals(pair, proxy):
@@ -137,7 +138,7 @@ def test_a_drip_is_slow(pair, proxy):
     begin = time.monotonic()
     near.sendall(bytes(10_000))
     assert len(read(far, 10_000)) == 10_000
-    assert 0.3 < time.monotonic() - begin < 2.0
+    assert 0.3 < time.monotonic() - begin < 10
 
 
 def test_nobody_there_is_a_reset(listener, proxy):

@@ -214,7 +214,7 @@ class Corpus:
     def _wrong_times(self) -> Iterator[Case]:
         make = self._make
         yield make("expired", (Reason.CERTIFICATE_EXPIRED, "time"), begins=-3 * HOUR, ends=-HOUR, in_handshake=True)
-        yield make("not yet valid", (_INVALID, "time"), begins=HOUR, ends=2 * HOUR, in_handshake=True)
+        yield make("not yet valid", (_INVALID, "time"), begins=24 * HOUR, ends=48 * HOUR, in_handshake=True)
         ended = self.own.authority("ended issuing", begins=-3 * HOUR, ends=-HOUR)
         yield make("expired middle", (_INVALID, "chain"), signer=ended, in_handshake=True)
 

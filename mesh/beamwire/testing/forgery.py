@@ -76,7 +76,7 @@ def sign(
     names: Sequence[x509.GeneralName] | x509.UnrecognizedExtension = (),
     subject: str = "forged",
     begins: timedelta = -HOUR,
-    ends: timedelta = HOUR,
+    ends: timedelta = 24 * HOUR,
     ca: bool = False,
     path_length: int | None = None,
     uses: Sequence[x509.ObjectIdentifier] = BOTH_USES,

@@ -20,6 +20,7 @@ from beamwire.mesh.identity.trust import DomainTrust
 from beamwire.mesh.rpc.access import current_caller
 from beamwire.mesh.rpc.server import Server, Service
 from beamwire.testing.facility import LOCAL_NAMES, Facility
+from beamwire.testing.ports import free_port
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["CertificateService"]
 
@@ -39,7 +40,7 @@ class Registry:
         self.watches = 0
         self.own = DomainTrust(facility.trust_domain, facility.roots_pem, sequence=1)
         self.others: dict[str, DomainTrust] = {}
-        self.address = "127.0.0.1:0"
+        self.address = f"127.0.0.1:{free_port()}"
         self._revoked: list[Revocation] = []
         self._changed = asyncio.Event()
         self._server: Server | None = None

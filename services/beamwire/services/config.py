@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from glob import glob
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Literal, get_args
@@ -273,9 +274,9 @@ class Layout:
 
     def process_directories(self) -> Iterator[Path]:
         """Yield the directories of all processes that the services have started."""
-        yield from sorted(self.jobs.glob("*/steps/*"))
-        # A buffer may have several caches.
-        yield from sorted(self.buffers.glob("*/shard-*"))
+        # Not `Path.glob`, which fails if a directory goes while it looks. A buffer may have several caches.
+        for parent, pattern in ((self.jobs, "*/steps/*"), (self.buffers, "*/shard-*")):
+            yield from sorted(parent / found for found in glob(pattern, root_dir=parent))  # noqa: PTH207
 
 
 def load_facility(directory: Path) -> tuple[Layout, FacilitySettings]:
