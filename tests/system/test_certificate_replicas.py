@@ -38,7 +38,7 @@ OWN = f"trustBundles/{DOMAIN}"
 SOON = 1.0
 """Seconds within which a replica tells what another has done, most times on a busy machine."""
 CUT = 5.0
-"""Seconds after which a stream of who was revoked has ended, or a policy holds, on a busy machine: see test_trust.py."""
+"""Seconds after which a stream of who was revoked has ended, or a policy holds, where a machine is busy."""
 RATE = 100
 """Calls a second while a replica is killed."""
 
