@@ -114,7 +114,7 @@ processing_pipeline:
 @contextlib.contextmanager
 def served_facility(directory: Path) -> Iterator[dict[str, str]]:
     """Make and serve a facility with one user enrolled; yields the environment of that user's commands."""
-    address, enroll_address = f"127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
+    address, enroll_address = (f"127.0.0.1:{port}" for port in free_ports(2))
     say("making a facility: its authority, its four services, an operator")
     addresses = ("--address", address, "--enroll-address", enroll_address, "--trust-domain", "demo.facility")
     quietly("beamwired", "facility", "init", directory, *addresses)
@@ -184,11 +184,12 @@ def stop(serving: subprocess.Popen[bytes]) -> None:
         serving.wait()
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on."""
+    with contextlib.ExitStack() as probing:
+        # All at once: a port that is let go may be the next one that is found.
+        probes = [probing.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def command(name: str, *arguments: str | Path) -> list[str]:

@@ -107,9 +107,9 @@ class Agenda:
         if self._cache.secure:
             proxy.flip(_BYTES_PER_FLIP)
         else:
-            # Signals have no checksum of their own: without TLS nobody could tell that they are not what was sent.
+            # Signals and lengths have no checksum: without TLS nobody could tell that they are not what was sent.
             way = Way.UP if proxy is self._proxies[0] else Way.DOWN
-            proxy.flip(_BYTES_PER_FLIP_BARE, [way], most=_FLIPS_BARE)
+            proxy.flip(_BYTES_PER_FLIP_BARE, [way], most=_FLIPS_BARE, noise=True)
         before = proxy.flipped_bits
 
         def stop() -> None:

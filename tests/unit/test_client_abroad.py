@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,6 @@ from beamwire.client.cli.app import cli
 from beamwire.client.config import EnrolledFacility, choose_facility
 from beamwire.client.operators import operated_facility
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.identity.ids import utcnow
 from beamwire.mesh.identity.introduction import Introduction, fingerprint
 from beamwire.mesh.identity.trust import DomainTrust, Trust
 from beamwire.mesh.stream.connect import ConnectString
@@ -156,7 +156,7 @@ def beamwire(*arguments: str, stdin: str = "") -> Result:
 def document(tmp_path: Path) -> Path:
     facility = Facility(tmp_path / "b", "b.test")
     introduction = Introduction(
-        "b.test", "h:1", "h:2", (facility.authority.root_der,), 1, utcnow().replace(microsecond=0, year=2999)
+        "b.test", "h:1", "h:2", (facility.authority.root_der,), 1, datetime(2999, 1, 1, tzinfo=UTC)
     )
     path = tmp_path / "b.introduction"
     path.write_text(facility.authority.sign_introduction(introduction) + "\n")

@@ -132,6 +132,18 @@ def test_no_more_bits_flip_than_shall(pair, proxy):
         assert sum(map(bool, read(far, 100_000))) == proxy.flipped_bits - before == most
 
 
+def test_bits_flip_amid_noise_alone(pair, proxy):
+    near, far = pair
+    proxy.flip(10, {Way.UP}, noise=True)
+    sent = bytes(64) + bytes(range(1, 255)) * 4 + bytes(64)
+    near.sendall(sent)
+    came = read(far, len(sent))
+    flipped = [place for place in range(len(sent)) if came[place] != sent[place]]
+    assert len(flipped) == proxy.flipped_bits > 20
+    assert min(flipped) >= 64 + 7
+    assert max(flipped) < len(sent) - 64 - 7
+
+
 def test_a_drip_is_slow(pair, proxy):
     near, far = pair
     proxy.drip(20_000)

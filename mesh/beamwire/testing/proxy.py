@@ -57,6 +57,7 @@ class Proxy:
         self.forwarded = dict.fromkeys(Way, 0)
         self.flipped_bits = 0
         self.flips_end = math.inf
+        self.flips_noise = False
         self.accepted = 0
         self.weather = dict.fromkeys(Way, Weather())
         self.random = random.Random(seed)
@@ -97,9 +98,15 @@ class Proxy:
         """Forward again: also what waited, as a network does that sends again what was lost."""
         self._set(BOTH, open=True)
 
-    def flip(self, bytes_per_flip: int, ways: Collection[Way] = BOTH, *, most: float = math.inf) -> None:
-        """Flip one bit, at random, in about so many bytes, and no more than so many bits from now on; 0 for none."""
+    def flip(
+        self, bytes_per_flip: int, ways: Collection[Way] = BOTH, *, most: float = math.inf, noise: bool = False
+    ) -> None:
+        """Flip one bit, at random, in about so many bytes, and no more than so many bits from now on; 0 for none.
+
+        With `noise`, only amid bytes that look random: the lengths of messages and short signals are full of zeros.
+        """
         self.flips_end = self.flipped_bits + most
+        self.flips_noise = noise
         self._set(ways, bytes_per_flip=bytes_per_flip)
 
     def drip(self, bytes_per_second: float, ways: Collection[Way] = BOTH) -> None:
@@ -331,11 +338,19 @@ class _Stream:
             if self._proxy.flipped_bits >= self._proxy.flips_end:
                 self._until_flip = None
                 return data
+            if self._proxy.flips_noise and not _is_noise(data, place):
+                place += 1
+                continue
             data[place] ^= 1 << chance.randrange(8)
             self._proxy.flipped_bits += 1
             place += chance.randrange(1, 2 * bytes_per_flip)
         self._until_flip = place - len(data)
         return data
+
+
+def _is_noise(data: bytearray, place: int) -> bool:
+    around = data[max(place - 8, 0) : place + 9]
+    return len(around) == 17 and around.count(0) <= 1
 
 
 class _Loop:
