@@ -353,7 +353,14 @@ async def test_a_cache_that_cannot_start_its_renewal_tries_again(
 
 async def test_a_cache_that_ends_takes_its_renewal_with_it(start_cache: StartCache, facility: Facility) -> None:
     """The Certificate service takes the connection and says nothing."""
-    silent = await asyncio.start_server(lambda *_: asyncio.sleep(60), "127.0.0.1", 0)
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await reader.read()
+        finally:
+            writer.close()
+
+    silent = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
     address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
     credentials = facility.member("cache/b0", lifetime=timedelta(seconds=4))
     member = {"trust_domain": "facility.test", "address": address, "enroll_address": address}

@@ -13,7 +13,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -137,12 +137,14 @@ class TransferMachine(RuleBasedStateMachine):
             assert BUFFER in self.world.buffers.buffers, "the buffer is created before the streamer"
 
     def teardown(self) -> None:
-        if self.seen:
-            self.run(self.come_to_an_end())
-            self._runner.run(self.world.stop())
-        self._runner.close()
-        self._directory.cleanup()
-        saga.SETTLE_TIMEOUT, saga.ENDING_TIMEOUT = self._settle, self._ending
+        try:
+            if self.seen:
+                self.run(self.come_to_an_end())
+                self._runner.run(self.world.stop())
+        finally:
+            self._runner.close()
+            self._directory.cleanup()
+            saga.SETTLE_TIMEOUT, saga.ENDING_TIMEOUT = self._settle, self._ending
 
     async def come_to_an_end(self) -> None:
         """The caller gives up: whatever has happened before, nothing is left that runs."""
@@ -157,5 +159,10 @@ class TransferMachine(RuleBasedStateMachine):
 
 TestTransferMachine = TransferMachine.TestCase
 TestTransferMachine.settings = settings(
-    max_examples=60, stateful_step_count=16, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=60,
+    stateful_step_count=16,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    # A history that is wrong is told as it is: to shorten it takes longer than the test may.
+    phases=(Phase.explicit, Phase.generate),
 )

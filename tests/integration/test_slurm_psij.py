@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,10 @@ from beamwire.services.job.backends.psij import PsijBackend
 from beamwire.services.job.model import JobSpec, Placement, Resources
 from beamwire.testing.slurm import PATH, Slurm
 
+# psij-python takes SIGCHLD for itself when it is imported, which is when tests are collected.
+_before = signal.getsignal(signal.SIGCHLD)
 pytest.importorskip("psij", reason="psij-python is not installed: pip install 'beamwire[psij]'")
+signal.signal(signal.SIGCHLD, _before)
 
 pytestmark = [
     # Before a test begins to count the processes that it leaves behind.

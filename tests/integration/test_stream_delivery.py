@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -24,6 +25,8 @@ from beamwire.stream.v1.frame_pb2 import Field, StreamEnd, StreamHeader
 
 HEADER = StreamHeader(buffer="buffers/b0", producer_count=1, fields=[Field(name="image", dtype="<u2", shape=[8, 8])])
 WAIT = 60.0
+# To close is to reset.
+RESET = struct.pack("ii", 1, 0)
 
 
 def images(ids: np.ndarray) -> np.ndarray:
@@ -248,6 +251,17 @@ def test_an_end_that_does_not_get_out_in_time_is_an_error(facility):
     assert caught.value.reason is Reason.TIMED_OUT
 
 
+def test_a_cache_that_dies_when_it_has_greeted_has_failed():
+    """Whatever the producer does in that instant; the HEADER most times."""
+    for _ in range(20):
+        with silent_cache() as (connect, peers):
+            peers.add_done_callback(lambda peer: peer.result().setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET))
+            peers.add_done_callback(lambda peer: peer.result().close())
+            with pytest.raises(BeamwireError) as caught:
+                Producer(connect, None, HEADER).end()
+            assert caught.value.reason is Reason.CACHE_FAILED
+
+
 @contextmanager
 def silent_cache() -> Iterator[tuple[ConnectString, Future[socket.socket]]]:
     """One that greets as a cache does and then does not read."""
@@ -268,9 +282,11 @@ def silent_cache() -> Iterator[tuple[ConnectString, Future[socket.socket]]]:
 def interrupting(seconds: float) -> Iterator[None]:
     """Ctrl-C after this time."""
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # It is what ends a test that hangs, too.
+    left, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left)

@@ -124,10 +124,12 @@ def umask(mask: int) -> Iterator[None]:
 
 def everything_below(*directories: Path) -> Iterator[Path]:
     for directory in directories:
-        for path in directory.rglob("*"):
-            with suppress(OSError):
-                if stat.S_ISREG(path.lstat().st_mode):
-                    yield path
+        # Not `rglob`, which fails if a directory goes while it looks.
+        for parent, _, names in os.walk(directory):
+            for path in (Path(parent, name) for name in names):
+                with suppress(OSError):
+                    if stat.S_ISREG(path.lstat().st_mode):
+                        yield path
 
 
 def keys_below(*directories: Path) -> Iterator[bytes]:

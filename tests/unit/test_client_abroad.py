@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -113,6 +115,22 @@ async def test_tickets_come_from_the_facility_of_the_buffer(tmp_path: Path) -> N
             client.tickets(elsewhere, LINK_ROLE_CONSUME)
         here = ConnectString((("h", 7),), "b1", 1, facility="a.test")
         assert client.tickets(here, LINK_ROLE_CONSUME) is not None
+
+
+async def test_who_asks_for_a_ticket_while_the_client_closes_is_told_so(tmp_path: Path) -> None:
+    directory = enroll(tmp_path / "config", "a.test")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        document = {"trust_domain": "a.test", "address": address, "enroll_address": address}
+        (directory / "member.json").write_text(json.dumps(document))
+        async with AsyncClient(config_dir=tmp_path / "config") as client:
+            issue = client.tickets(ConnectString((("h", 7),), "b1", 1), LINK_ROLE_CONSUME)
+            assert issue is not None
+            asking = asyncio.create_task(asyncio.to_thread(issue))
+            taken, _ = await asyncio.to_thread(silent.accept)
+        with taken, pytest.raises(BeamwireError) as caught:
+            await asking
+        assert caught.value.reason is Reason.CANCELLED
 
 
 def make_facility(directory: Path, extra: str = "") -> Path:

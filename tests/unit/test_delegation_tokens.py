@@ -352,9 +352,9 @@ def evaluated(text: str, holder: str, name: str, *, write: bool, at: datetime) -
     """
     builder = AuthorizerBuilder(code, facts)
     # It gives up after a millisecond of the clock unless it is told otherwise.
-    limits = builder.limits()
+    limits = builder.limits()  # type: ignore[attr-defined]
     limits.max_time = timedelta(minutes=1)
-    builder.set_limits(limits)
+    builder.set_limits(limits)  # type: ignore[attr-defined]
     try:
         builder.build(Biscuit.from_base64(text, KEY.root)).authorize()
     except AuthorizationError:

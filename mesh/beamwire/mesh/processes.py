@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -128,12 +128,14 @@ class Process:
         """Ends the program: SIGTERM to its group, SIGKILL to all that is left after the grace time. Nothing escapes."""
         with self._pidfd() as fd:
             if fd is not None:
-                signal.pidfd_send_signal(fd, signal.SIGTERM)
-                try:
-                    async with asyncio.timeout(self._grace() + KILL_MARGIN):
-                        await _readable(fd)
-                except TimeoutError:
-                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+                # It may have ended, and been reaped, just now.
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(fd, signal.SIGTERM)
+                    try:
+                        async with asyncio.timeout(self._grace() + KILL_MARGIN):
+                            await _readable(fd)
+                    except TimeoutError:
+                        signal.pidfd_send_signal(fd, signal.SIGKILL)
         return await self.wait()
 
     def forget(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import CancelledError
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -239,9 +240,16 @@ class AsyncClient:
         loop = asyncio.get_running_loop()
 
         def issue() -> Ticket:
-            asked = asyncio.run_coroutine_threadsafe(self._ticket(connect, role), loop)
+            asking = self._ticket(connect, role)
+            try:
+                asked = asyncio.run_coroutine_threadsafe(asking, loop)
+            except RuntimeError:
+                asking.close()
+                raise BeamwireError(Reason.CANCELLED, "the client was closed") from None
             try:
                 return asked.result(_TICKET_SECONDS)
+            except CancelledError:
+                raise BeamwireError(Reason.CANCELLED, "the client was closed") from None
             except TimeoutError:
                 asked.cancel()
                 raise BeamwireError(Reason.TIMED_OUT, "the event loop of the client does not run") from None

@@ -57,9 +57,9 @@ class PushSender:
         self._shown = Shown(connect, credentials)
         self._look = partial(Shown, connect, credentials)
         self._dial = partial(dial, connect, host, credentials, PUSH, timeout=dial_timeout, stop=self._stop)
+        self._keeper: threading.Thread | None = None
         self._connection = self._dial()
         self.send(header, None)
-        self._keeper: threading.Thread | None = None
         if self._shown.matters:
             self._keeper = threading.Thread(target=self._keep, name="beamwire-push-renewal", daemon=True)
             self._keeper.start()
