@@ -68,10 +68,6 @@ class CacheProcess:
 
     def restart(self) -> None:
         """Start it again on what it left, at the address that its peers know."""
-        path = self.directory / "cache.json"
-        config = json.loads(path.read_text())
-        port = self.connect.hosts[0][1] if self.connect.hosts else 0
-        path.write_text(json.dumps({**config, "port": port}))
         self.process = _spawn(self.directory)
         asyncio.run(_status(self.directory))
 
@@ -106,7 +102,7 @@ def start_cache(tmp_path: Path, facility: Facility) -> Iterator[StartCache]:
             "consumers": [str(user.identity)],
             "credentials": str(credentials.directory) if credentials else None,
             "delivery": "PUSH",
-            # It is restarted there, and nobody is given it meanwhile.
+            # It is started again there, and nobody is given it meanwhile.
             "port": free_port(),
             "ring": str(directory / "ring"),
             **options,

@@ -159,7 +159,7 @@ async def test_sigterm_ignored_is_sigkill_after_the_grace_time(tmp_path: Path) -
     await until(said(tmp_path / "p", "ready"))
     began = time.monotonic()
     assert await process.terminate() == Exit(137, signal.SIGKILL)
-    assert 0.4 < time.monotonic() - began < 10
+    assert 0.4 < time.monotonic() - began < 4
 
 
 async def test_the_group_has_the_grace_time_although_its_leader_ended(tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ from tests.conftest import BIN, STOP_TIMEOUT, run, wait_until
 DOMAIN = "facility.test"
 OWN = f"trustBundles/{DOMAIN}"
 SOON = 1.0
-"""Seconds within which a replica tells what another has done, most times on a busy machine."""
+"""Seconds within which a replica tells what another has done."""
 CUT = 5.0
-"""Seconds after which a stream of who was revoked has ended, or a policy holds, where a machine is busy."""
+"""Seconds after which a stream of who was revoked has ended, on a busy machine as in test_trust.py."""
 RATE = 100
 """Calls a second while a replica is killed."""
 
@@ -185,7 +185,7 @@ async def test_a_revocation_at_one_is_told_by_the_other(replicas: Replicas, reco
         figures = f"p50 {1000 * statistics.median(delays):.0f} ms, max {1000 * max(delays):.0f} ms"
         record_property(name, figures)
         print(f"{name} by the other replica after the answer: {figures}")
-    assert statistics.median(told) <= SOON
+    assert max(told) <= SOON
     assert max(cut) <= CUT
 
 
@@ -201,7 +201,7 @@ async def test_both_go_by_the_policy_as_it_is_now(replicas: Replicas) -> None:
             changed = time.monotonic()
             for stub in stubs:
                 while (await stub.WhoAmI(pb.WhoAmIRequest(), timeout=20)).rule != name:
-                    assert time.monotonic() - changed <= CUT
+                    assert time.monotonic() - changed <= SOON
                     await asyncio.sleep(0.02)
 
 

@@ -260,8 +260,8 @@ def test_what_a_holder_narrows_is_narrower_and_ends_with_what_it_was_made_of(
         refused(lambda: less.get_transfer(other.name))
         refused(lambda: less.cancel_transfer(transfer.name))
         live_facility.beamwire("token", "revoke", str(wide))
-        wait_until(lambda: is_revoked(bob, other.name), 5)
-        wait_until(lambda: is_revoked(less, transfer.name), 5)
+        wait_until(lambda: is_revoked(bob, other.name), 1)
+        wait_until(lambda: is_revoked(less, transfer.name), 1)
 
 
 def test_the_commands_take_a_token_from_a_file_and_say_what_is_refused(
