@@ -16,7 +16,7 @@ from beamwire.mesh.database import Database, patience
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.idempotency import Idempotency
 from beamwire.mesh.outbox import Outbox, OutboxItem
-from beamwire.mesh.store import Record, Store
+from beamwire.mesh.store import TOKENS_KEPT, Record, Store
 from beamwire.testing.postgres import Postgres
 
 
@@ -32,6 +32,20 @@ class Wire:
         self.before: Callable[[], bool] = lambda: False
         self.after: Callable[[], bool] = lambda: False
         self.cuts = 0
+        self.passing, self.stopped = asyncio.Event(), asyncio.Event()
+        self.go_on()
+
+    def stop(self) -> bool:
+        """Lose the connection, and let nothing pass on another one before `go_on`; False if that was done before."""
+        if self.stopped.is_set():
+            return False
+        self.stopped.set()
+        self.passing.clear()
+        return True
+
+    def go_on(self) -> None:
+        """Let everything pass again."""
+        self.passing.set()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[int]:
@@ -54,7 +68,8 @@ class Wire:
 
         async def up() -> None:
             while data := await reader.read(65536):
-                commits = b"COMMIT" in data
+                await self.passing.wait()
+                commits = b"COMMIT;" in data
                 if commits and self.before():
                     self.cuts += 1
                     return
@@ -137,28 +152,49 @@ async def test_an_update_and_what_it_tells(wire: tuple[Wire, Store[Thing]], when
     assert [item.id for item in await Outbox(store.db).of("things/a")] == ["item-2"]
 
 
-async def test_an_update_that_others_followed_meanwhile(wire: tuple[Wire, Store[Thing]], postgres: Postgres) -> None:
+@pytest.mark.parametrize("changes", [1, TOKENS_KEPT, 5 * TOKENS_KEPT])
+@pytest.mark.parametrize("what", ["insert", "update"])
+async def test_what_others_followed_meanwhile(
+    wire: tuple[Wire, Store[Thing]], postgres: Postgres, what: str, changes: int
+) -> None:
+    line, store = wire
+    first = thing()
+    if what == "update":
+        first = (await store.insert(first)).model_copy(update={"count": 1})
+    direct = await Database.open(postgres.url("wire"), "job")
+    other = Store(direct, Thing)
+    line.after = line.stop
+    changing = asyncio.create_task(store.insert(first) if what == "insert" else store.update(first))
+    await line.stopped.wait()
+    # Before it comes back to ask what became of its change, others have built upon it.
+    async with asyncio.timeout(10):
+        while (found := await other.get("things/a")) is None or found.count != first.count:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    for _ in range(changes):
+        await other.change("things/a", lambda r: {"count": r.count + 10})
+    line.go_on()
+    assert (await changing).count == first.count
+    assert (await store.require("things/a")).count == first.count + 10 * changes
+    await direct.close()
+
+
+async def test_a_change_that_was_lost_is_not_taken_for_one_that_others_made(
+    wire: tuple[Wire, Store[Thing]], postgres: Postgres
+) -> None:
     line, store = wire
     record = await store.insert(thing())
     direct = await Database.open(postgres.url("wire"), "job")
     other = Store(direct, Thing)
-    cut, going = asyncio.Event(), once()
-
-    def lost() -> bool:
-        if going():
-            cut.set()
-            return True
-        return False
-
-    line.after = lost
-    updating = asyncio.create_task(store.update(record.model_copy(update={"count": 1})))
-    await cut.wait()
-    # Before it comes back to ask what became of its change, another has built upon it.
-    while (await other.require("things/a")).revision == 1:  # noqa: ASYNC110
-        await asyncio.sleep(0)
-    await other.change("things/a", lambda r: {"count": r.count + 10})
-    assert (await updating).count == 1
-    assert (await store.require("things/a")).count == 11
+    line.before = line.stop
+    changing = asyncio.create_task(store.update(record.model_copy(update={"count": 1})))
+    await line.stopped.wait()
+    for _ in range(3 * TOKENS_KEPT):
+        await other.change("things/a", lambda r: {"count": r.count + 10})
+    line.go_on()
+    with pytest.raises(BeamwireError) as caught:
+        await changing
+    assert caught.value.reason is Reason.ETAG_MISMATCH
+    assert (await store.require("things/a")).count == 30 * TOKENS_KEPT
     await direct.close()
 
 

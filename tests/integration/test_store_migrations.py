@@ -187,15 +187,15 @@ def revisions(facility: Path) -> dict[str, str]:
 
 
 def test_the_commands(facility: Path) -> None:
-    assert revisions(facility) == {"certificate": "0003", "buffer": "", "job": "", "request": ""}
-    assert "certificate: 0003 -> 0002" in run(facility, "downgrade")
-    assert "certificate: 0002 -> 0001" in run(facility, "downgrade", "0001")
+    assert revisions(facility) == {"certificate": "0004", "buffer": "", "job": "", "request": ""}
+    assert "certificate: 0004 -> 0003" in run(facility, "downgrade")
+    assert "certificate: 0003 -> 0001" in run(facility, "downgrade", "0001")
     assert revisions(facility)["certificate"] == "0001"
-    assert ", behind 0003" in run(facility, "show")
-    assert "0004" in run(facility, "upgrade", "0004", code=2)
+    assert ", behind 0004" in run(facility, "show")
+    assert "0005" in run(facility, "upgrade", "0005", code=2)
     moved = json.loads(run(facility, "upgrade", "--json"))["databases"]
-    assert {"service": "certificate", "before": "0001", "after": "0003"} in moved
-    assert revisions(facility)["certificate"] == "0003"
+    assert {"service": "certificate", "before": "0001", "after": "0004"} in moved
+    assert revisions(facility)["certificate"] == "0004"
 
 
 async def test_a_database_in_use_is_not_taken_back(facility: Path, target: Path | str) -> None:

@@ -27,7 +27,7 @@ from beamwire.mesh import schema
 from beamwire.mesh.database import FIRST_PAUSE, LONGEST_PAUSE, Database, Fault, Follower, Way
 from beamwire.mesh.errors import invalid_field
 from beamwire.mesh.sqlite import same
-from beamwire.mesh.tables import passed
+from beamwire.mesh.tables import passed, tokens
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ PING_SECONDS = 5.0
 FLUSH_SECONDS = 0.1
 """Between two times that volatile versions are written down for the other replicas."""
 PASSED_KEPT = 3600.0
-"""Seconds for which the versions of states that were left are kept."""
+"""Seconds for which the versions of states that were left, and the tokens of changes, are kept."""
 
 _SCHEMA = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _SCHEMES = ("postgresql", "postgresql+asyncpg")
@@ -262,7 +262,8 @@ class PostgresDatabase(Database):
                         await gone.wait()
                 # Whether the server is there, and what nobody needs any more.
                 before = f"extract(epoch FROM clock_timestamp()) - {PASSED_KEPT}"
-                await connection.execute(f"DELETE FROM {passed.name} WHERE left_at < {before}", timeout=PING_SECONDS)
+                for table in (passed, tokens):
+                    await connection.execute(f"DELETE FROM {table.name} WHERE left_at < {before}", timeout=PING_SECONDS)
         finally:
             connection.terminate()
 

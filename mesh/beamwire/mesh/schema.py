@@ -14,7 +14,7 @@ from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0003"
+HEAD = "0004"
 """The revision that this release works with."""
 FIRST = "0001"
 _VERSION_TABLE = "alembic_version"

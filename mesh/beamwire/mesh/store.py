@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapp
 from datetime import timedelta
 from typing import Any, Generic
 
-from sqlalchemy import ColumnElement, Row, and_, delete, func, literal, or_, select, true, update
+from sqlalchemy import ColumnElement, Row, and_, delete, exists, func, literal, or_, select, true, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from beamwire.mesh import queries
@@ -34,7 +34,7 @@ from beamwire.mesh.records import (
     utcnow,
     written,
 )
-from beamwire.mesh.tables import resources
+from beamwire.mesh.tables import resources, tokens
 from beamwire.mesh.watching import Watchers
 
 __all__ = ["Outgoing", "Record", "Store", "utcnow"]
@@ -42,7 +42,7 @@ __all__ = ["Outgoing", "Record", "Store", "utcnow"]
 KNOWN_RECORDS = 4096
 """Records of one Store that are kept in memory; the least recently used one makes room."""
 TOKEN_BYTES, TOKENS_KEPT = 6, 8
-"""Of each change a token is kept in the row, for the newest ones: by it who lost the connection knows its own."""
+"""Of each change a token is kept, those of the newest in the row: by it who lost the connection knows its own."""
 PRUNED_AT_ONCE = 500
 """Records that one transaction of `prune` forgets at most."""
 
@@ -88,8 +88,8 @@ class Store(Generic[R]):
 
         async def change(connection: AsyncConnection) -> None:
             if (await connection.execute(statement)).rowcount == 0:
-                found = select(resources.c.trail).where(resources.c.name == stored.name)
-                if token not in str((await connection.execute(found)).scalar()):
+                found = select(_has(token)).where(resources.c.name == stored.name)
+                if not (await connection.execute(found)).scalar():
                     raise BeamwireError(
                         Reason.RESOURCE_EXISTS, f"{record.name} exists already", metadata={"name": record.name}
                     )
@@ -158,8 +158,8 @@ class Store(Generic[R]):
 
         async def change(connection: AsyncConnection) -> None:
             if (await connection.execute(statement)).rowcount == 0:
-                found = select(resources.c.revision, resources.c.trail).where(one)
-                _check_is_ours(record, token, (await connection.execute(found)).one_or_none())
+                found = select(resources.c.revision, _has(token).label("ours")).where(one)
+                _check_is_ours(record, (await connection.execute(found)).one_or_none())
             if outbox is not None:
                 await post(self.db, connection, outbox(stored))
 
@@ -352,11 +352,16 @@ class Store(Generic[R]):
         self._watchers.tell(record, record.name, urgent=urgent)
 
 
-def _check_is_ours(record: Record, token: str, row: _Row | None) -> None:
+def _has(token: str) -> ColumnElement[bool]:
+    """Whether the change with this token has been made to the record of a row."""
+    return or_(resources.c.trail.contains(token), exists().where(tokens.c.token == token))
+
+
+def _check_is_ours(record: Record, row: _Row | None) -> None:
     """Raise what kept a change from being made, unless it was made before the connection to the database was lost."""
     if row is None:
         raise missing(record.name)
-    if token in row.trail:
+    if row.ours:
         return
     if row.revision != record.revision:
         raise conflict(record, row.revision)

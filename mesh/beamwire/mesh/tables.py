@@ -15,7 +15,8 @@ resources = Table(
     Column("update_time", Text, nullable=False),
     Column("revision", Integer, nullable=False),
     Column("document", JSON, nullable=False),
-    # The tokens of the newest changes: who lost a connection in the middle finds out whether a change came about.
+    # The tokens of the newest changes, the older ones are in `tokens`: who lost a connection in the middle finds out
+    # whether a change came about.
     Column("trail", Text, nullable=False),
     # Only replicas on this host may drive the record; empty: all may.
     Column("host", Text, nullable=False),
@@ -43,6 +44,14 @@ passed = Table(
     Column("create_time", Text, primary_key=True),
     Column("revision", Integer, primary_key=True),
     Column("document", JSON, nullable=False),
+    Column("left_at", Float, nullable=False),
+)
+
+tokens = Table(
+    "tokens",
+    metadata,
+    # What no longer fits into the trail of a record, for an hour; moved here by a trigger.
+    Column("token", Text, primary_key=True),
     Column("left_at", Float, nullable=False),
 )
 

@@ -212,7 +212,7 @@ class Link:
             raise ValueError(f"a signal cannot be parsed ({error})") from error
 
     def _send_patiently(self, parts: list[memoryview], interval: float) -> None:
-        """Send as long as the peer takes something or says something."""
+        """Send as long as the peer says something, or has said what is unread here and takes something."""
         alive, waiting = time.monotonic(), -1
         while parts:
             try:
@@ -223,7 +223,10 @@ class Link:
                 now = time.monotonic()
                 # It may have no room for what we send; then its heartbeats pile up here.
                 unread, waiting = waiting, self._connection.waiting_bytes()
-                if 0 <= unread != waiting:
+                if not waiting:
+                    # What was sent meanwhile may have come no further than into this host's buffers.
+                    alive = self._heard
+                elif 0 <= unread != waiting:
                     alive = now
                 if now - alive >= SILENT_INTERVALS * interval:
                     raise self._silent(now - alive) from error
