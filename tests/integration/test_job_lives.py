@@ -230,6 +230,20 @@ async def test_a_job_can_be_cancelled_at_every_stage(served: Served, stage: str)
         assert not job.steps[0].native_id
 
 
+async def test_who_removes_a_job_late_leaves_the_next_one_of_its_name(served: Served):
+    jobs = await served.as_("user/alice")
+    for text in ("echo first", "echo second"):
+        made = await create(jobs, shell(text), job_id="again")
+        await ended(jobs, made.name)
+        if text == "echo first":
+            first = await served.store.require(made.name)
+            await jobs.DeleteJob(pb.DeleteJobRequest(name=made.name))
+    # As the driver of another replica does, which heard of the end of the first one and was slow.
+    await served.jobs._driver.remove(first)
+    assert await printed(jobs, made.name) == "second\n"
+    assert (await jobs.GetJob(pb.GetJobRequest(name=made.name))).state == pb.Job.STATE_COMPLETED
+
+
 @pytest.mark.parametrize("stage", ["HELD", "ACTIVE"])
 async def test_a_job_can_be_deleted_at_every_stage(served: Served, stage: str):
     jobs = await served.as_("user/alice")

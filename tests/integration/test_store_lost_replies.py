@@ -164,6 +164,7 @@ async def test_what_others_followed_meanwhile(
     direct = await Database.open(postgres.url("wire"), "job")
     other = Store(direct, Thing)
     line.after = line.stop
+    patience.set(60.0)
     changing = asyncio.create_task(store.insert(first) if what == "insert" else store.update(first))
     await line.stopped.wait()
     # Before it comes back to ask what became of its change, others have built upon it.
@@ -178,6 +179,27 @@ async def test_what_others_followed_meanwhile(
     await direct.close()
 
 
+async def test_what_others_have_told_meanwhile_is_not_told_again(
+    wire: tuple[Wire, Store[Thing]], postgres: Postgres
+) -> None:
+    line, store = wire
+    direct = await Database.open(postgres.url("wire"), "job")
+    other = Outbox(direct)
+    line.after = line.stop
+    patience.set(60.0)
+    telling = [OutboxItem("item", "things/a", "event", "")]
+    changing = asyncio.create_task(store.insert(thing(), outbox=lambda _: telling))
+    await line.stopped.wait()
+    async with asyncio.timeout(10):
+        while not (items := await other.claim()):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    await other.done(items[0])
+    line.go_on()
+    await changing
+    assert await other.of("things/a") == []
+    await direct.close()
+
+
 async def test_a_change_that_was_lost_is_not_taken_for_one_that_others_made(
     wire: tuple[Wire, Store[Thing]], postgres: Postgres
 ) -> None:
@@ -186,6 +208,7 @@ async def test_a_change_that_was_lost_is_not_taken_for_one_that_others_made(
     direct = await Database.open(postgres.url("wire"), "job")
     other = Store(direct, Thing)
     line.before = line.stop
+    patience.set(60.0)
     changing = asyncio.create_task(store.update(record.model_copy(update={"count": 1})))
     await line.stopped.wait()
     for _ in range(3 * TOKENS_KEPT):

@@ -117,6 +117,19 @@ async def test_an_etag_differs_from_that_of_an_earlier_record_of_the_name(store:
     assert (await store.insert(thing())).etag != first.etag
 
 
+async def test_who_means_an_earlier_record_of_the_name_does_nothing_to_the_later_one(store: Store[Thing]) -> None:
+    first = await store.insert(thing())
+    await store.delete("things/a")
+    second = await store.insert(thing(create_time=first.create_time + timedelta(microseconds=1)))
+    assert (first.revision, second.revision) == (1, 1)
+    assert await store.delete("things/a", created=first.create_time) is False
+    with pytest.raises(BeamwireError) as caught:
+        await store.update(first.model_copy(update={"count": 7}))
+    assert reason(caught) is Reason.RESOURCE_NOT_FOUND
+    assert await store.get("things/a") == second
+    assert await store.delete("things/a", created=second.create_time) is True
+
+
 @pytest.mark.parametrize("wrong", [{"count": "many"}, {"no_such_field": 1}, {"create_time": "yesterday"}])
 async def test_a_wrong_change_is_refused_before_it_is_stored(store: Store[Thing], wrong: dict[str, object]) -> None:
     first = await store.insert(thing())

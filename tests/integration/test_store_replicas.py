@@ -623,7 +623,11 @@ async def test_a_replica_that_cannot_renew_stops_to_drive(own_server: Postgres, 
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [("postgresql+asyncpg://who:secret@127.0.0.1:1/x", "does not answer"), ("mysql://x", "must begin with")],
+    [
+        ("postgresql+asyncpg://who:secret@127.0.0.1:1/x", "does not answer"),
+        ("postgresql+asyncpg://who:secret@127.0.0.1:1/x?sslmode=none", "cannot be asked"),
+        ("mysql://x", "must begin with"),
+    ],
 )
 async def test_a_url_that_leads_nowhere_is_said_without_its_password(wrong: str, said: str) -> None:
     patience.set(0.2)

@@ -115,7 +115,12 @@ class PostgresDatabase(Database):
 
             async def lock() -> AsyncConnection:
                 connection = await stack.enter_async_context(self._reading.connect())
-                await connection.execute(select(func.pg_advisory_lock(name)))
+                try:
+                    await connection.execute(select(func.pg_advisory_lock(name)))
+                except Exception:
+                    # The lock may be had all the same, by a connection that others would be given.
+                    await connection.invalidate()
+                    raise
                 return connection
 
             connection = await self._passing(lock)
@@ -136,13 +141,14 @@ class PostgresDatabase(Database):
         if isinstance(error, DBAPIError) and error.orig is not None:
             cause = error.orig.__cause__ or error.orig
         state = getattr(cause, "sqlstate", None) or getattr(error, "sqlstate", None) or ""
+        # One of the driver's own errors of use.
+        if isinstance(cause, asyncpg.exceptions.ClientConfigurationError):
+            return Fault(False, f"{self.where} cannot be asked ({_said(cause)}); see [database] url")
         if isinstance(cause, _GONE) or state.startswith(_PASSING):
             return Fault(True, f"{self.where} does not answer ({_said(cause)}); see that it runs and can be reached")
         for prefix, remedy in _REFUSALS.items():
             if state.startswith(prefix):
                 return Fault(False, f"{self.where} refuses ({_said(cause)}); {remedy}")
-        if isinstance(cause, asyncpg.exceptions.ClientConfigurationError):
-            return Fault(False, f"{self.where} cannot be asked ({_said(cause)}); see [database] url")
         return None
 
     def now(self) -> ColumnElement[float]:
@@ -261,7 +267,8 @@ class PostgresDatabase(Database):
                     async with asyncio.timeout(PING_SECONDS):
                         await gone.wait()
                 # Whether the server is there, and what nobody needs any more.
-                before = f"extract(epoch FROM clock_timestamp()) - {PASSED_KEPT}"
+                # Not of the clock, which the planner takes for another time in each row: no index would help then.
+                before = f"extract(epoch FROM statement_timestamp()) - {PASSED_KEPT}"
                 for table in (passed, tokens):
                     await connection.execute(f"DELETE FROM {table.name} WHERE left_at < {before}", timeout=PING_SECONDS)
         finally:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import builtins
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Generic
 
 from sqlalchemy import ColumnElement, Row, and_, delete, exists, func, literal, or_, select, true, update
@@ -93,11 +94,13 @@ class Store(Generic[R]):
                     raise BeamwireError(
                         Reason.RESOURCE_EXISTS, f"{record.name} exists already", metadata={"name": record.name}
                     )
-            if outbox is not None:
+            elif outbox is not None:
                 await post(self.db, connection, outbox(stored))
 
+        began = time.monotonic()
         record = await self.db.carry_out(self._stored(stored, change, told=outbox is not None))
-        if claims:
+        # If that took long, somebody else may hold it by now: it is claimed like any other.
+        if claims and time.monotonic() - began < LEASE_SECONDS / 2:
             self.claimed.add(record.name)
         return record
 
@@ -148,7 +151,8 @@ class Store(Generic[R]):
         """
         stored, document = written(record, revision=record.revision + 1, update_time=max(utcnow(), record.update_time))
         token = secrets.token_hex(TOKEN_BYTES)
-        one = and_(resources.c.kind == self.kind, resources.c.name == record.name)
+        created = time_text(record.create_time)
+        one = and_(resources.c.kind == self.kind, resources.c.name == record.name, resources.c.create_time == created)
         fence: ColumnElement[bool] = true()
         if self.db.shared and driving.get() == record.name:
             fence = or_(resources.c.holder.is_(None), resources.c.holder == self.db.replica)
@@ -160,7 +164,7 @@ class Store(Generic[R]):
             if (await connection.execute(statement)).rowcount == 0:
                 found = select(resources.c.revision, _has(token).label("ours")).where(one)
                 _check_is_ours(record, (await connection.execute(found)).one_or_none())
-            if outbox is not None:
+            elif outbox is not None:
                 await post(self.db, connection, outbox(stored))
 
         return await self.db.carry_out(self._stored(stored, change, told=outbox is not None))
@@ -197,9 +201,10 @@ class Store(Generic[R]):
             self._remember(record)
         self._tell(record, urgent=False)
 
-    async def delete(self, name: str) -> bool:
-        """Forgets a record; False if there was none."""
-        return bool(await self.db.carry_out(self._forget([name])))
+    async def delete(self, name: str, *, created: datetime | None = None) -> bool:
+        """Forgets a record; False if there was none, or another of this name that was not created then."""
+        also = None if created is None else resources.c.create_time == time_text(created)
+        return bool(await self.db.carry_out(self._forget([name], also)))
 
     async def prune(
         self, terminal: Collection[str], older_than: timedelta, *, limit: int = PRUNED_AT_ONCE

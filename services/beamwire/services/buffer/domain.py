@@ -234,7 +234,7 @@ class Buffers:
 
     async def _forget(self, record: BufferRecord) -> None:
         await self._sites.discard(record)
-        await self._store.delete(record.name)
+        await self._store.delete(record.name, created=record.create_time)
 
     def drives(self, name: str) -> bool:
         """Whether a buffer is driven here, or has ended and lingers."""

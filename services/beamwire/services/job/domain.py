@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -235,7 +234,7 @@ class Jobs:
                     if record.ended:
                         break
         await self.drivers.wait(name)
-        await self._remove(name)
+        await self._driver.remove(record)
 
     async def forget(self, name: str) -> None:
         """Forget a job that has ended, with its directory; one that was begun once more stays."""
@@ -246,11 +245,7 @@ class Jobs:
                 raise
             return
         if record.ended:
-            await self._remove(name)
-
-    async def _remove(self, name: str) -> None:
-        await asyncio.to_thread(shutil.rmtree, self.directory_of(name), ignore_errors=True)
-        await self._store.delete(name)
+            await self._driver.remove(record)
 
     async def report(self, name: str, reporter: str, report: Report) -> None:
         """Take what a job tells of itself. Its backend is looked at anew; what that says is what counts.

@@ -93,8 +93,15 @@ class JobDriver:
             with telemetry.span(telemetry.SPAN_JOB_RUN, parent=record.traceparent):
                 await self._drive_step(record)
         if record is not None and record.delete_requested:
-            await asyncio.to_thread(shutil.rmtree, self.directory_of(name), ignore_errors=True)
-            await self._store.delete(name)
+            await self.remove(record)
+
+    async def remove(self, record: JobRecord) -> None:
+        """Forget a job that has ended, with its directory, unless it is gone: the name may be another job's by now."""
+        async with self._store.db.exclusive(f"removal of {record.name}"):
+            newest = await self._store.get(record.name)
+            if newest is not None and newest.create_time == record.create_time:
+                await asyncio.to_thread(shutil.rmtree, self.directory_of(record.name), ignore_errors=True)
+                await self._store.delete(record.name, created=record.create_time)
 
     async def _drive_step(self, record: JobRecord) -> None:
         name = record.name
