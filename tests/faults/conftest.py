@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,8 +33,10 @@ def stack() -> Iterator[ExitStack]:
 def cache(tmp_path: Path, facility: Facility, stack: ExitStack) -> StartCache:
     """Start the cache, with options of cache.json."""
 
+    numbers = itertools.count()
+
     def start(**options: object) -> Cache:
-        cache = Cache(tmp_path / "cache", facility, **options)  # type: ignore[arg-type]
+        cache = Cache(tmp_path / f"cache-{next(numbers)}", facility, **options)  # type: ignore[arg-type]
         stack.callback(cache.close)
         return cache
 

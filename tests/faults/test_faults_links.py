@@ -97,7 +97,7 @@ def test_a_producer_that_is_lost_while_there_is_no_room_for_it_is_noticed(cache,
     sender = producer(running, running.connect(), 0, 1, 1_000, 2**18)
     sender.start = hosts.right.start
     live(sender)
-    running.wait(lambda status: status.flow == "NO_READER", WAIT)
+    running.wait(lambda status: status.counters.held_bytes > 3 * 2**20, WAIT)
     begin = time.monotonic()
     hosts.mute(hosts.right) if kind == "mute" else hosts.cut()
     running.wait(lambda status: not status.counters.producers[0].connected, 2 * NOTICED)

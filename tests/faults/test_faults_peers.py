@@ -174,8 +174,10 @@ def parts(cache, live) -> tuple[Cache, Peer, list[Peer]]:
     """A stream that takes some seconds, with a producer and two consumers."""
     running = cache(heartbeat_interval=0.5, capacity_bytes=32 * 2**20)
     connect = running.connect()
-    sender = live(producer(running, connect, 0, 1, 4_000, 2**17))
     readers = [live(consumer(running, connect, f"reader-{n}", 2**17)) for n in range(2)]
+    # Else one of them could have it all.
+    running.wait(lambda status: sum(c.connected for c in status.counters.consumers) == 2, WAIT)
+    sender = live(producer(running, connect, 0, 1, 4_000, 2**17))
     wait_until(lambda: all(reader.logged() > 20 for reader in readers), WAIT, "the stream")
     return running, sender, readers
 

@@ -228,7 +228,7 @@ def test_members_that_renew_while_they_stream_lose_and_repeat_nothing(
             got.extend(int(frame.event_ids[0]) for frame in consumer)
 
     thread = threading.Thread(target=consume)
-    with renewing(facility, cache.user, 2.0):
+    with renewing(facility, cache.user, 1.0):
         with Producer(cache.connect, cache.user, StreamHeader()) as producer:
             thread.start()
             end, number = time.monotonic() + 9, 0
@@ -290,7 +290,7 @@ def test_an_idle_stream_outlives_the_certificates_it_began_with(start_cache: Sta
     assert cache.user is not None
     facility.renew(cache.user, SHORT)
     with (
-        renewing(facility, cache.user, 2.0),
+        renewing(facility, cache.user, 1.0),
         Consumer(cache.connect, cache.user) as consumer,
         Producer(cache.connect, cache.user, StreamHeader()) as producer,
     ):

@@ -356,14 +356,14 @@ def test_a_frame_that_waited_too_long_is_left_to_others(plain):
 
     def first(peer: Peer) -> None:
         welcome = Welcome(epoch=1)
-        welcome.frame_lease.FromMilliseconds(500)
+        welcome.frame_lease.FromMilliseconds(2000)
         welcome.heartbeat_interval.FromMilliseconds(500)
         peer.link.send_signal(Signal(welcome=welcome))
         peer.link.set_pulse(0.5)
         peer.describe()
         peer.deliver(*(data_frame(n) for n in range(1, 6)))
         # There is half a second between them, and nobody leaves meanwhile.
-        for _ in range(2):
+        for _ in range(5):
             assert peer.link.receive(place) == Signal(heartbeat=Heartbeat())
         aged.set()
         with suppress(OSError):

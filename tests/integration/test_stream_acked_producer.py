@@ -370,8 +370,8 @@ def test_a_cache_that_breaks_off_each_time_is_not_dialed_for_ever(plain):
         peer.welcome(known=True)
 
     playing = plain.pool.submit(serve_quietly, plain, script, 100)
-    out = Producer(plain.connect, None, HEADER, reconnect_timeout=1.0)
     begin = time.monotonic()
+    out = Producer(plain.connect, None, HEADER, reconnect_timeout=1.0)
     with pytest.raises(BeamwireError) as caught:
         out.end()
     assert caught.value.reason is Reason.CACHE_FAILED

@@ -6,6 +6,7 @@ import errno
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from beamwire.services.buffer.cache.outlet import Peer
 from beamwire.services.buffer.cache.peers import RefusedError, SealedError
 from beamwire.services.buffer.cache.roll import MOST_DEPARTED
 from beamwire.stream.v1.link_pb2 import Credit, FrameRange, Hello, Start
+from tests.conftest import wait_until
 from tests.unit.cacheplay import Peers, nothing
+
+WAIT = 20.0
 
 
 @pytest.fixture
@@ -189,6 +193,22 @@ def test_a_slow_visiting_group_loses_what_must_make_room(peers: MakePeers) -> No
     p.take(visitor)
     lost = p.relay.status().counters.groups[1].losses
     assert lost["EVICTED"] > 0
+    p.check()
+
+
+def test_a_small_ring_can_be_full_too(peers: MakePeers) -> None:
+    p = peers(capacity_frames=2)
+    p.produce()
+    sink = p.join()
+    p.send(1)
+    p.send(2)
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(p.send, 3)
+        wait_until(lambda: p.relay.status().flow == "FULL", WAIT, "a producer that waits for room")
+        p.take(sink)
+        p.acknowledge(sink, 2)
+        assert sending.result(WAIT)
+    assert p.relay.status().flow == "FLOWING"
     p.check()
 
 

@@ -247,15 +247,17 @@ def test_a_peer_that_falls_silent_inside_a_message(pair):
 
 def test_a_peer_that_takes_nothing_and_says_nothing(pair):
     near, _ = pair
-    near.set_pulse(0.1)
+    large = message(frame(64 * 2**20))
     begin = time.monotonic()
+    near.set_pulse(0.1)
     with pytest.raises(TimeoutError, match="nothing was heard"):
-        near.send(message(frame(64 * 2**20)))
+        near.send(large)
     assert 0.35 < time.monotonic() - begin < 10.0
 
 
 def test_silence_counts_from_what_was_heard_last_also_for_one_who_begins_to_send(pair):
     near, far = pair
+    large = message(frame(64 * 2**20))
     near.set_pulse(1.0)
     far.send_signal(Signal(heartbeat=Heartbeat()))
     assert near.wait(WAIT)
@@ -264,17 +266,18 @@ def test_silence_counts_from_what_was_heard_last_also_for_one_who_begins_to_send
     assert not near.wait(heard + 3.0 - time.monotonic())
     with pytest.raises(TimeoutError, match="nothing was heard"):
         # Some of it finds room in the buffers, which proves nothing.
-        near.send(message(frame(64 * 2**20)))
+        near.send(large)
     assert 3.9 < time.monotonic() - heard < 6.5
 
 
 def test_a_peer_that_has_no_room_but_gives_signs_of_life(pair):
     near, far = pair
+    body = frame(64 * 2**20)
+    large = message(body)
     near.set_pulse(0.5)
     far.set_pulse(0.5)
-    body = frame(64 * 2**20)
     with ThreadPoolExecutor(1) as pool:
-        sending = pool.submit(near.send, message(body))
+        sending = pool.submit(near.send, large)
         end = time.monotonic() + 6.0
         while time.monotonic() < end:
             # Time must pass here, three times what a silent peer is given.

@@ -52,6 +52,8 @@ class Intake:
         self._lock = lock
         self._waiting: deque[threading.Condition] = deque()
         self._patient = True
+        # Whether the first who waits does so although there is room.
+        self._held_back = False
         self._numbers = {number: index for index, number in enumerate(config.expected_producers)}
         self._durable: dict[int, int] | None = None
         self.sources: dict[int, Source] = {}
@@ -120,9 +122,10 @@ class Intake:
                 notified = True
                 while notified:
                     holds_back = self._holds_back(length)
-                    if self._waiting[0] is turn and not holds_back:
-                        slot = self._reserve(length)
-                        if slot is not None or self._config.overflow_policy == "DROP_NEWEST":
+                    if self._waiting[0] is turn:
+                        self._held_back = holds_back
+                        slot = None if holds_back else self._reserve(length)
+                        if slot is not None or (not holds_back and self._config.overflow_policy == "DROP_NEWEST"):
                             return slot
                     notified = turn.wait(_patience(length) if holds_back else period)
                     if holds_back and not notified:
@@ -154,7 +157,7 @@ class Intake:
     @property
     def is_full(self) -> bool:
         """Whether a producer waits for room."""
-        return bool(self._waiting) and not self._patient
+        return bool(self._waiting) and not self._held_back
 
     # Producers.
 

@@ -18,7 +18,7 @@ from beamwire.services.streamer.components import ComponentParameters, Handler, 
 
 _MOST_WAITING: Final = 4
 # One that is told of a bad end gets so long for the message that it is at.
-_LAST_PATIENCE: Final = 1.0
+_LAST_PATIENCE: Final = 0.75
 
 
 class Pace(ComponentParameters):
