@@ -78,6 +78,7 @@ class FakeBuffers:
         self.sealed: list[tuple[str, str, str]] = []
         self.created: list[str] = []
         self.added: list[tuple[str, str]] = []
+        self.most_added = 100
         self.ready_at_once = True
         self.keeps = False
 
@@ -112,6 +113,8 @@ class FakeBuffers:
     async def add_group(self, record: TransferRecord) -> str:
         if self._require(record.buffer).view.state != "KEPT":
             raise BeamwireError(Reason.ILLEGAL_STATE, f"{record.buffer} keeps nothing")
+        if len(self.added) >= self.most_added:
+            raise BeamwireError(Reason.LIMIT_REACHED, f"{self.most_added} groups were added to {record.buffer}")
         self.added.append((record.buffer, record.group))
         return self._require(record.buffer).view.connect_string
 

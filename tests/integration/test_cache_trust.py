@@ -22,6 +22,7 @@ import pytest
 from cryptography import x509
 
 from beamwire.mesh.errors import BeamwireError, Reason
+from beamwire.mesh.identity.authority import Authority
 from beamwire.mesh.identity.credentials import Credentials
 from beamwire.mesh.identity.ids import utcnow
 from beamwire.mesh.identity.revocation import Revocation
@@ -347,6 +348,30 @@ async def test_a_cache_that_cannot_start_its_renewal_tries_again(
     asked = asyncio.create_task(tried.wait())
     await asyncio.wait([renewing, asked], timeout=10, return_when=asyncio.FIRST_COMPLETED)
     assert asked.done()
+    renewing.cancel()
+    await asyncio.wait([renewing])
+
+
+async def test_a_cache_that_hears_of_a_rotation_renews_at_once(
+    facility: Facility, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    def noted(*_: object, **__: object) -> None:
+        asked.set()
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    credentials = facility.member("cache/b0", lifetime=timedelta(hours=1))
+    (credentials.directory / "member.json").write_text("{}")
+    renewing = asyncio.create_task(keep_renewed(credentials))
+    await asyncio.sleep(0)
+    roots_pem = Authority.create("facility.test").roots_pem + facility.roots_pem
+    own = replace(credentials.trust.own, roots_pem=roots_pem, sequence=credentials.trust.own.sequence + 1)
+    await asyncio.to_thread(credentials.change_trust, lambda trust: trust.told([own]))
+    # Not when it looks the next time, after ten seconds.
+    async with asyncio.timeout(5):
+        await asked.wait()
     renewing.cancel()
     await asyncio.wait([renewing])
 

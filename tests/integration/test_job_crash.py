@@ -23,7 +23,7 @@ from beamwire.client.client import Client
 from beamwire.job.v1.job_service_pb2 import Job, JobSpec
 from beamwire.mesh.errors import BeamwireError
 from beamwire.testing.ports import free_port
-from tests.conftest import LiveFacility, make_live_facility, wait_until
+from tests.conftest import STOP_TIMEOUT, LiveFacility, make_live_facility, wait_until
 
 POLICY = '[[rule]]\nname = "alice"\nidentities = ["user/alice"]\nexecutables = ["**"]\n'
 # What a call may be told while the service is being killed, or when it is made once more.
@@ -90,7 +90,7 @@ def serve_until_killed(live: LiveFacility, tmp_path: Path, moment: str) -> subpr
     """Serve in place of what serves, with the fault in it."""
     before = live.processes.pop()
     before.terminate()
-    before.wait(20)
+    before.wait(STOP_TIMEOUT)
     assert before.stdout is not None
     before.stdout.close()
     with (live.directory / "serve.log").open("ab") as log:

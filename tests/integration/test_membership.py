@@ -144,6 +144,21 @@ async def test_trust_is_followed(registry: Registry, tmp_path: Path) -> None:
     assert serial_of(mallory) in again.trust.own.revoked.revocations
 
 
+async def test_what_another_replica_has_written_first_is_told_here_too(facility: Facility, tmp_path: Path) -> None:
+    first, other = (facility.member(f"service/{name}") for name in ("buffer", "job"))
+    members = [first, other]
+    replicas = [Membership([Credentials.load(m.directory) for m in members], "127.0.0.1:1") for _ in range(2)]
+    told: list[list[set[str]]] = [[], []]
+    for replica, heard in zip(replicas, told, strict=True):
+        replica.on_trust(lambda trust, heard=heard: heard.append(set(trust)))  # type: ignore[misc]
+    stranger = DomainTrust("b.test", Facility(tmp_path / "elsewhere", "b.test").roots_pem, sequence=7)
+    for _ in range(2):
+        for replica in replicas:
+            await replica.believe(lambda trust: trust.believe(stranger))
+    assert told == [[{"facility.test", "b.test"}]] * 2
+    assert "b.test" in Credentials.load(other.directory).trust
+
+
 async def test_what_was_removed_while_nobody_listened_is_believed_no_more(registry: Registry, tmp_path: Path) -> None:
     member = registry.facility.member("user/alice")
     elsewhere = DomainTrust("b.test", Facility(tmp_path / "elsewhere", "b.test").roots_pem, sequence=7)

@@ -11,6 +11,7 @@ import pytest
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.retention import Retention
 from beamwire.mesh.store import utcnow
+from beamwire.services.buffer.placement import GROUP
 from beamwire.services.request import saga
 from beamwire.services.request.model import Contract, ContractArray, TransferRecord
 from beamwire.services.request.ports import Fitness
@@ -356,6 +357,37 @@ async def test_the_same_request_is_served_from_what_was_kept(world: World):
     assert [group.group for group in ended.receipt.groups] == ["t-t2"]
     assert world.jobs.created == [JOB]
     assert world.buffers.added == [(BUFFER, "t-t2")]
+
+
+async def test_those_that_were_served_do_not_hide_what_served_them(world: World):
+    await kept(world)
+    for number in range(2, 14):
+        await world.create(f"t{number}", reuse=True)
+        served = await world.come_to("DRAINING", f"transfers/t{number}")
+        assert (served.served_from, served.group) == (NAME, f"t-t{number}")
+        world.buffers.serve(BUFFER, f"t-t{number}")
+        await world.come_to("SUCCEEDED", f"transfers/t{number}")
+    assert world.jobs.created == [JOB]
+
+
+async def test_transfers_whose_long_names_begin_alike_have_groups_of_their_own(world: World):
+    await kept(world)
+    alike = "a-name-of-a-transfer-that-goes-on-and-on"
+    served = []
+    for transfer_id in (f"{alike}-1", f"{alike}-2"):
+        await world.create(transfer_id, reuse=True)
+        served.append(await world.come_to("DRAINING", f"transfers/{transfer_id}"))
+    groups = [record.group for record in served]
+    assert len(set(groups)) == 2
+    assert all(GROUP.fullmatch(group) and group.startswith("t-a-name-of-a") for group in groups)
+
+
+async def test_a_buffer_that_has_as_many_groups_as_it_may_serves_no_more(world: World):
+    await kept(world)
+    world.buffers.most_added = 0
+    await world.create("t2", reuse=True)
+    own = await world.come_to("STREAMING", "transfers/t2")
+    assert (own.served_from, own.buffer, own.job) == ("", "buffers/of-t2", "jobs/of-t2")
 
 
 async def test_a_served_transfer_that_is_cancelled_leaves_the_others_alone(world: World):

@@ -29,7 +29,7 @@ from beamwire.mesh.stream.connect import ConnectString
 from beamwire.mesh.stream.consumer import Consumer
 from beamwire.testing.processes import matching
 from beamwire.testing.slurm import Slurm
-from tests.conftest import LiveFacility, make_live_facility, wait_until
+from tests.conftest import STOP_TIMEOUT, LiveFacility, make_live_facility, wait_until
 from tests.integration.test_services_buffer import Member, Stub, seen
 
 SLURM = {"placement": job_pb.Placement(backend="slurm")}
@@ -145,7 +145,7 @@ async def test_a_cache_that_is_killed_on_its_node_comes_back_with_all_it_held(sl
 async def serve_again(facility: LiveFacility, nodes: str) -> None:
     serving = facility.processes.pop()
     serving.terminate()
-    assert serving.wait(15) == 0
+    assert serving.wait(STOP_TIMEOUT) == 0
     serving.stdout.close()
     path = facility.directory / "facility.toml"
     path.write_text(re.sub(r"nodes = \[.*\]", f"nodes = [{nodes}]", path.read_text()))
@@ -198,7 +198,7 @@ async def test_a_cache_that_lingers_on_a_node_does_not_keep_the_service_from_end
     assert slurm.jobs(), "it answers latecomers for a while"
     serving = facility.processes.pop()
     serving.terminate()
-    assert serving.wait(15) == 0
+    assert serving.wait(STOP_TIMEOUT) == 0
     serving.stdout.close()
     await asyncio.to_thread(facility.start)
     await nothing_left(slurm, buffer)

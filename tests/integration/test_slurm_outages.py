@@ -189,6 +189,7 @@ async def test_a_step_that_was_submitted_twice_runs_once(own_slurm: Slurm, tmp_p
     assert counted(step) == 1
 
 
+@pytest.mark.timeout(240)
 async def test_what_slurm_has_forgotten_is_known_by_its_agent(own_slurm: Slurm, tmp_path: Path) -> None:
     step = step_of(tmp_path, "exit 6")
     await backend_of(own_slurm).submit(step)
@@ -197,6 +198,7 @@ async def test_what_slurm_has_forgotten_is_known_by_its_agent(own_slurm: Slurm, 
     assert (await ending(await found(backend_of(own_slurm), step))).outcome.exit_code == 6
 
 
+@pytest.mark.timeout(240)
 async def test_what_nobody_knows_is_lost_and_never_begins(own_slurm: Slurm, tmp_path: Path) -> None:
     backend = backend_of(own_slurm)
     step = step_of(tmp_path, COUNT, placement=Placement(attributes={"begin": "now+1hour"}))
@@ -242,6 +244,7 @@ async def test_a_job_that_is_put_back_into_the_queue_does_not_run_again(own_slur
     assert counted(step) == 1
 
 
+@pytest.mark.timeout(240)
 async def test_the_accounting_knows_what_slurm_has_forgotten(tmp_path: Path) -> None:
     if why := missing(accounting=True):
         pytest.skip(why)

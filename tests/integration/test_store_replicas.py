@@ -551,6 +551,30 @@ async def test_a_server_that_restarts_under_load_loses_nothing_and_nothing_happe
         assert len(await stores[0].list(equals={"state": "OLD"}, limit=100000)) == inserted
 
 
+@pytest.mark.parametrize("what", ["take", "renew", "give_back"])
+async def test_a_database_that_keeps_a_replica_waiting_keeps_it_not_driving(
+    two: list[Store[Thing]], short_leases: None, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    log: list[tuple[int, str, str]] = []
+    async with Replica(two[0], log, 0) as replica:
+        replica.drivers.keep(await replica.store.insert(thing()))
+        await until(lambda: len(log) == 1)
+        silent = asyncio.Event()
+        answers = getattr(replica.drivers._claims, what)
+
+        async def waits(*arguments: Any, **more: Any) -> Any:
+            await silent.wait()
+            return await answers(*arguments, **more)
+
+        monkeypatch.setattr(replica.drivers._claims, what, waits)
+        await until(lambda: len(log) == 2, SHORT_LEASE + 5)
+        silent.set()
+        await until(lambda: len(log) == 3)
+        await replica.store.change("things/a", to(stop=True))
+        await until(lambda: len(log) == 4)
+    assert [what for _, _, what in log] == ["begun", "ended", "begun", "ended"]
+
+
 async def test_watchers_catch_up_after_the_server_was_away(own_server: Postgres) -> None:
     first, second = [await Database.open(own_server.url(), "job") for _ in range(2)]
     stores = [Store(database, Thing) for database in (first, second)]

@@ -23,7 +23,7 @@ from beamwire.mesh.identity.delegation import Restriction
 from beamwire.request.v1.request_service_pb2 import Transfer
 from beamwire.stream.v1.link_pb2 import LINK_ROLE_CONSUME, LINK_ROLE_PRODUCE
 from beamwire.testing.ports import free_port
-from tests.conftest import LiveFacility, wait_until
+from tests.conftest import STOP_TIMEOUT, LiveFacility, wait_until
 
 ALICE = "spiffe://facility.test/user/alice"
 BOB = "spiffe://facility.test/user/bob"
@@ -357,7 +357,7 @@ def test_a_revocation_outlives_the_services(own_facility: LiveFacility, tmp_path
         alice.cancel_transfer(transfer.name)
     for process in own_facility.processes:
         process.terminate()
-        process.wait(20)
+        process.wait(STOP_TIMEOUT)
         assert process.stdout is not None
         process.stdout.close()
     own_facility.processes.clear()

@@ -15,7 +15,9 @@ import pytest
 from beamwire.mesh.database import Database
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.failure import Failure
+from beamwire.mesh.identity.authority import Authority
 from beamwire.mesh.identity.ids import Role, SpiffeId
+from beamwire.mesh.identity.trust import DomainTrust, Trust
 from beamwire.mesh.policy import Policy
 from beamwire.mesh.rpc.access import Caller
 from beamwire.mesh.store import Store
@@ -333,6 +335,47 @@ async def test_the_driver_counts_deaths_by_its_clock(tmp_path: Path, monkeypatch
     (shard,) = (await store.require("buffers/b")).shards
     assert (shard.restart_count, shard.spent_restarts, shard.death_time) == (6, 1, moment[0])
     await database.close()
+
+
+class Believer:
+    """Takes what is believed as a cache does: at once, never, or not before it was told so often."""
+
+    def __init__(self, *, deaf: int = 0, stuck: bool = False) -> None:
+        self.deaf, self.stuck = deaf, stuck
+        self.told = asyncio.Event()
+        self.sequences: list[int] = []
+
+    async def trust(self, domains: list[str]) -> None:
+        if self.stuck:
+            await asyncio.Event().wait()
+        if self.deaf:
+            self.deaf -= 1
+            raise BeamwireError(Reason.CACHE_FAILED, "it does not answer")
+        self.sequences += [DomainTrust.from_json(domain).sequence for domain in domains]
+        self.told.set()
+
+
+async def test_no_cache_waits_for_another_to_hear_who_is_believed_and_each_hears_in_the_end(
+    store: Store[BufferRecord], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("beamwire.services.buffer.driver.TELL_AGAIN", 0.01)
+    roots_pem = Authority.create("facility.test").roots_pem
+    now = [Trust.of("facility.test", roots_pem)]
+    driver = Driver("buffers/b", store, [], "facility.test", lambda: now[0])
+    stuck, deaf, good = Believer(stuck=True), Believer(deaf=3), Believer()
+    driver._controls.update(enumerate((stuck, deaf, good)))  # type: ignore[arg-type]
+    await store.insert(make_record())
+    for sequence in (1, 2):
+        now[0] = Trust(DomainTrust("facility.test", roots_pem, sequence=sequence))
+        driver.tell_trust()
+        async with asyncio.timeout(5):
+            for each in (good, deaf):
+                await each.told.wait()
+                each.told.clear()
+    assert (stuck.sequences, deaf.sequences, good.sequences) == ([], [1, 2], [1, 2])
+    # It ends all that was begun.
+    await driver.run()
+    assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("trust of")]
 
 
 @pytest.mark.parametrize(

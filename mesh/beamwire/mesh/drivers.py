@@ -71,6 +71,7 @@ class Drivers(Generic[R]):
         store.claims_new = True
         # Until when what is held is held for sure, by the clock of this host.
         self._until = 0.0
+        self._expiry: asyncio.TimerHandle | None = None
         # What is driven here, and since when.
         self._begun: dict[str, float] = {}
         # What `keep` asked for and somebody may hold; what is not to be driven here for now; what has come to its end
@@ -148,7 +149,7 @@ class Drivers(Generic[R]):
         if name in self._released or name in self._leaving or name in self._driven():
             return
         if not self._driven():
-            self._until = claimed + LEASE_SECONDS
+            self._hold_until(claimed + LEASE_SECONDS)
         try:
             self._begun[name] = time.monotonic()
             self._runner.keep(name, lambda: self._work(name))
@@ -164,6 +165,20 @@ class Drivers(Generic[R]):
         await self._drive(name)
         self._finished.add(name)
         self._look.set()
+
+    def _hold_until(self, moment: float) -> None:
+        """Drive what is held until the leases end, whatever the database keeps waiting for, unless they are renewed."""
+        self._until = moment
+        if self._expiry is not None:
+            self._expiry.cancel()
+        if self._store.db.shared:
+            left = moment - MARGIN_SECONDS - time.monotonic()
+            self._expiry = asyncio.get_running_loop().call_later(left, self._expire)
+
+    def _expire(self) -> None:
+        if driven := self._driven():
+            log.warning("claims could not be renewed in time; what was driven here is left to who can")
+            self._leave(driven)
 
     def _driven(self) -> list[str]:
         return [name for name in self._runner.kept() if name in self._begun]
@@ -185,19 +200,12 @@ class Drivers(Generic[R]):
             self._begin(name, began)
 
     async def _renew(self) -> None:
-        """Renew the leases; cancel the drivers of what another replica has taken, and of all if it was too late."""
+        """Renew the leases; cancel the drivers of what another replica has taken."""
         if not self._store.db.shared:
             return
         began = time.monotonic()
-        left = self._until - MARGIN_SECONDS - began if self._driven() else None
-        try:
-            async with asyncio.timeout(left):
-                held = await self._claims.renew()
-        except TimeoutError:
-            log.warning("claims could not be renewed in time; what was driven here is left to who can")
-            self._leave(self._driven())
-            return
-        self._until = began + LEASE_SECONDS
+        held = await self._claims.renew()
+        self._hold_until(began + LEASE_SECONDS)
         self._leave([name for name in self._driven() if self._begun[name] < began and name not in held])
         for name in held - set(self._driven()):
             self._begin(name, began)
@@ -216,6 +224,8 @@ class Drivers(Generic[R]):
 
     async def _give_up(self) -> None:
         """Hold what is driven until its driver has ended, then let others have it."""
+        if self._expiry is not None:
+            self._expiry.cancel()
         while driven := self._driven():
             with suppress(TimeoutError):
                 async with asyncio.timeout(RENEW_SECONDS):

@@ -114,8 +114,10 @@ class Outbox:
         statement = statement.values(**again, not_before=self._db.now() + delay)
         await self._db.change(lambda connection: connection.execute(statement))
         self._out.discard(item.id)
-        # There is room for what else its receiver is to be told.
+        # There is room for what else its receiver is to be told, and then it is this one's turn again.
         self._db.posted.set()
+        if delay < LOOK_SECONDS:
+            asyncio.get_running_loop().call_later(delay, self._db.posted.set)
 
     async def wait(self) -> None:
         """Wait until this replica has posted something since the last claim, or it is time to look again."""

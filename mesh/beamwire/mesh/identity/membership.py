@@ -91,6 +91,8 @@ class Membership:
         self._away_since: datetime | None = None
         self._trust_changed = asyncio.Event()
         self._warned: dict[str, datetime] = {}
+        # What the listeners know.
+        self._told = self._members[0].trust
 
     def on_trust(self, listener: Callable[[Trust], None]) -> None:
         """Have somebody told what is believed now, after each change that this process was told of."""
@@ -110,16 +112,18 @@ class Membership:
 
     async def believe(self, change: Callable[[Trust], Trust]) -> None:
         """Change what the members believe, on disk and here."""
-        before = self._members[0].trust
+        first, *others = self._members
         # They wait for the disk; the first one is what others go by.
-        await asyncio.to_thread(self._members[0].change_trust, change)
-        await asyncio.gather(*(asyncio.to_thread(member.change_trust, change) for member in self._members[1:]))
-        trust = self._members[0].trust
-        if trust == before:
-            return
-        self._trust_changed.set()
-        for listener in self._listeners:
-            listener(trust)
+        await asyncio.to_thread(first.change_trust, change)
+        trust = first.trust
+        # It may be on the disk already by another replica, and be news here all the same.
+        new, self._told = trust != self._told, trust
+        if new:
+            for listener in self._listeners:
+                listener(trust)
+        await asyncio.gather(*(asyncio.to_thread(member.change_trust, change) for member in others))
+        if new:
+            self._trust_changed.set()
 
     @property
     def issues(self) -> list[str]:

@@ -252,7 +252,8 @@ class Buffers:
         while True:
             await self._trust_changed.wait()
             self._trust_changed.clear()
-            await asyncio.gather(*(driver.tell_trust() for driver in list(self._driven.values())))
+            for driver in self._driven.values():
+                driver.tell_trust()
 
     # What the replica that drives a buffer does.
 

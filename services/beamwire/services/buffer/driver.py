@@ -78,6 +78,7 @@ class Driver:
         self._statuses: dict[int, CacheStatus] = {}
         self._controls: dict[int, CacheControl] = {}
         self._told: dict[int, object] = {}
+        self._spreading: dict[int, asyncio.Task[None]] = {}
         self._buried: set[int] = set()
         self._news = asyncio.Event()
 
@@ -100,6 +101,10 @@ class Driver:
         except BaseExceptionGroup as problems:
             # The first is the cause; the group cancelled the others.
             raise problems.exceptions[0] from None
+        finally:
+            for task in self._spreading.values():
+                task.cancel()
+            await asyncio.gather(*self._spreading.values(), return_exceptions=True)
 
     # What is wanted of the buffer.
 
@@ -204,13 +209,28 @@ class Driver:
         self._told[number] = words
         return True
 
-    async def tell_trust(self) -> None:
-        """Pass on to all caches that are there whom to believe; who is not told now is told when it is there."""
-        for number, control in list(self._controls.items()):
+    def tell_trust(self) -> None:
+        """Have all caches that are there told whom to believe, none of which waits for another.
+
+        Who is not there is told when it is.
+        """
+        for number in self._controls:
+            spreading = self._spreading.get(number)
+            if spreading is None or spreading.done():
+                self._spreading[number] = asyncio.create_task(self._spread_trust(number), name=f"trust of {self._name}")
+
+    async def _spread_trust(self, number: int) -> None:
+        """Tell one cache whom to believe until it knows the newest, or is gone."""
+        while (control := self._controls.get(number)) is not None:
+            trust = self._trust()
             try:
                 await self._tell_trust(control)
             except BeamwireError as error:
                 log.warning("cache %d of %s does not know whom to believe: %s", number, self._name, error)
+                await asyncio.sleep(TELL_AGAIN)
+            else:
+                if self._trust() is trust:
+                    return
 
     async def _tell_trust(self, control: CacheControl) -> None:
         trust = self._trust()
@@ -228,11 +248,15 @@ class Driver:
 
     async def connected(self, number: int, control: CacheControl) -> None:
         """Pass the stored words on to a cache: whoever said them may have found it dead."""
+        trust = self._trust()
         await self._tell_trust(control)
         record = await self._store.require(self._name)
         await _tell(record, control)
         self._told[number] = _words(record)
         self._controls[number] = control
+        if self._trust() is not trust:
+            # It has changed since, and this cache was not there to be told.
+            self.tell_trust()
 
     async def prepare(self, number: int) -> BufferRecord:
         """Decide where the frames are. A PUSH cache that is gone took its frames with it: CACHE_FAILED."""

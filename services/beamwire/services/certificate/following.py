@@ -34,8 +34,8 @@ READ_TIMEOUT: Final = 10.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0
 # Between two bundles that are taken: a facility that changes its mind all the time must not keep our disks busy.
 BREATH: Final = 0.2
-# Who says much at a time is heard less often: at most 30 s, for a bundle of the longest kind.
-REST: Final = 20
+# Who says much at a time is heard less often, but often enough for that minute: a disk may have been slow once.
+REST, LONGEST_REST = 20, 20.0
 # Of one bundle; a revocation list of 100,000 entries is as long.
 _MAX_BYTES: Final = 4 * 1024 * 1024
 _OPTIONS: Final[tuple[tuple[str, Any], ...]] = (
@@ -211,7 +211,7 @@ async def _listen(held: DomainTrust) -> Bundles:
                     began = asyncio.get_running_loop().time()
                     yield answer.trust_bundle
                     took = asyncio.get_running_loop().time() - began
-                    await asyncio.sleep(max(BREATH, REST * took))
+                    await asyncio.sleep(min(max(BREATH, REST * took), LONGEST_REST))
         finally:
             stream.cancel()
             await asyncio.gather(reading, return_exceptions=True)

@@ -19,6 +19,8 @@ from beamwire.services.request.reuse import may_be_served
 
 # Earlier transfers that say how fast such a one is.
 MOST_EARLIER = 8
+# Among so many: those that were served from a buffer that was kept tell nothing of a rate.
+MOST_LOOKED_AT = 200
 # Fewer messages than that in a ring, and producers and consumers wait for each other.
 LEAST_MESSAGES = 4
 # What cannot be seen from the host of the services may be seen from where the streamer runs.
@@ -126,13 +128,13 @@ class Estimates:
         if not record.content_sha256:
             return 0.0
         same = {"content_sha256": record.content_sha256, "state": TransferState.SUCCEEDED.value}
-        earlier = await self._store.list(owner=record.owner, equals=same, limit=MOST_EARLIER)
+        earlier = await self._store.list(owner=record.owner, equals=same, limit=MOST_LOOKED_AT)
         rates = [
             each.receipt.selected_event_count / each.receipt.streaming_seconds / each.process_count
             for each in earlier
             if each.receipt is not None and each.receipt.streaming_seconds and not each.served_from
         ]
-        return median(rates) if rates else 0.0
+        return median(rates[:MOST_EARLIER]) if rates else 0.0
 
     async def _limits(self, record: TransferRecord) -> list[str]:
         try:

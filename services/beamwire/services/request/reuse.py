@@ -7,18 +7,18 @@ from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 
 from beamwire.mesh.errors import BeamwireError, Reason
-from beamwire.mesh.names import id_of_part
+from beamwire.mesh.names import id_of_part, new_id
 from beamwire.mesh.store import Store
 from beamwire.services.request.life import noted, to
 from beamwire.services.request.model import TransferRecord, TransferState
 from beamwire.services.request.ports import BufferPort
 
-# Earlier transfers that are looked at, newest first.
-MOST_CANDIDATES = 8
+# Earlier transfers that are looked at, newest first. Most of them may have been served by others themselves.
+MOST_CANDIDATES = 200
 # The longest name of a group.
 GROUP_LENGTH = 31
-# What the Buffer service says of a buffer that holds nothing any more.
-_GONE = frozenset({Reason.RESOURCE_NOT_FOUND, Reason.ILLEGAL_STATE, Reason.UNSUPPORTED})
+# What the Buffer service says of a buffer that holds nothing any more, or as many groups as it may have.
+_GONE = frozenset({Reason.RESOURCE_NOT_FOUND, Reason.ILLEGAL_STATE, Reason.UNSUPPORTED, Reason.LIMIT_REACHED})
 
 log = logging.getLogger(__name__)
 
@@ -101,14 +101,22 @@ def _holding(earlier: Iterable[TransferRecord], record: TransferRecord) -> Itera
 
 
 def _served_by(record: TransferRecord, earlier: TransferRecord) -> dict[str, object]:
-    group = f"t-{record.name.removeprefix('transfers/')}"[:GROUP_LENGTH].rstrip("-")
     return {
         "served_from": earlier.name,
         "buffer": earlier.buffer,
         "job": "",
-        "group": group,
+        "group": _group_of(record),
         "capacity_bytes": earlier.capacity_bytes,
     }
+
+
+def _group_of(record: TransferRecord) -> str:
+    """Return a name that no other transfer's group has."""
+    group = f"t-{record.name.removeprefix('transfers/')}"
+    if len(group) <= GROUP_LENGTH:
+        return group
+    digest = new_id(record.name)
+    return f"{group[: GROUP_LENGTH - len(digest) - 1].rstrip('-')}-{digest}"
 
 
 def _on_its_own(record: TransferRecord) -> dict[str, object]:

@@ -35,7 +35,8 @@ from beamwire.services.request.rights import PresentRights
 log = logging.getLogger(__name__)
 
 # After the streamer has ended well, its last frames are on their way to the cache for a moment.
-SETTLE_TIMEOUT = 15.0
+# The Buffer service may be away meanwhile, or another replica take the buffer up, which is when it is heard.
+SETTLE_TIMEOUT = 60.0
 # After its stream has ended a streamer has nothing more to do.
 ENDING_TIMEOUT = 60.0
 CREATE_PATIENCE = 10.0

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Final
 
 from beamwire.mesh.identity.credentials import MEMBER_FILE, Credentials
@@ -23,12 +25,14 @@ from beamwire.mesh.identity.renewal import (
     remaining,
 )
 
-# How often the files are looked at, which may have been changed meanwhile, in seconds.
+# How often the files are looked at, which another process may have changed meanwhile, in seconds.
 _LOOK_PERIOD: Final = 10.0
 # Seconds after a renewal that failed, the first and the most, and of a short life this part of what is left of it.
 _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 60.0
 _PART_OF_REST: Final = 0.1
+# After a rotation all caches of a host renew, each with a process: within so many seconds, and not all in one moment.
+_ROTATION_SPREAD: Final = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -37,9 +41,22 @@ async def keep_renewed(credentials: Credentials) -> None:
     """Renew in time until cancelled. One that was not enrolled, and so knows no facility, has nothing to do."""
     if not (credentials.directory / MEMBER_FILE).exists():
         return
+    changed, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def heard() -> None:
+        loop.call_soon_threadsafe(changed.set)
+
+    forget = credentials.listen(heard)
+    try:
+        await _renew_in_time(credentials, changed)
+    finally:
+        forget()
+
+
+async def _renew_in_time(credentials: Credentials, changed: asyncio.Event) -> None:
     pause = _FIRST_PAUSE
     while True:
-        await _wait_until_due(credentials)
+        await _wait_until_due(credentials, changed)
         before = credentials.chain_pem
         code = await _run(credentials)
         if credentials.chain_pem != before:
@@ -54,16 +71,22 @@ async def keep_renewed(credentials: Credentials) -> None:
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-async def _wait_until_due(credentials: Credentials) -> None:
+async def _wait_until_due(credentials: Credentials, changed: asyncio.Event) -> None:
     """Wait until the certificate that is then on disk should be renewed."""
     chain_pem, jitter = b"", 0.0
-    while not is_superseded(credentials):
+    while True:
+        changed.clear()
+        if is_superseded(credentials):
+            await asyncio.sleep(random.uniform(0, _ROTATION_SPREAD))
+            return
         if credentials.chain_pem != chain_pem:
             chain_pem, jitter = credentials.chain_pem, random_jitter()
         left = (half_life(chain_pem, jitter) - utcnow()).total_seconds()
         if left <= 0:
             return
-        await asyncio.sleep(min(left, _LOOK_PERIOD))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(left, _LOOK_PERIOD)):
+                await changed.wait()
 
 
 async def _run(credentials: Credentials) -> int:
