@@ -374,7 +374,7 @@ async def test_no_cache_waits_for_another_to_hear_who_is_believed_and_each_hears
                 each.told.clear()
     assert (stuck.sequences, deaf.sequences, good.sequences) == ([], [1, 2], [1, 2])
     # It ends all that was begun.
-    await driver.run()
+    await driver.close()
     assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("trust of")]
 
 

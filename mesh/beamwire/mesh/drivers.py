@@ -118,11 +118,13 @@ class Drivers(Generic[R]):
                 try:
                     await self._settle()
                     if time.monotonic() >= due:
+                        # From here: an answer that was late is followed by the next question at once.
+                        due = time.monotonic() + RENEW_SECONDS
                         await self._renew()
                         await self._take(None)
-                        due = time.monotonic() + RENEW_SECONDS
-                except BeamwireError as error:
-                    log.warning("claims could not be looked after: %s; it is tried again", error)
+                except (BeamwireError, TimeoutError) as error:
+                    why = str(error) or "the database does not answer"
+                    log.warning("claims could not be looked after: %s; it is tried again", why)
                     due = time.monotonic() + PAUSE_SECONDS
         except asyncio.CancelledError:
             await self._give_up()
@@ -147,6 +149,9 @@ class Drivers(Generic[R]):
     def _begin(self, name: str, claimed: float) -> None:
         self._store.claimed.discard(name)
         if name in self._released or name in self._leaving or name in self._driven():
+            return
+        if self._store.db.shared and claimed + LEASE_SECONDS - MARGIN_SECONDS <= time.monotonic():
+            # The answer came so late that somebody else may hold it by now. The next renewal tells.
             return
         if not self._driven():
             self._hold_until(claimed + LEASE_SECONDS)
@@ -204,7 +209,9 @@ class Drivers(Generic[R]):
         if not self._store.db.shared:
             return
         began = time.monotonic()
-        held = await self._claims.renew()
+        # No longer than it could be of use; the connection may be a dead one.
+        async with asyncio.timeout(LEASE_SECONDS - MARGIN_SECONDS):
+            held = await self._claims.renew()
         self._hold_until(began + LEASE_SECONDS)
         self._leave([name for name in self._driven() if self._begun[name] < began and name not in held])
         for name in held - set(self._driven()):

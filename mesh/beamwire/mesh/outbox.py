@@ -109,8 +109,9 @@ class Outbox:
     async def retry(self, item: OutboxItem, delay: float, error: str = "") -> None:
         """It could not be told: try again in `delay` seconds; `error` is kept for people."""
         again = {"attempts": item.attempts + 1, "last_error": error[:1000], "holder": None, "held_until": None}
-        # Begun again after an answer that was lost, it finds that somebody else has the item now, or nobody.
-        statement = update(outbox).where(outbox.c.id == item.id, outbox.c.holder == self._db.replica)
+        # Begun again after an answer that was lost, it finds that this was counted, whoever has the item now.
+        mine = and_(outbox.c.holder == self._db.replica, outbox.c.attempts == item.attempts)
+        statement = update(outbox).where(outbox.c.id == item.id, mine)
         statement = statement.values(**again, not_before=self._db.now() + delay)
         await self._db.change(lambda connection: connection.execute(statement))
         self._out.discard(item.id)

@@ -284,6 +284,7 @@ class Buffers:
             await self._follow(record, driver)
         finally:
             del self._driven[name]
+            await driver.close()
 
     async def _follow(self, record: BufferRecord, driver: Driver) -> None:
         name = record.name

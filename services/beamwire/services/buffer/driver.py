@@ -101,10 +101,13 @@ class Driver:
         except BaseExceptionGroup as problems:
             # The first is the cause; the group cancelled the others.
             raise problems.exceptions[0] from None
-        finally:
-            for task in self._spreading.values():
-                task.cancel()
-            await asyncio.gather(*self._spreading.values(), return_exceptions=True)
+
+    async def close(self) -> None:
+        """Tell nobody anything any more."""
+        self._controls.clear()
+        for task in self._spreading.values():
+            task.cancel()
+        await asyncio.gather(*self._spreading.values(), return_exceptions=True)
 
     # What is wanted of the buffer.
 
@@ -226,6 +229,9 @@ class Driver:
             try:
                 await self._tell_trust(control)
             except BeamwireError as error:
+                status = self._statuses.get(number)
+                if status is not None and status.state == "ENDED":
+                    return
                 log.warning("cache %d of %s does not know whom to believe: %s", number, self._name, error)
                 await asyncio.sleep(TELL_AGAIN)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 
 from beamwire.mesh.errors import BeamwireError, Reason
 from beamwire.mesh.names import id_of_part, new_id
@@ -15,6 +16,8 @@ from beamwire.services.request.ports import BufferPort
 
 # Earlier transfers that are looked at, newest first. Most of them may have been served by others themselves.
 MOST_CANDIDATES = 200
+# Of those that could serve, so many are asked.
+MOST_ASKED = 8
 # The longest name of a group.
 GROUP_LENGTH = 31
 # What the Buffer service says of a buffer that holds nothing any more, or as many groups as it may have.
@@ -76,7 +79,7 @@ class Reuse:
             return []
         same = {"content_sha256": record.content_sha256, "state": TransferState.SUCCEEDED.value}
         earlier = await self._store.list(owner=record.owner, equals=same, limit=MOST_CANDIDATES)
-        return list(_holding(earlier, record))
+        return list(islice(_holding(earlier, record), MOST_ASKED))
 
 
 def may_be_served(record: TransferRecord) -> bool:

@@ -103,6 +103,8 @@ class Intake:
                 slot = self._reserve(length)
                 if slot is not None or drops:
                     return slot
+            if not self._waiting:
+                self._held_back = self._holds_back(length)
             turn = threading.Condition(self._lock)
             self._waiting.append(turn)
         try:
