@@ -362,6 +362,7 @@ async def test_a_cache_that_hears_of_a_rotation_renews_at_once(
         raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
 
     monkeypatch.setattr(subprocess, "Popen", noted)
+    monkeypatch.setattr("beamwire.services.buffer.cache.renewals._ROTATION_SPREAD", 0.0)
     credentials = facility.member("cache/b0", lifetime=timedelta(hours=1))
     (credentials.directory / "member.json").write_text("{}")
     renewing = asyncio.create_task(keep_renewed(credentials))

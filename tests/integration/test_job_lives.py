@@ -244,6 +244,24 @@ async def test_who_removes_a_job_late_leaves_the_next_one_of_its_name(served: Se
     assert (await jobs.GetJob(pb.GetJobRequest(name=made.name))).state == pb.Job.STATE_COMPLETED
 
 
+async def test_a_removal_that_was_broken_off_is_brought_to_its_end(served: Served, monkeypatch: pytest.MonkeyPatch):
+    jobs = await served.as_("user/alice")
+    made = await create(jobs, shell("echo first"), job_id="again")
+    await ended(jobs, made.name)
+    with monkeypatch.context() as patch:
+
+        def dies(*_: object, **__: object) -> None:
+            raise OSError("the disk went away")
+
+        patch.setattr("beamwire.services.job.driver.shutil.rmtree", dies)
+        with pytest.raises(BeamwireError):
+            await jobs.DeleteJob(pb.DeleteJobRequest(name=made.name))
+    assert [path.name for path in served.jobs._directory.glob("*again*")] != ["again"]
+    await jobs.DeleteJob(pb.DeleteJobRequest(name=made.name))
+    assert not [*served.jobs._directory.glob("*again*")]
+    assert await served.store.get(made.name) is None
+
+
 @pytest.mark.parametrize("stage", ["HELD", "ACTIVE"])
 async def test_a_job_can_be_deleted_at_every_stage(served: Served, stage: str):
     jobs = await served.as_("user/alice")

@@ -159,6 +159,20 @@ async def test_what_another_replica_has_written_first_is_told_here_too(facility:
     assert "b.test" in Credentials.load(other.directory).trust
 
 
+def test_what_another_process_wrote_in_the_same_moment_is_read_when_it_is_to_be_written(
+    facility: Facility, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    member = facility.member("service/buffer")
+    replicas = [Credentials.load(member.directory) for _ in range(2)]
+    for replica in replicas:
+        # As if the clock of the file system stood still.
+        monkeypatch.setattr(replica, "_read_stamp", lambda stamp=replica._stamp: stamp)
+    stranger = DomainTrust("b.test", Facility(tmp_path / "elsewhere", "b.test").roots_pem, sequence=7)
+    for replica in replicas:
+        assert "b.test" in replica.change_trust(lambda trust: trust.believe(stranger))
+        assert "b.test" in replica.trust
+
+
 async def test_what_was_removed_while_nobody_listened_is_believed_no_more(registry: Registry, tmp_path: Path) -> None:
     member = registry.facility.member("user/alice")
     elsewhere = DomainTrust("b.test", Facility(tmp_path / "elsewhere", "b.test").roots_pem, sequence=7)

@@ -575,6 +575,47 @@ async def test_a_database_that_keeps_a_replica_waiting_keeps_it_not_driving(
     assert [what for _, _, what in log] == ["begun", "ended", "begun", "ended"]
 
 
+async def test_what_begins_while_the_last_one_still_leaves_is_not_driven_beyond_its_lease(
+    two: list[Store[Thing]], short_leases: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, left = asyncio.Event(), asyncio.Event()
+
+    class Slow(Replica):
+        async def _drive(self, name: str) -> None:
+            try:
+                await super()._drive(name)
+            finally:
+                if name == "things/a":
+                    await left.wait()
+
+    async def waits(*_: Any, **__: Any) -> set[str]:
+        await answers.wait()
+        return set()
+
+    log: list[tuple[int, str, str]] = []
+    async with Slow(two[0], log, 0) as replica:
+        replica.drivers.keep(await replica.store.insert(thing("things/a")))
+        await until(lambda: log)
+        monkeypatch.setattr(replica.drivers._claims, "renew", waits)
+        await until(lambda: (0, "things/a", "ended") in log, SHORT_LEASE + 5)
+        replica.drivers.keep(await replica.store.insert(thing("things/b")))
+        await until(lambda: (0, "things/b", "ended") in log, SHORT_LEASE + 5)
+        left.set()
+        answers.set()
+
+
+async def test_a_lease_that_began_long_ago_begins_nothing_before_it_is_renewed(
+    two: list[Store[Thing]], short_leases: None
+) -> None:
+    async with Replica(two[0], [], 0) as replica:
+        record = await replica.store.insert(thing())
+        # As if whoever stored it had been kept waiting since.
+        replica.store.claimed[record.name] -= SHORT_LEASE
+        replica.drivers.keep(record)
+        assert not replica.driven()
+        await until(lambda: replica.driven() == {record.name})
+
+
 async def test_watchers_catch_up_after_the_server_was_away(own_server: Postgres) -> None:
     first, second = [await Database.open(own_server.url(), "job") for _ in range(2)]
     stores = [Store(database, Thing) for database in (first, second)]

@@ -35,8 +35,8 @@ from tests.conftest import BIN, STOP_TIMEOUT, run, wait_until
 
 DOMAIN = "facility.test"
 OWN = f"trustBundles/{DOMAIN}"
-SOON = 1.0
 MOST_AT_ONCE = 128
+SOON = 1.0
 """Seconds within which a replica tells what another has done."""
 CUT = 5.0
 """Seconds after which a stream of who was revoked has ended, on a busy machine as in test_trust.py."""

@@ -429,8 +429,8 @@ class NoCaches(Sites):
         super().__init__(directory, "facility.test", Placement(active_buffers=1), mint)
         self.discarded: list[str] = []
 
-    async def discard(self, record: BufferRecord) -> None:
-        self.discarded.append(record.state)
+    async def discard_local(self, buffer_id: str) -> None:
+        self.discarded.append(buffer_id)
         if len(self.discarded) == 1:
             raise PermissionError("it cannot be removed")
 
@@ -452,6 +452,21 @@ async def test_what_is_left_of_a_failed_buffer_is_removed_although_it_could_not_
         await Buffers(store, sites, "facility.test", Placement(), runner, Policy("facility.test")).resume()
         await until(lambda: len(sites.discarded) == 2 and not runner.kept())
     assert (await store.require("buffers/b")).state == "FAILED"
+
+
+async def test_who_removes_a_buffer_late_leaves_the_next_one_of_its_name(tmp_path: Path, store: Store[BufferRecord]):
+    sites = NoCaches(tmp_path / "buffers")
+    sites.discarded.append("")
+    first = await store.insert(make_record().model_copy(update={"state": "ENDED"}))
+    async with TaskRunner() as runner:
+        buffers = Buffers(store, sites, "facility.test", Placement(), runner, Policy("facility.test"))
+        await buffers.delete(first.name)
+        again = first.model_copy(update={"create_time": first.create_time + timedelta(seconds=1), "state": "READY"})
+        await store.insert(again)
+        # As the driver of another replica does, which heard of the deletion of the first one and was slow.
+        await buffers._discard(first, forget=True)
+    assert sites.discarded == ["", "b"]
+    assert (await store.require(first.name)).state == "READY"
 
 
 async def test_a_buffer_does_not_fail_because_its_record_could_not_be_stored(

@@ -91,9 +91,11 @@ class Drivers(Generic[R]):
             return
         name = record.name
         self._released.discard(name)
-        if not self._store.db.shared or name in self._store.claimed:
-            # Its lease began when it was stored, a moment ago.
-            self._begin(name, time.monotonic() - LEASE_SECONDS / 2)
+        if not self._store.db.shared:
+            self._begin(name, time.monotonic())
+        elif name in self._store.claimed:
+            # When it was stored; the caller may have been kept waiting since.
+            self._begin(name, self._store.claimed[name])
         else:
             self._wanted.add(name)
             self._look.set()
@@ -147,14 +149,15 @@ class Drivers(Generic[R]):
         await self._runner.wait(name)
 
     def _begin(self, name: str, claimed: float) -> None:
-        self._store.claimed.discard(name)
+        self._store.claimed.pop(name, None)
         if name in self._released or name in self._leaving or name in self._driven():
             return
         if self._store.db.shared and claimed + LEASE_SECONDS - MARGIN_SECONDS <= time.monotonic():
             # The answer came so late that somebody else may hold it by now. The next renewal tells.
             return
-        if not self._driven():
-            self._hold_until(claimed + LEASE_SECONDS)
+        ends = claimed + LEASE_SECONDS
+        if self._expiry is None or ends < self._until or not self._driven():
+            self._hold_until(ends)
         try:
             self._begun[name] = time.monotonic()
             self._runner.keep(name, lambda: self._work(name))
@@ -181,6 +184,7 @@ class Drivers(Generic[R]):
             self._expiry = asyncio.get_running_loop().call_later(left, self._expire)
 
     def _expire(self) -> None:
+        self._expiry = None
         if driven := self._driven():
             log.warning("claims could not be renewed in time; what was driven here is left to who can")
             self._leave(driven)

@@ -61,8 +61,8 @@ class Store(Generic[R]):
         self.kind = record_type.__name__
         self.claims_new = False
         """Whether what this replica inserts is its own to drive; see `beamwire.mesh.drivers`."""
-        self.claimed: set[str] = set()
-        """What it has inserted so, and nobody drives yet."""
+        self.claimed: dict[str, float] = {}
+        """What it has inserted so, and nobody drives yet; and a moment before the lease began, by the host's clock."""
         self._known: OrderedDict[str, R] = OrderedDict()
         self._deletions = 0
         # Made once: to make it costs as much as to ask.
@@ -99,9 +99,8 @@ class Store(Generic[R]):
 
         began = time.monotonic()
         record = await self.db.carry_out(self._stored(stored, change, told=outbox is not None))
-        # If that took long, somebody else may hold it by now: it is claimed like any other.
-        if claims and time.monotonic() - began < LEASE_SECONDS / 2:
-            self.claimed.add(record.name)
+        if claims:
+            self.claimed[record.name] = began
         return record
 
     async def add(self, record: R, contents: Callable[[R], object], *, outbox: Outgoing[R] | None = None) -> R:

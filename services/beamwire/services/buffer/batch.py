@@ -65,7 +65,6 @@ class BatchSystems:
             record.name,
             number,
             job_id(record, number),
-            self,
             self._jobs,
             self._credentials,
             self._placement,
@@ -103,7 +102,6 @@ class JobSite:
         name: of the buffer.
         number: of the cache among those of the buffer.
         job_id: of the job.
-        systems: where its job is among others.
         jobs: the Job service.
         credentials: of the Buffer service.
         placement: what the facility says of caches.
@@ -113,7 +111,6 @@ class JobSite:
     name: str
     number: int
     job_id: str
-    systems: BatchSystems
     jobs: CacheJobs
     credentials: Credentials
     placement: Placement
@@ -179,10 +176,6 @@ class JobSite:
         status = seen or CacheStatus(state="FAILED", address="", counters=Counters())
         changes = {"state": "FAILED", "flow": "", "end_cause": "FAILED", "counters": write_off(status.counters)}
         return status.model_copy(update=changes)
-
-    async def discard(self) -> None:
-        """End the job; a cache that answers removes its ring."""
-        await self.systems.discard(self.job, self._buffer_id)
 
 
 class JobLife:

@@ -224,7 +224,7 @@ class Buffers:
                     # Its driver may have come to the end before it heard of this.
                     if _ended(record):
                         await self._drivers.release(name)
-                        await self._forget(record)
+                        await self._discard(record, forget=True)
         except TimeoutError:
             raise BeamwireError(
                 Reason.SERVICE_UNAVAILABLE,
@@ -232,9 +232,17 @@ class Buffers:
                 "deleted as soon as they can be ended",
             ) from None
 
-    async def _forget(self, record: BufferRecord) -> None:
-        await self._sites.discard(record)
-        await self._store.delete(record.name, created=record.create_time)
+    async def _discard(self, record: BufferRecord, *, forget: bool = False) -> None:
+        """Stop the caches of a buffer and remove what is left of it, unless the name is another's by now."""
+        # First: for however long the Job service is away, nobody else is kept waiting.
+        await self._sites.discard_jobs(record)
+        async with self._store.db.exclusive(f"removal of {record.name}"):
+            newest = await self._store.get(record.name)
+            if newest is not None and newest.create_time != record.create_time:
+                return
+            await self._sites.discard_local(record.name.removeprefix("buffers/"))
+            if forget:
+                await self._store.delete(record.name, created=record.create_time)
 
     def drives(self, name: str) -> bool:
         """Whether a buffer is driven here, or has ended and lingers."""
@@ -264,17 +272,17 @@ class Buffers:
             return
         if _ended(record):
             # What is left of it could not be removed when it ended.
-            await self._sites.discard(record)
+            await self._discard(record)
             return
         try:
             await unless(self._store, name, _to_be_deleted, self._to_its_end(name))
         except Interrupted:
-            await self._forget(await self._store.require(name))
+            await self._discard(record, forget=True)
         except BeamwireError as error:
             # Deleted while its caches lingered.
             if error.reason is not Reason.RESOURCE_NOT_FOUND:
                 raise
-            await self._sites.discard(record)
+            await self._discard(record)
 
     async def _to_its_end(self, name: str) -> None:
         record = await self._store.require(name)
@@ -299,7 +307,7 @@ class Buffers:
             if not isinstance(error, BeamwireError | OSError):
                 log.exception("%s met a fault", name)
             await self._fail(name, driver, Failure.of(error))
-        await self._sites.discard(record)
+        await self._discard(record)
 
     async def _fail(self, name: str, driver: Driver, failure: Failure) -> None:
         """Close the account of a buffer whose caches are gone for good; one that is only kept has not failed."""
@@ -322,7 +330,7 @@ class Buffers:
         except asyncio.CancelledError:
             try:
                 async with asyncio.timeout(PARTING):
-                    await self._sites.discard(record)
+                    await self._discard(record)
             except (TimeoutError, BeamwireError) as error:
                 log.warning("what is left of %s is removed when the service is back: %s", record.name, error)
             raise

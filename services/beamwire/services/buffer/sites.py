@@ -84,10 +84,6 @@ class Site(Protocol):
         """Return the last word about a cache that is gone, which was `seen` so; what it held is lost."""
         ...
 
-    async def discard(self) -> None:
-        """Stop it if it runs, and remove what is left of it."""
-        ...
-
 
 @dataclass(frozen=True)
 class LocalSite:
@@ -165,11 +161,6 @@ class LocalSite:
     async def remains(self, seen: CacheStatus | None) -> CacheStatus:
         """Read ring and journal."""
         return await asyncio.to_thread(final_status, self.directory, seen)
-
-    async def discard(self) -> None:
-        """Stop the process, and remove its files and its ring."""
-        await end(self.directory)
-        await asyncio.to_thread(shutil.rmtree, self.directory, ignore_errors=True)
 
 
 class LocalLife:
@@ -280,10 +271,10 @@ class Sites:
             self._spares,
         )
 
-    async def discard(self, record: BufferRecord) -> None:
-        """Stop the caches of a buffer, if there are any, and remove their files and rings."""
-        await asyncio.gather(*(site.discard() for site in self.of(record)))
-        await self.discard_local(record.name.removeprefix("buffers/"))
+    async def discard_jobs(self, record: BufferRecord) -> None:
+        """End the jobs of a buffer's caches, if there are any: they are its own, whoever has its name by now."""
+        jobs = [site.job for site in self.of(record) if site.job]
+        await asyncio.gather(*(self.discard_job(job, record.name.removeprefix("buffers/")) for job in jobs))
 
     async def discard_local(self, buffer_id: str) -> None:
         """Stop what runs on this host under the id of a buffer, and remove all that there is of it."""

@@ -97,11 +97,20 @@ class JobDriver:
 
     async def remove(self, record: JobRecord) -> None:
         """Forget a job that has ended, with its directory, unless it is gone: the name may be another job's by now."""
+        directory = self.directory_of(record.name)
+        # No id begins with a dot.
+        aside = directory.with_name(f".{directory.name}.{record.create_time.timestamp()}")
         async with self._store.db.exclusive(f"removal of {record.name}"):
             newest = await self._store.get(record.name)
-            if newest is not None and newest.create_time == record.create_time:
-                await asyncio.to_thread(shutil.rmtree, self.directory_of(record.name), ignore_errors=True)
-                await self._store.delete(record.name, created=record.create_time)
+            if newest is None or newest.create_time != record.create_time:
+                return
+            with suppress(OSError):
+                # Unless who began to remove it before has done so.
+                await asyncio.to_thread(directory.rename, aside)
+        # With nobody kept waiting: it may be large, on a slow disk. While the record is there it is found again.
+        await asyncio.to_thread(shutil.rmtree, aside, ignore_errors=True)
+        async with self._store.db.exclusive(f"removal of {record.name}"):
+            await self._store.delete(record.name, created=record.create_time)
 
     async def _drive_step(self, record: JobRecord) -> None:
         name = record.name
