@@ -156,6 +156,13 @@ async def test_what_cannot_be_removed_is_said_and_keeps_nothing_else(layout: Lay
     assert [each["place"] for each in collect(layout)] == [str(held)]
 
 
+async def test_what_the_service_puts_aside_is_left_to_it(layout: Layout) -> None:
+    await keep(layout, job("runs", "ACTIVE"))
+    for name in ("runs", "unknown", ".removed.1"):
+        (layout.jobs / name).mkdir(parents=True)
+    assert [each["place"] for each in collect(layout)] == [str(layout.jobs / "unknown")]
+
+
 @pytest.mark.parametrize("adopted", [False, True])
 async def test_jobs_of_an_earlier_release_have_their_processes(layout: Layout, *, adopted: bool) -> None:
     await keep(layout, old(job("runs", "ACTIVE")), old(job("ended", "COMPLETED")))

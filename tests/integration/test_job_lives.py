@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import tarfile
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
@@ -244,22 +245,36 @@ async def test_who_removes_a_job_late_leaves_the_next_one_of_its_name(served: Se
     assert (await jobs.GetJob(pb.GetJobRequest(name=made.name))).state == pb.Job.STATE_COMPLETED
 
 
-async def test_a_removal_that_was_broken_off_is_brought_to_its_end(served: Served, monkeypatch: pytest.MonkeyPatch):
-    jobs = await served.as_("user/alice")
-    made = await create(jobs, shell("echo first"), job_id="again")
-    await ended(jobs, made.name)
-    with monkeypatch.context() as patch:
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_removal_that_was_broken_off_is_brought_to_its_end(
+    play: Play, monkeypatch: pytest.MonkeyPatch, restarted: bool
+):
+    def left() -> list[str]:
+        return [path.name for path in play.jobs_directory.glob("*again*")]
 
-        def dies(*_: object, **__: object) -> None:
-            raise OSError("the disk went away")
+    def dies(*_: object, **__: object) -> None:
+        raise OSError("the disk went away")
 
-        patch.setattr("beamwire.services.job.driver.shutil.rmtree", dies)
-        with pytest.raises(BeamwireError):
-            await jobs.DeleteJob(pb.DeleteJobRequest(name=made.name))
-    assert [path.name for path in served.jobs._directory.glob("*again*")] != ["again"]
-    await jobs.DeleteJob(pb.DeleteJobRequest(name=made.name))
-    assert not [*served.jobs._directory.glob("*again*")]
-    assert await served.store.get(made.name) is None
+    async with AsyncExitStack() as stack:
+        served = await stack.enter_async_context(play.serve())
+        jobs = await served.as_("user/alice")
+        made = await create(jobs, shell("echo first"), job_id="again")
+        await ended(jobs, made.name)
+        with monkeypatch.context() as patch:
+            patch.setattr("beamwire.services.job.driver.shutil.rmtree", dies)
+            with pytest.raises(BeamwireError):
+                await jobs.DeleteJob(pb.DeleteJobRequest(name=made.name))
+        assert [name[:7] for name in left()] == [".again."]
+        if restarted:
+            await stack.aclose()
+            served = await stack.enter_async_context(play.serve())
+            async with asyncio.timeout(10):
+                while left():  # noqa: ASYNC110  (it is removed in the background)
+                    await asyncio.sleep(0.01)
+            jobs = await served.as_("user/alice")
+        await jobs.DeleteJob(pb.DeleteJobRequest(name=made.name))
+        assert await served.store.get(made.name) is None
+    assert not left()
 
 
 @pytest.mark.parametrize("stage", ["HELD", "ACTIVE"])

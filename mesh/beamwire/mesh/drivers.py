@@ -69,11 +69,10 @@ class Drivers(Generic[R]):
         self._terminal = frozenset(map(str, terminal))
         self._claims = Claims(store.db, store.kind)
         store.claims_new = True
-        # Until when what is held is held for sure, by the clock of this host.
-        self._until = 0.0
-        self._expiry: asyncio.TimerHandle | None = None
-        # What is driven here, and since when.
+        # What is driven here: since when, and until when it is held for sure, by the clock of this host.
         self._begun: dict[str, float] = {}
+        self._until: dict[str, float] = {}
+        self._expiry: asyncio.TimerHandle | None = None
         # What `keep` asked for and somebody may hold; what is not to be driven here for now; what has come to its end
         # and is to be given back.
         self._wanted: set[str] = set()
@@ -96,6 +95,7 @@ class Drivers(Generic[R]):
         elif name in self._store.claimed:
             # When it was stored; the caller may have been kept waiting since.
             self._begin(name, self._store.claimed[name])
+            self._watch_leases()
         else:
             self._wanted.add(name)
             self._look.set()
@@ -137,7 +137,7 @@ class Drivers(Generic[R]):
         self._released.add(name)
         self._wanted.discard(name)
         await self._runner.cancel(name)
-        self._begun.pop(name, None)
+        self._forget(name)
         await self._claims.give_back([name])
         record = await self._store.get(name)
         if record is None or record.state in self._terminal:
@@ -150,18 +150,17 @@ class Drivers(Generic[R]):
 
     def _begin(self, name: str, claimed: float) -> None:
         self._store.claimed.pop(name, None)
-        if name in self._released or name in self._leaving or name in self._driven():
+        if name in self._released or name in self._leaving or self._is_driven(name):
             return
         if self._store.db.shared and claimed + LEASE_SECONDS - MARGIN_SECONDS <= time.monotonic():
             # The answer came so late that somebody else may hold it by now. The next renewal tells.
             return
-        ends = claimed + LEASE_SECONDS
-        if self._expiry is None or ends < self._until or not self._driven():
-            self._hold_until(ends)
+        self._begun[name] = time.monotonic()
+        self._until[name] = claimed + LEASE_SECONDS
         try:
-            self._begun[name] = time.monotonic()
             self._runner.keep(name, lambda: self._work(name))
         except BeamwireError as error:
+            self._forget(name)
             if error.reason is not Reason.DRAINING:
                 raise
             log.info("%s is left to the next who serves: this process ends", name)
@@ -174,20 +173,29 @@ class Drivers(Generic[R]):
         self._finished.add(name)
         self._look.set()
 
-    def _hold_until(self, moment: float) -> None:
-        """Drive what is held until the leases end, whatever the database keeps waiting for, unless they are renewed."""
-        self._until = moment
+    def _watch_leases(self) -> None:
+        """See that each record is driven until its lease ends at most, whatever the database keeps waiting for."""
         if self._expiry is not None:
             self._expiry.cancel()
-        if self._store.db.shared:
-            left = moment - MARGIN_SECONDS - time.monotonic()
+            self._expiry = None
+        driven = [] if not self._store.db.shared else self._driven()
+        if ends := [self._until[name] for name in driven if name not in self._leaving]:
+            left = min(ends) - MARGIN_SECONDS - time.monotonic()
             self._expiry = asyncio.get_running_loop().call_later(left, self._expire)
 
     def _expire(self) -> None:
-        self._expiry = None
-        if driven := self._driven():
+        latest = time.monotonic() + MARGIN_SECONDS
+        if over := [name for name in self._driven() if self._until[name] <= latest]:
             log.warning("claims could not be renewed in time; what was driven here is left to who can")
-            self._leave(driven)
+            self._leave(over)
+        self._watch_leases()
+
+    def _forget(self, name: str) -> None:
+        self._begun.pop(name, None)
+        self._until.pop(name, None)
+
+    def _is_driven(self, name: str) -> bool:
+        return name in self._begun and self._runner.keeps(name)
 
     def _driven(self) -> list[str]:
         return [name for name in self._runner.kept() if name in self._begun]
@@ -197,7 +205,7 @@ class Drivers(Generic[R]):
         finished, wanted = self._finished - set(self._driven()), set(self._wanted)
         await self._claims.give_back(finished)
         for name in finished:
-            self._begun.pop(name, None)
+            self._forget(name)
         self._finished -= finished
         if wanted:
             await self._take(wanted)
@@ -207,6 +215,7 @@ class Drivers(Generic[R]):
         began = time.monotonic()
         for name in await self._claims.take(self._terminal, names, but=self._released):
             self._begin(name, began)
+        self._watch_leases()
 
     async def _renew(self) -> None:
         """Renew the leases; cancel the drivers of what another replica has taken."""
@@ -216,10 +225,11 @@ class Drivers(Generic[R]):
         # No longer than it could be of use; the connection may be a dead one.
         async with asyncio.timeout(LEASE_SECONDS - MARGIN_SECONDS):
             held = await self._claims.renew()
-        self._hold_until(began + LEASE_SECONDS)
+        self._until |= dict.fromkeys(held & self._until.keys(), began + LEASE_SECONDS)
         self._leave([name for name in self._driven() if self._begun[name] < began and name not in held])
         for name in held - set(self._driven()):
             self._begin(name, began)
+        self._watch_leases()
 
     def _leave(self, names: Collection[str]) -> None:
         for name in names:
@@ -231,7 +241,7 @@ class Drivers(Generic[R]):
 
     def _left(self, name: str, _: asyncio.Task[None]) -> None:
         self._leaving.pop(name, None)
-        self._begun.pop(name, None)
+        self._forget(name)
 
     async def _give_up(self) -> None:
         """Hold what is driven until its driver has ended, then let others have it."""

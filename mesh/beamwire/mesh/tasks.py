@@ -78,6 +78,10 @@ class TaskRunner:
         if task is not None:
             await asyncio.wait([task])
 
+    def keeps(self, name: str) -> bool:
+        """Whether a kept task of this name runs."""
+        return name in self._kept
+
     def kept(self) -> list[str]:
         """The names of the kept tasks that run."""
         return list(self._kept)

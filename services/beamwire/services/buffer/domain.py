@@ -234,15 +234,13 @@ class Buffers:
 
     async def _discard(self, record: BufferRecord, *, forget: bool = False) -> None:
         """Stop the caches of a buffer and remove what is left of it, unless the name is another's by now."""
-        # First: for however long the Job service is away, nobody else is kept waiting.
-        await self._sites.discard_jobs(record)
-        async with self._store.db.exclusive(f"removal of {record.name}"):
-            newest = await self._store.get(record.name)
-            if newest is not None and newest.create_time != record.create_time:
-                return
-            await self._sites.discard_local(record.name.removeprefix("buffers/"))
-            if forget:
-                await self._store.delete(record.name, created=record.create_time)
+        newest = await self._store.get(record.name)
+        if newest is not None and newest.create_time != record.create_time:
+            await self._sites.discard_jobs(record)
+            return
+        await self._sites.discard(record)
+        if forget:
+            await self._store.delete(record.name, created=record.create_time)
 
     def drives(self, name: str) -> bool:
         """Whether a buffer is driven here, or has ended and lingers."""
@@ -330,7 +328,8 @@ class Buffers:
         except asyncio.CancelledError:
             try:
                 async with asyncio.timeout(PARTING):
-                    await self._discard(record)
+                    # Also while the database is away.
+                    await self._sites.discard(record)
             except (TimeoutError, BeamwireError) as error:
                 log.warning("what is left of %s is removed when the service is back: %s", record.name, error)
             raise

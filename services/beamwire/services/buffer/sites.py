@@ -271,6 +271,11 @@ class Sites:
             self._spares,
         )
 
+    async def discard(self, record: BufferRecord) -> None:
+        """Stop the caches of a buffer, if there are any, and remove their files and rings."""
+        await self.discard_jobs(record)
+        await self.discard_local(record.name.removeprefix("buffers/"))
+
     async def discard_jobs(self, record: BufferRecord) -> None:
         """End the jobs of a buffer's caches, if there are any: they are its own, whoever has its name by now."""
         jobs = [site.job for site in self.of(record) if site.job]

@@ -18,6 +18,7 @@ from beamwire.mesh.store import utcnow
 from beamwire.services.buffer.placement import Rings
 from beamwire.services.config import Layout, ServiceName
 from beamwire.services.inspection.records import TERMINAL, Kept, Row
+from beamwire.services.job.files import ASIDE
 
 SETTLING = timedelta(seconds=60)
 """What has just ended or begun is still being put in order by its service."""
@@ -93,7 +94,8 @@ def left_behind(host: Host, kept: Mapping[ServiceName, Kept], now: datetime | No
     if "job" in kept:
         jobs = {row.id: row for row in kept["job"].rows}
         for directory in host.jobs:
-            if directory.name not in jobs:
+            # What was put aside is being removed, or is when the service is back.
+            if directory.name not in jobs and not directory.name.startswith(ASIDE):
                 yield Remain(What.DIRECTORY, str(directory), "no job of this name is known", _size(directory))
         for directory in host.running:
             if (step := _step(host, directory)) is not None:

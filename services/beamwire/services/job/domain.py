@@ -19,7 +19,7 @@ from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
 from beamwire.services.job.backends.interface import Backend, BackendState
 from beamwire.services.job.driver import JobDriver, Surroundings
-from beamwire.services.job.files import FileEntry, JobFiles, Upload, adopt
+from beamwire.services.job.files import FileEntry, JobFiles, Upload, adopt, remove_aside
 from beamwire.services.job.model import JOB_STATES, Deliveries, JobRecord, JobSpec, JobState, StepRecord, Transition
 from beamwire.services.job.receivers import Receivers
 from beamwire.services.job.shares import Share, Shares
@@ -108,12 +108,17 @@ class Jobs:
         self._policy = policy
         tokens = JoinTokens(self.directory_of, mint, predecessor)
         self._driver = JobDriver(store, directory, backends, tokens, surroundings)
+        self._runner = runner
         self.drivers = Drivers(store, runner, self._driver.drive, JOB_STATES.terminal)
 
     async def resume(self) -> None:
         """Take up every job that had not ended when the service stopped."""
         await asyncio.to_thread(adopt, self._directory)
+        self._runner.start("removal of the files of jobs that are gone", self._remove_aside)
         await self.drivers.resume()
+
+    async def _remove_aside(self) -> None:
+        await asyncio.to_thread(remove_aside, self._directory)
 
     def directory_of(self, name: str) -> Path:
         """Return the directory that holds a job's logs and files."""

@@ -25,7 +25,7 @@ from beamwire.mesh.tasks import to_the_end
 from beamwire.services.job.backends.interface import Active, Backend, Ended, Ending, Queued, Run, Step
 from beamwire.services.job.dependencies import Obstacles
 from beamwire.services.job.ending import Verdict, cancelled, lost, verdict
-from beamwire.services.job.files import JobFiles, remove
+from beamwire.services.job.files import ASIDE, JobFiles, put_aside, remove
 from beamwire.services.job.model import JobRecord, JobState
 from beamwire.services.job.tokens import TOKEN_TTL, TOKEN_TTL_HERE, JoinTokens
 from beamwire.services.job.transitions import enter, with_step
@@ -98,15 +98,12 @@ class JobDriver:
     async def remove(self, record: JobRecord) -> None:
         """Forget a job that has ended, with its directory, unless it is gone: the name may be another job's by now."""
         directory = self.directory_of(record.name)
-        # No id begins with a dot.
-        aside = directory.with_name(f".{directory.name}.{record.create_time.timestamp()}")
+        aside = directory.with_name(f"{ASIDE}{directory.name}.{record.create_time.timestamp()}")
         async with self._store.db.exclusive(f"removal of {record.name}"):
             newest = await self._store.get(record.name)
             if newest is None or newest.create_time != record.create_time:
                 return
-            with suppress(OSError):
-                # Unless who began to remove it before has done so.
-                await asyncio.to_thread(directory.rename, aside)
+            await asyncio.to_thread(put_aside, directory, aside)
         # With nobody kept waiting: it may be large, on a slow disk. While the record is there it is found again.
         await asyncio.to_thread(shutil.rmtree, aside, ignore_errors=True)
         async with self._store.db.exclusive(f"removal of {record.name}"):

@@ -35,6 +35,8 @@ MOST_COUNTED: Final = 1_000_000
 """Files of one job whose sizes are added up: a job that has more must not keep the service walking."""
 # Beside `files/`, so that the job never sees a part of a file.
 UPLOADS: Final = "uploads"
+ASIDE: Final = "."
+"""With which the name of the directory of a job that is being removed begins, and no id does."""
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _ESCAPES: Final = frozenset({errno.ELOOP, errno.ENOTDIR})
 
@@ -236,6 +238,23 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def put_aside(directory: Path, aside: Path) -> None:
+    """Let a directory make room for another of its name; one that is gone has, and one that cannot is emptied."""
+    try:
+        directory.rename(aside)
+    except FileNotFoundError:
+        pass
+    except OSError:
+        # A full disk may have no room for another name.
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def remove_aside(jobs: Path) -> None:
+    """Remove what was put aside by whoever had no time to remove it."""
+    for directory in jobs.glob(f"{ASIDE}*"):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def adopt(jobs: Path) -> None:

@@ -32,7 +32,7 @@ _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 60.0
 _PART_OF_REST: Final = 0.1
 # After a rotation all caches of a host renew, each with a process: within so many seconds, and not all in one moment.
-_ROTATION_SPREAD: Final = 5.0
+_ROTATION_SPREAD: Final = 2.0
 
 _log = logging.getLogger(__name__)
 
