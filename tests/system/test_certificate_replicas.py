@@ -288,8 +288,8 @@ async def test_a_replica_that_is_killed_under_load_fails_no_idempotent_call(repl
         room = asyncio.Semaphore(MOST_AT_ONCE)
 
         async def call(number: int) -> None:
+            began = time.monotonic()
             async with room:
-                began = time.monotonic()
                 match number % 4:
                     case 0:
                         await stub.WhoAmI(pb.WhoAmIRequest(), timeout=30)

@@ -109,8 +109,8 @@ async def test_a_rolling_restart_at_200_calls_a_second_fails_no_idempotent_call(
         room = asyncio.Semaphore(MOST_AT_ONCE)
 
         async def call(number: int) -> None:
+            began = time.monotonic()
             async with room:
-                began = time.monotonic()
                 if number % 4 == 0:
                     await who.WhoAmI(certificate_service_pb2.WhoAmIRequest())
                 elif number % 4 == 1:

@@ -253,7 +253,7 @@ class Credentials:
                 trust_files.save(self.directory / TRUST_DIRECTORY, trust)
             if trust.own.roots_pem != before.own.roots_pem:
                 trust_files.replace_file(self.directory / BUNDLE_FILE, trust.own.roots_pem.decode(), PUBLIC)
-        if trust != before or trust != self.verifier.trust:
+        if trust != self.verifier.trust:
             with self._lock:
                 # In any case: two changes, even of two replicas, can be too close together for a file system's clock.
                 self.reload()

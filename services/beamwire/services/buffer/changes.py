@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 
+from beamwire.mesh.errors import BeamwireError, Reason, invalid_field
 from beamwire.mesh.stream.connect import ConnectString
 from beamwire.services.buffer.control import CacheStatus, Counters, GroupStatus
-from beamwire.services.buffer.model import BUFFER_STATES, BufferRecord, BufferState, Seal, Shard
+from beamwire.services.buffer.model import BUFFER_STATES, AddedGroup, BufferRecord, BufferState, Seal, Shard
 from beamwire.services.buffer.placement import TRANSPORTS
 
 LIVES = (BufferState.STARTING, BufferState.READY, BufferState.DRAINING, BufferState.KEPT, BufferState.ENDED)
+MOST_ADDED = 8
+
+
+def ended(record: BufferRecord) -> bool:
+    """Whether a buffer has come to its end, whichever."""
+    return BUFFER_STATES.is_terminal(BufferState(record.state))
 
 
 def supersedes(seal: Seal, record: BufferRecord) -> bool:
     """Whether a seal is to be stored: the first one, or one that does not say DONE after one that does."""
-    if BUFFER_STATES.is_terminal(BufferState(record.state)) or record.error is not None:
+    if ended(record) or record.error is not None:
         return False
     return record.seal is None or (record.seal.cause == "DONE" and seal.cause != "DONE")
 
@@ -26,6 +33,49 @@ def sealed_groups(record: BufferRecord, names: set[str], seal: Seal) -> dict[str
         for group in record.added
     )
     return {"added": added} if added != record.added else {}
+
+
+def sealed(record: BufferRecord, seal: Seal) -> dict[str, object]:
+    """Return the change of a buffer that seals it; of one that is only kept, its groups that still read."""
+    if record.state != BufferState.KEPT:
+        return {"seal": seal} if supersedes(seal, record) else {}
+    if seal.cause == "DONE":
+        return {}
+    over = {"keep_expire_time": min(datetime.now(UTC), record.keep_expire_time or datetime.now(UTC))}
+    return over | sealed_groups(record, {group.name for group in record.unfinished()}, seal)
+
+
+def group_sealed(record: BufferRecord, group: str, seal: Seal) -> dict[str, object]:
+    """Return the change of a buffer that seals one group that was added; BeamwireError if it cannot be."""
+    if group not in {added.name for added in record.added}:
+        raise BeamwireError(Reason.RESOURCE_NOT_FOUND, f"no group {group[:40]!r} was added to {record.name}")
+    if seal.cause == "DONE":
+        raise invalid_field("cause", "is DONE, which a group is once it has END; say why it ends before")
+    return sealed_groups(record, {group}, seal) if not ended(record) else {}
+
+
+def with_group(record: BufferRecord, added: AddedGroup) -> dict[str, object]:
+    """Return the change of a buffer that adds a group; BeamwireError if it cannot be read from the beginning."""
+    for group in record.added:
+        if (group.name, group.consumers) == (added.name, added.consumers):
+            return {}
+    if added.name in record.spec.groups or added.name in {group.name for group in record.added}:
+        raise BeamwireError(Reason.RESOURCE_EXISTS, f"{record.name} has another group {added.name} already")
+    if not record.spec.keep:
+        why = "it was not made to keep what it delivered"
+    elif record.delete_requested or record.state not in (BufferState.DRAINING, BufferState.KEPT):
+        why = f"it is {record.state}: groups are added once no more frames come, and until it ends"
+    elif not record.whole:
+        why = "the first of its frames are gone: the stream did not fit"
+    elif record.seal is not None and record.seal.cause != "DONE":
+        why = f"it was sealed as {record.seal.cause}"
+    elif len(record.added) >= MOST_ADDED:
+        raise BeamwireError(Reason.LIMIT_REACHED, f"{MOST_ADDED} groups were added to {record.name}, the limit")
+    else:
+        return {"added": (*record.added, added)}
+    raise BeamwireError(
+        Reason.ILLEGAL_STATE, f"{record.name} cannot be read again: {why}; make another transfer of the same request"
+    )
 
 
 def with_added(counters: Counters, record: BufferRecord) -> Counters:

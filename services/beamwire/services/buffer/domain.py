@@ -17,7 +17,7 @@ from beamwire.mesh.policy import PolicySource, check_quota
 from beamwire.mesh.replicas import this_host
 from beamwire.mesh.store import Store
 from beamwire.mesh.tasks import TaskRunner
-from beamwire.services.buffer.changes import sealed_groups, supersedes, times
+from beamwire.services.buffer.changes import ended, group_sealed, sealed, times, with_group
 from beamwire.services.buffer.driver import Driver
 from beamwire.services.buffer.model import (
     BUFFER_STATES,
@@ -38,7 +38,6 @@ LINGER = 3.0
 # What a service that stops does about a cache that lingers may take so long, in seconds.
 PARTING = 2.0
 TICKET_KEY_BYTES = 32
-MOST_ADDED = 8
 # How long the deletion of a buffer that runs may take, in seconds.
 DELETE_TIMEOUT = 60.0
 # What says nothing about a buffer: the database or another service is away, or another replica drives it.
@@ -142,8 +141,8 @@ class Buffers:
         that is only kept is that of the groups which still read.
         """
         if group:
-            return await self._store.change(name, lambda r: _group_sealed(r, group, seal))
-        return await self._store.change(name, lambda r: _sealed(r, seal))
+            return await self._store.change(name, lambda r: group_sealed(r, group, seal))
+        return await self._store.change(name, lambda r: sealed(r, seal))
 
     async def ready(self, record: BufferRecord, seconds: float) -> BufferRecord:
         """Wait until a buffer has a connect string.
@@ -164,7 +163,7 @@ class Buffers:
                         raise BeamwireError(
                             Reason.CACHE_FAILED, record.error.message, metadata={"resource": record.name}
                         )
-                    if _ended(record):
+                    if ended(record):
                         break
         except TimeoutError:
             why = f"{record.name} is not ready after {seconds:g} s: its caches are being started"
@@ -185,7 +184,7 @@ class Buffers:
         expire_time = datetime.now(UTC) + timedelta(seconds=lease)
 
         def longer(record: BufferRecord) -> dict[str, object]:
-            if _ended(record) or record.seal is not None:
+            if ended(record) or record.seal is not None:
                 raise BeamwireError(Reason.ILLEGAL_STATE, f"{name} ends or has ended: its lease cannot be extended")
             return {"expire_time": expire_time} if expire_time > record.expire_time else {}
 
@@ -198,7 +197,7 @@ class Buffers:
         self._placement.check_lease("lease", lease)
         expire_time = datetime.now(UTC) + timedelta(seconds=lease)
         added = AddedGroup(name=group, consumers=consumers, expire_time=expire_time)
-        return await self._store.change(name, lambda r: _with_group(r, added))
+        return await self._store.change(name, lambda r: with_group(r, added))
 
     async def delete(self, name: str, *, whatever: bool = False) -> None:
         """Stop the caches if they run, and forget the buffer.
@@ -208,7 +207,7 @@ class Buffers:
         """
 
         def wanted(record: BufferRecord) -> dict[str, object]:
-            used = not _ended(record) and (record.state != BufferState.KEPT or record.unfinished())
+            used = not ended(record) and (record.state != BufferState.KEPT or record.unfinished())
             if record.transfer and used and not whatever:
                 raise BeamwireError(
                     Reason.ILLEGAL_STATE,
@@ -222,7 +221,7 @@ class Buffers:
             async with asyncio.timeout(DELETE_TIMEOUT), aclosing(self._store.watch(name)) as versions:
                 async for record in versions:
                     # Its driver may have come to the end before it heard of this.
-                    if _ended(record):
+                    if ended(record):
                         await self._drivers.release(name)
                         await self._discard(record, forget=True)
         except TimeoutError:
@@ -268,7 +267,7 @@ class Buffers:
         record = await self._store.get(name)
         if record is None:
             return
-        if _ended(record):
+        if ended(record):
             # What is left of it could not be removed when it ended.
             await self._discard(record)
             return
@@ -356,51 +355,6 @@ async def _wound_up(driver: Driver, story: str) -> dict[str, object]:
     except Exception:
         log.exception("the account of a buffer that failed could not be closed")
         return {"end_cause": "FAILED"}
-
-
-def _ended(record: BufferRecord) -> bool:
-    return BUFFER_STATES.is_terminal(BufferState(record.state))
-
-
-def _sealed(record: BufferRecord, seal: Seal) -> dict[str, object]:
-    if record.state != BufferState.KEPT:
-        return {"seal": seal} if supersedes(seal, record) else {}
-    if seal.cause == "DONE":
-        return {}
-    over = {"keep_expire_time": min(datetime.now(UTC), record.keep_expire_time or datetime.now(UTC))}
-    return over | sealed_groups(record, {group.name for group in record.unfinished()}, seal)
-
-
-def _group_sealed(record: BufferRecord, group: str, seal: Seal) -> dict[str, object]:
-    if group not in {added.name for added in record.added}:
-        raise BeamwireError(Reason.RESOURCE_NOT_FOUND, f"no group {group[:40]!r} was added to {record.name}")
-    if seal.cause == "DONE":
-        raise invalid_field("cause", "is DONE, which a group is once it has END; say why it ends before")
-    return sealed_groups(record, {group}, seal) if not _ended(record) else {}
-
-
-def _with_group(record: BufferRecord, added: AddedGroup) -> dict[str, object]:
-    """Return the change of a buffer that adds a group."""
-    for group in record.added:
-        if (group.name, group.consumers) == (added.name, added.consumers):
-            return {}
-    if added.name in record.spec.groups or added.name in {group.name for group in record.added}:
-        raise BeamwireError(Reason.RESOURCE_EXISTS, f"{record.name} has another group {added.name} already")
-    if not record.spec.keep:
-        why = "it was not made to keep what it delivered"
-    elif record.delete_requested or record.state not in (BufferState.DRAINING, BufferState.KEPT):
-        why = f"it is {record.state}: groups are added once no more frames come, and until it ends"
-    elif not record.whole:
-        why = "the first of its frames are gone: the stream did not fit"
-    elif record.seal is not None and record.seal.cause != "DONE":
-        why = f"it was sealed as {record.seal.cause}"
-    elif len(record.added) >= MOST_ADDED:
-        raise BeamwireError(Reason.LIMIT_REACHED, f"{MOST_ADDED} groups were added to {record.name}, the limit")
-    else:
-        return {"added": (*record.added, added)}
-    raise BeamwireError(
-        Reason.ILLEGAL_STATE, f"{record.name} cannot be read again: {why}; make another transfer of the same request"
-    )
 
 
 def _to(record: BufferRecord, state: BufferState) -> dict[str, object]:

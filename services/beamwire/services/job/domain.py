@@ -122,7 +122,7 @@ class Jobs:
 
     def directory_of(self, name: str) -> Path:
         """Return the directory that holds a job's logs and files."""
-        return self._directory / name.removeprefix("jobs/")
+        return self._driver.directory_of(name)
 
     def check(self, spec: JobSpec, owner: str, name: str = "") -> None:
         """Raise INVALID_FIELD naming all that is wrong with a specification, POLICY_REFUSED where it may not run."""
